@@ -1,0 +1,321 @@
+"""Every hyperparameter of both stages: `HPS_VQVAE[task]` and `HPS_DIFFUSION[task]`.
+
+Tasks: `cbis-ddsm` (the reference values), `phantom` (small, data made on the fly), `folder` (any folder of mammograms, at
+the reference values) and `folder-small` (a narrower model on crops, for two CPU cores). Any entry can be overridden from
+the shell with `--hps key=value`; values are read with the type they have here.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from typing import Any
+
+
+class HParams(dict):
+    """A dictionary of settings whose entries also read as attributes (`hps.batch_size`)."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no hyperparameter named {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def updated(self, **changes: Any) -> HParams:
+        """A deep copy with `changes` applied; raises KeyError for a name that is not there yet."""
+        unknown = sorted(set(changes) - set(self))
+        if unknown:
+            raise KeyError(f"unknown hyperparameter {unknown[0]!r}")
+        return HParams({**copy.deepcopy(dict(self)), **changes})
+
+
+# The data, and the loop around it: entries that both stages share.
+_DATA = HParams(
+    image_shape=[1, 1024, 768],  # C, H, W of the training grid: the breast is scaled onto it, never stretched
+    noise_level=0.2,  # low-dose degradation: 1000 / noise_level quanta at full scale, electronic sigma 0.05 * noise_level
+    crop_size=0,  # side of the square training crops in pixels, a multiple of the product of scaling_rates; 0: whole images
+    crops_per_image=1,  # crops drawn from each image in an epoch
+    breast_fraction=0.5,  # a training crop holds at least this fraction of breast (best of 8 draws)
+    flip=True,  # mirror training images left-right at random (the two breasts are mirror images)
+    cache_images=False,  # keep prepared images in memory after their first use (small sets only)
+    nb_workers=4,  # data loader processes
+    split="patient",  # cbis-ddsm: `patient` keeps the official split with shared patients out of train; `official` as is
+    abnormality="all",  # cbis-ddsm: `all`, `mass` or `calc` cases
+    split_csv="",  # folder: a CSV with columns file, split and optionally patient; empty: DATA_ROOT/split.csv if it is there
+    patient_pattern="",  # folder: regular expression on the file name whose first group is the patient; empty: see README
+    validation_fraction=0.1,  # share of the patients set aside for validation where no split file says so
+    test_fraction=0.2,  # folder: share of the patients set aside for test where no split file says so
+    phantom_counts=[64, 8, 16],  # phantom: number of train, validation and test breasts
+)
+
+# The optimisation loop of either stage.
+_LOOP = HParams(
+    batch_size=4,  # samples per optimiser step
+    mini_batch_size=0,  # samples per forward pass; the rest of batch_size is accumulated; 0: the whole batch at once
+    warmup_steps=100,  # linear learning-rate warm-up
+    lr_schedule="constant",  # `constant` or `cosine` (to zero at the last step)
+    log_frequency=10,  # steps between readings of the loss (each one synchronises with the device)
+    checkpoint_frequency=10,  # epochs between kept checkpoints; `last` and `best` are written besides
+    image_frequency=5,  # epochs between sample pictures
+    validation_frequency=1,  # epochs between validations
+)
+
+HPS_VQVAE: dict[str, HParams] = {}
+HPS_VQVAE["cbis-ddsm"] = HParams(
+    **copy.deepcopy(_DATA)
+    | copy.deepcopy(_LOOP)
+    | dict(
+        in_channels=1,  # image channels (grayscale)
+        hidden_channels=128,  # width of encoders and decoders, and channels of the stage-2 latent
+        res_channels=32,  # width inside a residual block
+        nb_res_layers=2,  # residual layers per block
+        nb_levels=5,  # hierarchical levels
+        scaling_rates=[4, 2, 2, 2, 2],  # downscaling of each level, finest first
+        embed_dim=64,  # dimension of a codebook entry
+        nb_entries=512,  # entries per codebook
+        codebook_decay=0.99,  # EMA decay of the codebooks
+        revive_threshold=0.1,  # a code used less than this share of (vectors / codes) is re-seeded from the batch; 0: off
+        residual_type="rezero",  # ReZero residual blocks (Bachlechner et al., 2020)
+        quantize_probability=0.5,  # share of the samples that go through the quantisers in training; the rest goes past them
+        learning_rate=1e-4,  # Adam
+        beta=0.25,  # commitment loss weight
+        recon_loss="mse",  # reconstruction loss
+        grad_clip_norm=0.05,  # clip the gradient norm: at higher values the loss spikes; 0: off
+        codebook_batches=8,  # batches from which the codebooks are initialised
+        max_epochs=100,  # epochs
+        amp=True,  # mixed precision on CUDA
+    )
+)
+
+HPS_DIFFUSION: dict[str, HParams] = {}
+HPS_DIFFUSION["cbis-ddsm"] = HParams(
+    **copy.deepcopy(_DATA)
+    | copy.deepcopy(_LOOP)
+    | dict(
+        timesteps=1000,  # diffusion timesteps T
+        beta_schedule="linear",  # LDM's "linear": linear in sqrt(beta)
+        linear_start=0.0015,  # beta_0
+        linear_end=0.0195,  # beta_{T-1}
+        in_channels=256,  # UNet input: noisy latent and conditioning latent, concatenated
+        out_channels=128,  # UNet output: channels of the latent
+        model_channels=192,  # base width of the UNet
+        channel_mult=[1, 2, 4],  # width multiplier of each resolution
+        num_res_blocks=2,  # residual blocks per resolution
+        attention_levels=[1, 2],  # resolutions with self-attention, 0 the finest
+        num_head_channels=64,  # channels of an attention head
+        dropout=0.0,  # dropout in residual blocks
+        use_checkpoint=True,  # gradient checkpointing: activations are recomputed in the backward pass
+        conditioning="concat",  # the degraded latent is concatenated to the noisy one
+        learning_rate=2e-4,  # AdamW
+        weight_decay=0.01,  # AdamW
+        max_epochs=200,  # epochs
+        grad_clip_norm=1.0,  # clip the gradient norm
+        l_simple_weight=1.0,  # weight of L_simple, the MSE on the predicted noise
+        original_elbo_weight=0.0,  # weight of the variational bound (VLB); 0: disabled
+        learn_logvar=False,  # learn a log-variance per timestep that scales L_simple
+        parameterization="eps",  # what the network predicts: `eps`, `v` or `x0`
+        precondition="conditioning",  # add to what the conditioning latent implies; `none`: the plain network (see README)
+        loss_weighting="latent",  # weight of L_simple over t: `latent` (1/SNR for eps), `min_snr`, or `none` (plain L_simple)
+        timestep_sampling="uniform",  # distribution of training timesteps: `uniform` or `stratified` (lower variance)
+        ema_decay=0.9999,  # EMA of the UNet's weights, warmed up as min(decay, (1 + n) / (10 + n))
+        ddim_steps=50,  # DDIM sampling steps
+        ddim_eta=0.0,  # DDIM eta; 0: deterministic
+        ddim_spacing="leading",  # timesteps of the sampler: `leading` (LDM) or `trailing` (starts at T - 1)
+        statistics_batches=32,  # batches from which the latent's shift and scale are measured, once
+        amp=True,  # mixed precision on CUDA
+    )
+)
+
+# Small: phantoms made on the fly; both stages train in minutes on two CPU cores.
+_PHANTOM = dict(
+    image_shape=[1, 256, 192],  # pixels of 0.8 mm
+    crop_size=128,  # train on crops: more breasts a minute
+    crops_per_image=4,
+    cache_images=True,
+    nb_workers=0,
+    batch_size=8,
+    warmup_steps=50,
+    lr_schedule="cosine",
+)
+HPS_VQVAE["phantom"] = HPS_VQVAE["cbis-ddsm"].updated(
+    **_PHANTOM,
+    hidden_channels=64,
+    nb_levels=3,
+    scaling_rates=[4, 2, 2],
+    learning_rate=3e-4,
+    max_epochs=8,
+)
+HPS_DIFFUSION["phantom"] = HPS_DIFFUSION["cbis-ddsm"].updated(
+    **_PHANTOM,
+    in_channels=128,
+    out_channels=64,
+    model_channels=64,
+    channel_mult=[1, 2],
+    num_res_blocks=1,
+    attention_levels=[1],
+    use_checkpoint=False,
+    learning_rate=5e-4,
+    timestep_sampling="stratified",
+    max_epochs=20,
+)
+
+# Any folder of mammograms, at the reference values.
+HPS_VQVAE["folder"] = HPS_VQVAE["cbis-ddsm"].updated()
+HPS_DIFFUSION["folder"] = HPS_DIFFUSION["cbis-ddsm"].updated()
+
+# A folder of real mammograms on two CPU cores in an hour: half the grid, crops, a narrow UNet.
+_FOLDER_SMALL = dict(
+    image_shape=[1, 512, 384],
+    crop_size=128,
+    crops_per_image=8,
+    breast_fraction=0.7,
+    cache_images=True,
+    nb_workers=0,
+    batch_size=8,
+    warmup_steps=50,
+    lr_schedule="cosine",
+)
+HPS_VQVAE["folder-small"] = HPS_VQVAE["cbis-ddsm"].updated(
+    **_FOLDER_SMALL,
+    hidden_channels=64,
+    nb_levels=3,
+    scaling_rates=[4, 2, 2],
+    learning_rate=3e-4,
+    max_epochs=10,
+)
+HPS_DIFFUSION["folder-small"] = HPS_DIFFUSION["cbis-ddsm"].updated(
+    **_FOLDER_SMALL,
+    in_channels=128,
+    out_channels=64,
+    model_channels=96,
+    channel_mult=[1, 2],
+    num_res_blocks=1,
+    attention_levels=[],
+    use_checkpoint=False,
+    learning_rate=5e-4,
+    timestep_sampling="stratified",
+    max_epochs=30,
+)
+
+TASKS = tuple(HPS_VQVAE)
+
+# Entries that fix the shapes of the weights: a checkpoint's own values always hold.
+ARCHITECTURE_VQVAE = (
+    "in_channels", "hidden_channels", "res_channels", "nb_res_layers", "nb_levels", "scaling_rates", "embed_dim",
+    "nb_entries", "residual_type",
+)  # fmt: skip
+ARCHITECTURE_DIFFUSION = (
+    "timesteps", "beta_schedule", "linear_start", "linear_end", "in_channels", "out_channels", "model_channels",
+    "channel_mult", "num_res_blocks", "attention_levels", "num_head_channels", "parameterization", "precondition",
+    "learn_logvar",
+)  # fmt: skip
+
+# Entries that take one of a few words.
+CHOICES = {
+    "split": ("patient", "official"),
+    "abnormality": ("all", "mass", "calc"),
+    "lr_schedule": ("constant", "cosine"),
+    "residual_type": ("rezero",),
+    "recon_loss": ("mse", "l1"),
+    "beta_schedule": ("linear",),
+    "conditioning": ("concat",),
+    "parameterization": ("eps", "v", "x0"),
+    "precondition": ("conditioning", "none"),
+    "loss_weighting": ("latent", "min_snr", "none"),
+    "timestep_sampling": ("uniform", "stratified"),
+    "ddim_spacing": ("leading", "trailing"),
+}
+
+
+def _parse(key: str, text: str, default: Any) -> Any:
+    """Read `text` with the type of `default`; raises ValueError with a sentence."""
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if kind is list:
+            value = json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
+            item = type(default[0]) if default else int
+            if not all(type(v) in (int, item) for v in value):
+                raise ValueError(text)
+            return [item(v) for v in value]
+        return kind(text)
+    except (ValueError, KeyError):
+        wanted = f"a list such as {json.dumps(default)}" if kind is list else f"of type {kind.__name__}"
+        raise ValueError(f"--hps {key}={text}: the value must be {wanted}") from None
+
+
+def apply_overrides(hps: HParams, overrides: list[str]) -> tuple[HParams, set[str]]:
+    """Apply `key=value` strings to `hps`, each read with the type of the entry it replaces.
+
+    Returns the new settings and the names that were set. Raises ValueError, with one sentence naming the flag, for an
+    unknown name, a value of the wrong type or a word that the entry does not take.
+    """
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals:
+            raise ValueError(f"--hps {override}: write it as key=value")
+        if key not in hps:
+            close = difflib.get_close_matches(key, hps, n=1)
+            hint = f"did you mean {close[0]}?" if close else "hps.py lists them all"
+            raise ValueError(f"--hps {key}: no such hyperparameter; {hint}")
+        changes[key] = _parse(key, text.strip(), hps[key])
+    hps = hps.updated(**changes)
+    check(hps)
+    return hps, set(changes)
+
+
+def check(hps: HParams) -> None:
+    """Refuse settings that cannot work; raises ValueError with one sentence naming the entry."""
+    for key, words in CHOICES.items():
+        if key in hps and hps[key] not in words:
+            raise ValueError(f"--hps {key}={hps[key]}: must be one of {', '.join(words)}")
+    positive = (
+        "batch_size", "crops_per_image", "log_frequency", "checkpoint_frequency", "image_frequency",
+        "validation_frequency", "learning_rate", "hidden_channels", "res_channels", "nb_levels", "embed_dim",
+        "nb_entries", "codebook_batches", "timesteps", "linear_start", "linear_end", "model_channels", "num_res_blocks",
+        "num_head_channels", "ddim_steps", "statistics_batches", "in_channels", "out_channels",
+    )  # fmt: skip
+    for key in positive:
+        if key in hps and not hps[key] > 0:
+            raise ValueError(f"--hps {key}={hps[key]}: must be greater than 0")
+    non_negative = ("mini_batch_size", "crop_size", "nb_workers", "warmup_steps", "nb_res_layers", "max_epochs", "beta",
+                    "grad_clip_norm", "weight_decay", "ddim_eta", "revive_threshold", "noise_level")  # fmt: skip
+    for key in non_negative:
+        if key in hps and not hps[key] >= 0:
+            raise ValueError(f"--hps {key}={hps[key]}: must not be negative")
+    fractions = ("breast_fraction", "validation_fraction", "test_fraction", "quantize_probability", "codebook_decay",
+                 "ema_decay", "dropout")  # fmt: skip
+    for key in fractions:
+        if key in hps and not 0 <= hps[key] <= 1:
+            raise ValueError(f"--hps {key}={hps[key]}: must lie between 0 and 1")
+    if len(hps.image_shape) != 3 or min(hps.image_shape) < 1:
+        raise ValueError(f"--hps image_shape={hps.image_shape}: must be channels, height, width")
+    if len(hps.phantom_counts) != 3 or min(hps.phantom_counts) < 1:
+        raise ValueError(f"--hps phantom_counts={hps.phantom_counts}: must be three counts: train, validation, test")
+    if hps.mini_batch_size and hps.batch_size % hps.mini_batch_size:
+        raise ValueError(f"--hps mini_batch_size={hps.mini_batch_size}: must divide batch_size {hps.batch_size}")
+    if hps.crop_size > min(hps.image_shape[1:]):
+        raise ValueError(f"--hps crop_size={hps.crop_size}: larger than image_shape {hps.image_shape}")
+    if "scaling_rates" in hps:
+        if len(hps.scaling_rates) != hps.nb_levels or min(hps.scaling_rates, default=0) < 1:
+            raise ValueError(f"--hps scaling_rates={hps.scaling_rates}: must hold nb_levels={hps.nb_levels} rates, one a level")
+        if hps.image_shape[0] != hps.in_channels:
+            raise ValueError(f"--hps in_channels={hps.in_channels}: image_shape has {hps.image_shape[0]} channels")
+    if "channel_mult" in hps:
+        if not hps.channel_mult or min(hps.channel_mult) < 1:
+            raise ValueError(f"--hps channel_mult={hps.channel_mult}: must be a list of positive multipliers")
+        if any(level not in range(len(hps.channel_mult)) for level in hps.attention_levels):
+            raise ValueError(f"--hps attention_levels={hps.attention_levels}: channel_mult has {len(hps.channel_mult)} levels")
+        if hps.in_channels != 2 * hps.out_channels:
+            raise ValueError(f"--hps in_channels={hps.in_channels}: must be twice out_channels={hps.out_channels} (concat)")
+        if hps.ddim_steps > hps.timesteps:
+            raise ValueError(f"--hps ddim_steps={hps.ddim_steps}: more than timesteps={hps.timesteps}")
+        if hps.model_channels % 32:
+            raise ValueError(f"--hps model_channels={hps.model_channels}: must be a multiple of 32 (GroupNorm)")
