@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import json
+from collections.abc import Callable
 from typing import Any
 
 
@@ -31,6 +33,10 @@ class HParams(dict):
         if unknown:
             raise KeyError(f"unknown hyperparameter {unknown[0]!r}")
         return HParams({**copy.deepcopy(dict(self)), **changes})
+
+    def arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """The entries that `function` (or a class's constructor) takes by name."""
+        return {name: self[name] for name in inspect.signature(function).parameters if name in self}
 
 
 # The data, and the loop around it: entries that both stages share.
@@ -305,16 +311,22 @@ def check(hps: HParams) -> None:
         raise ValueError(f"--hps crop_size={hps.crop_size}: larger than image_shape {hps.image_shape}")
     if "scaling_rates" in hps:
         if len(hps.scaling_rates) != hps.nb_levels or min(hps.scaling_rates, default=0) < 1:
-            raise ValueError(f"--hps scaling_rates={hps.scaling_rates}: must hold nb_levels={hps.nb_levels} rates, one a level")
+            raise ValueError(
+                f"--hps scaling_rates={hps.scaling_rates}: must hold nb_levels={hps.nb_levels} rates, one a level"
+            )
         if hps.image_shape[0] != hps.in_channels:
             raise ValueError(f"--hps in_channels={hps.in_channels}: image_shape has {hps.image_shape[0]} channels")
     if "channel_mult" in hps:
         if not hps.channel_mult or min(hps.channel_mult) < 1:
             raise ValueError(f"--hps channel_mult={hps.channel_mult}: must be a list of positive multipliers")
         if any(level not in range(len(hps.channel_mult)) for level in hps.attention_levels):
-            raise ValueError(f"--hps attention_levels={hps.attention_levels}: channel_mult has {len(hps.channel_mult)} levels")
+            raise ValueError(
+                f"--hps attention_levels={hps.attention_levels}: channel_mult has {len(hps.channel_mult)} levels"
+            )
         if hps.in_channels != 2 * hps.out_channels:
-            raise ValueError(f"--hps in_channels={hps.in_channels}: must be twice out_channels={hps.out_channels} (concat)")
+            raise ValueError(
+                f"--hps in_channels={hps.in_channels}: must be twice out_channels={hps.out_channels} (concat)"
+            )
         if hps.ddim_steps > hps.timesteps:
             raise ValueError(f"--hps ddim_steps={hps.ddim_steps}: more than timesteps={hps.timesteps}")
         if hps.model_channels % 32:

@@ -1,0 +1,483 @@
+"""Stage 2: `UNet`, `LatentDiffusion`, `DDIMSampler` and `LitEma`.
+
+The UNet has the structure and the parameter names of the published latent-diffusion UNet (Rombach et al., 2022,
+arXiv:2112.10752; Dhariwal and Nichol, 2021, arXiv:2105.05233), so its state dicts load. What goes beyond it, such as the
+preconditioned output, stands around it in `LatentDiffusion`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding of timesteps (N,) as (N, dim): cosines, then sines (Vaswani et al., 2017, section 3.5)."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t[:, None].float() * frequencies
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return F.pad(embedding, (0, dim - 2 * half))
+
+
+def _zero(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class ResBlock(nn.Module):
+    """GroupNorm-SiLU-conv twice, the timestep embedding added between; (N, C_in, H, W) to (N, C_out, H, W)."""
+
+    def __init__(self, channels: int, emb_channels: int, out_channels: int, dropout: float):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x)
+        h = h + self.emb_layers(emb).to(h.dtype)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions of (N, C, H, W), heads of `num_head_channels`, added to its input."""
+
+    def __init__(self, channels: int, num_head_channels: int):
+        super().__init__()
+        if channels % num_head_channels:
+            raise ValueError(f"num_head_channels {num_head_channels} does not divide {channels} channels")
+        self.head_channels = num_head_channels
+        self.norm = nn.GroupNorm(32, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = _zero(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        x = x.reshape(n, c, h * w)
+        # (N, heads, 3, D, L) to three (N, heads, L, D); contiguous, or the fused kernels are passed over
+        qkv = self.qkv(self.norm(x)).view(n, -1, 3, self.head_channels, h * w)
+        q, k, v = (part.transpose(-1, -2).contiguous() for part in qkv.unbind(2))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return (x + self.proj_out(out.transpose(-1, -2).reshape(n, c, h * w))).view(n, c, h, w)
+
+
+class Downsample(nn.Module):
+    """Strided 3x3 convolution: halves H and W."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """The latent-diffusion UNet (Rombach et al., 2022): (N, in_channels, H, W), timesteps (N,) to (N, out_channels, H, W).
+
+    Constructor words as in `hps.py`. Sides that are no multiple of 2**(levels - 1) are padded inside and cropped.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 256,
+        out_channels: int = 128,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 4),
+        num_res_blocks: int = 2,
+        attention_levels: Sequence[int] = (1, 2),
+        num_head_channels: int = 64,
+        dropout: float = 0.0,
+        use_checkpoint: bool = True,
+    ):
+        super().__init__()
+        self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
+        self.use_checkpoint = use_checkpoint
+        self.stride = 2 ** (len(channel_mult) - 1)
+        emb = 4 * model_channels
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+
+        def stage(channels: int, out: int, level: int) -> list[nn.Module]:
+            attention = [AttentionBlock(out, num_head_channels)] if level in attention_levels else []
+            return [ResBlock(channels, emb, out, dropout), *attention]
+
+        channels = model_channels
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, channels, 3, padding=1)])])
+        skips = [channels]
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                self.input_blocks.append(nn.ModuleList(stage(channels, mult * model_channels, level)))
+                channels = mult * model_channels
+                skips.append(channels)
+            if level < len(channel_mult) - 1:
+                self.input_blocks.append(nn.ModuleList([Downsample(channels)]))
+                skips.append(channels)
+        self.middle_block = nn.ModuleList(
+            [
+                ResBlock(channels, emb, channels, dropout),
+                AttentionBlock(channels, num_head_channels),
+                ResBlock(channels, emb, channels, dropout),
+            ]
+        )
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for block in range(num_res_blocks + 1):
+                layers = stage(channels + skips.pop(), mult * model_channels, level)
+                channels = mult * model_channels
+                if level and block == num_res_blocks:
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(nn.ModuleList(layers))
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), _zero(nn.Conv2d(channels, out_channels, 3, padding=1))
+        )
+
+    def _run(self, layers: nn.ModuleList, h: Tensor, emb: Tensor) -> Tensor:
+        for layer in layers:
+            if not isinstance(layer, (ResBlock, AttentionBlock)):
+                h = layer(h)
+            elif self.use_checkpoint and self.training and torch.is_grad_enabled():
+                h = checkpoint(layer, h, emb, use_reentrant=False)
+            else:
+                h = layer(h, emb)
+        return h
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        h = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
+        emb = self.time_embed(timestep_embedding(t, self.model_channels))
+        skips = []
+        for layers in self.input_blocks:
+            h = self._run(layers, h, emb)
+            skips.append(h)
+        h = self._run(self.middle_block, h, emb)
+        for layers in self.output_blocks:
+            h = self._run(layers, torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h)[..., :height, :width]
+
+
+def make_betas(schedule: str, timesteps: int, linear_start: float, linear_end: float) -> Tensor:
+    """Noise variances beta_t, (timesteps,) float64. "linear" is LDM's: linear in sqrt(beta). Raises ValueError otherwise."""
+    if schedule != "linear":
+        raise ValueError(f"beta_schedule must be linear, not {schedule!r}")
+    return torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2
+
+
+@dataclass
+class Prediction:
+    """What the network's output says about x_t, in float32."""
+
+    x_start: Tensor  # (N, C, H, W): the clean latent, normalised
+    eps: Tensor  # (N, C, H, W): the noise in x_t
+
+
+@dataclass
+class DiffusionLoss:
+    """Training loss and what is worth logging beside it."""
+
+    loss: Tensor  # scalar: what is minimised
+    l_simple: Tensor  # scalar: unweighted MSE on what the parameterisation predicts
+    latent_error: Tensor  # scalar: mean squared error of the clean latent over that of the conditioning latent
+
+
+def _at(table: Tensor, t: Tensor) -> Tensor:
+    """Entries (N, 1, 1, 1) of a table (T,) at timesteps (N,)."""
+    return table[t][:, None, None, None]
+
+
+class LatentDiffusion(nn.Module):
+    """Conditional diffusion of normalised latents (Ho et al., 2020, arXiv:2006.11239; Rombach et al., 2022).
+
+    The degraded latent is concatenated to the noisy one. With `precondition="conditioning"` the network F predicts the
+    degradation in units of its scale s: x_start = c - s F(x_t, c, t), hence
+    eps = (x_t - sqrt(abar_t) x_start) / sqrt(1 - abar_t): it adds to the noise that the conditioning latent c implies, in the
+    spirit of the output skip of Karras et al. (2022, arXiv:2206.00364), eq. 7. With "none", F is eps, v or x_start itself.
+
+    `loss_weighting` multiplies L_simple (Hang et al., 2023, arXiv:2303.09556): "latent" gives every t the same weight in the
+    error of the clean latent, over s^2 (for eps: 1 / SNR); "min_snr" min(SNR, 5) times that; "none" is plain L_simple.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        linear_start: float = 0.0015,
+        linear_end: float = 0.0195,
+        parameterization: str = "eps",
+        precondition: str = "conditioning",
+        loss_weighting: str = "latent",
+        l_simple_weight: float = 1.0,
+        original_elbo_weight: float = 0.0,
+        learn_logvar: bool = False,
+        latent_channels: int | None = None,
+    ):
+        super().__init__()
+        for name, value, words in (
+            ("parameterization", parameterization, ("eps", "v", "x0")),
+            ("precondition", precondition, ("conditioning", "none")),
+            ("loss_weighting", loss_weighting, ("latent", "min_snr", "none")),
+        ):
+            if value not in words:
+                raise ValueError(f"{name} must be one of {', '.join(words)}, not {value!r}")
+        self.model = model
+        self.timesteps = timesteps
+        self.parameterization, self.precondition = parameterization, precondition
+        self.loss_weighting = loss_weighting
+        self.l_simple_weight, self.original_elbo_weight = l_simple_weight, original_elbo_weight
+        betas = make_betas(beta_schedule, timesteps, linear_start, linear_end)
+        alphas_cumprod = (1 - betas).cumprod(0)
+        previous = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
+        posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
+        # weight of the bound at t: Ho et al. (2020), eq. 12; at t = 0, where the posterior has no variance, that of t = 1
+        elbo = betas**2 / (2 * posterior_variance * (1 - betas) * (1 - alphas_cumprod))
+        if timesteps > 1:
+            elbo[0] = elbo[1]
+        for name, value in dict(betas=betas, alphas_cumprod=alphas_cumprod, elbo_weights=elbo).items():
+            self.register_buffer(name, value.float())
+        channels = latent_channels or getattr(model, "out_channels", 1)
+        self.register_buffer("latent_shift", torch.zeros(channels))  # mean of each latent channel
+        self.register_buffer("latent_scale", torch.ones(()))  # standard deviation of the latent
+        self.register_buffer("degradation_scale", torch.ones(()))  # rms of degraded - clean, in normalised latents
+        self.logvar = nn.Parameter(torch.zeros(timesteps), requires_grad=learn_logvar)
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """First-stage latents (N, C, H, W) to zero mean by channel and unit variance overall."""
+        return (z - self.latent_shift[:, None, None]) / self.latent_scale
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        """Inverse of `normalize`."""
+        return x * self.latent_scale + self.latent_shift[:, None, None]
+
+    @torch.no_grad()
+    def measure_statistics(self, pairs: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """Set shift, scale and degradation scale from (clean, degraded) first-stage latents, each (N, C, H, W).
+
+        Raises ValueError where there are none or the latents are constant.
+        """
+        count, total, square, noise = 0, 0.0, 0.0, 0.0
+        for clean, degraded in pairs:
+            clean, degraded = clean.double(), degraded.double()
+            count += clean.numel() // clean.shape[1]
+            total = total + clean.sum((0, 2, 3))
+            square = square + clean.square().sum((0, 2, 3))
+            noise = noise + (degraded - clean).square().sum()
+        if count == 0:
+            raise ValueError("no latents to measure the normalisation on")
+        mean = total / count
+        variance = (square / count - mean.square()).clamp(min=0).mean()
+        if variance <= 0:
+            raise ValueError("the latents are constant: nothing to normalise")
+        self.latent_shift.copy_(mean)
+        self.latent_scale.copy_(variance.sqrt())
+        rms = (noise / (count * len(mean)) / variance).sqrt()
+        self.degradation_scale.copy_(rms.clamp(min=1e-3))  # noise level 0 must not divide by zero
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise (Ho et al., 2020, eq. 4)."""
+        abar = _at(self.alphas_cumprod, t)
+        return abar.sqrt() * x_start + (1 - abar).sqrt() * noise
+
+    def _network(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return self.model(torch.cat([x, cond], dim=1), t).float()
+
+    def _x_start(self, output: Tensor, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """The clean latent that a network output stands for."""
+        if self.precondition == "conditioning":
+            return cond - self.degradation_scale * output
+        abar = _at(self.alphas_cumprod, t)
+        if self.parameterization == "eps":
+            return (x - (1 - abar).sqrt() * output) / abar.sqrt()
+        if self.parameterization == "v":  # Salimans and Ho (2022), appendix D
+            return abar.sqrt() * x - (1 - abar).sqrt() * output
+        return output
+
+    def predict(self, x: Tensor, t: Tensor, cond: Tensor) -> Prediction:
+        """Clean latent and noise predicted from x_t (N, C, H, W), t (N,) and the conditioning latent, all normalised."""
+        x, cond = x.float(), cond.float()
+        output = self._network(x, t, cond)
+        x_start = self._x_start(output, x, t, cond)
+        if self.precondition == "none" and self.parameterization == "eps":
+            return Prediction(x_start, output)
+        abar = _at(self.alphas_cumprod, t)
+        return Prediction(x_start, (x - abar.sqrt() * x_start) / (1 - abar).sqrt())
+
+    def p_losses(self, x_start: Tensor, cond: Tensor, t: Tensor, noise: Tensor) -> DiffusionLoss:
+        """Loss at timesteps t (N,) for normalised clean and conditioning latents and unit noise, all (N, C, H, W).
+
+        L_simple is Ho et al. (2020), eq. 14, on what `parameterization` names; a squared error of the clean latent counts
+        SNR times in eps, SNR + 1 times in v, once in x0.
+        """
+        x = self.q_sample(x_start, t, noise)
+        output = self._network(x, t, cond)
+        abar = self.alphas_cumprod[t]
+        snr = abar / (1 - abar)
+        factor = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[self.parameterization]
+        if self.precondition == "conditioning":
+            latent_error = (self._x_start(output, x, t, cond) - x_start).square().mean((1, 2, 3))
+            simple = factor * latent_error
+        else:
+            target = {"eps": noise, "x0": x_start}.get(self.parameterization)
+            if target is None:
+                root = _at(self.alphas_cumprod, t)
+                target = root.sqrt() * noise - (1 - root).sqrt() * x_start
+            simple = (output - target).square().mean((1, 2, 3))
+            latent_error = simple / factor
+        weight = {
+            "latent": 1 / (factor * self.degradation_scale**2),
+            "min_snr": snr.clamp(max=5) / factor,
+            "none": torch.ones_like(snr),
+        }[self.loss_weighting]
+        logvar = self.logvar[t]
+        loss = self.l_simple_weight * (weight * simple / logvar.exp() + logvar).mean()
+        if self.original_elbo_weight:
+            loss = loss + self.original_elbo_weight * (self.elbo_weights[t] * simple).mean()
+        ratio = latent_error.detach().mean() / self.degradation_scale**2
+        return DiffusionLoss(loss, simple.detach().mean(), ratio)
+
+
+def ddim_timesteps(timesteps: int, steps: int, spacing: str = "leading") -> Tensor:
+    """The `steps` timesteps of a sampler out of `timesteps`, descending, (steps,) int64.
+
+    "leading" is LDM's: multiples of T // steps, plus 1 where that leaves room; "trailing" counts down from T - 1 (Lin et
+    al., 2024, arXiv:2305.08891, table 2). Raises ValueError for steps outside 1..timesteps or an unknown spacing.
+    """
+    if not 1 <= steps <= timesteps:
+        raise ValueError(f"DDIM needs between 1 and {timesteps} steps, not {steps}")
+    if spacing == "leading":
+        ratio = timesteps // steps
+        return torch.arange(steps).flip(0) * ratio + (1 if ratio > 1 else 0)
+    if spacing == "trailing":
+        return (timesteps - torch.arange(steps, dtype=torch.float64) * timesteps / steps).round().long() - 1
+    raise ValueError(f"DDIM spacing must be leading or trailing, not {spacing!r}")
+
+
+class DDIMSampler:
+    """DDIM (Song et al., 2021, arXiv:2010.02502, eq. 12) over a model with `alphas_cumprod` and `predict(x, t, cond)`.
+
+    `final_alpha_cumprod` is abar after the last step: 1 returns the predicted clean latent; LDM's own sampler keeps
+    alphas_cumprod[0], which leaves noise of 0.039 in the result, as much as the degradation itself.
+    """
+
+    def __init__(self, model: LatentDiffusion, spacing: str = "leading", final_alpha_cumprod: float = 1.0):
+        self.model = model
+        self.spacing = spacing
+        self.final_alpha_cumprod = final_alpha_cumprod
+
+    @staticmethod
+    def step(
+        x: Tensor, prediction: Prediction, abar: Tensor, previous: Tensor, eta: float, noise: Tensor | None
+    ) -> Tensor:
+        """One step from abar_t to abar of the previous timestep (scalars); `noise` like x, needed where eta > 0."""
+        sigma = eta * ((1 - previous) / (1 - abar) * (1 - abar / previous)).sqrt()
+        x = previous.sqrt() * prediction.x_start + (1 - previous - sigma**2).clamp(min=0).sqrt() * prediction.eps
+        return x if noise is None else x + sigma * noise
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond: Tensor,
+        x_T: Tensor,
+        steps: int = 50,
+        eta: float = 0.0,
+        draw: Callable[[], Tensor] | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Sample clean latents given conditioning latents, both (N, C, H, W) and normalised.
+
+        Args:
+            x_T: unit Gaussian noise to start from, like cond.
+            steps: number of network evaluations.
+            eta: 0 is deterministic, 1 has the variance of the ancestral sampler.
+            draw: returns unit noise like x_T, called once a step where eta > 0.
+        Raises: ValueError for an impossible number of steps, or eta > 0 without `draw`.
+        """
+        if eta > 0 and draw is None:
+            raise ValueError("DDIM with eta > 0 needs a source of noise")
+        alphas_cumprod = self.model.alphas_cumprod
+        schedule = ddim_timesteps(len(alphas_cumprod), steps, self.spacing)
+        # one transfer ahead of the loop: indexing by a host number inside it would not synchronise, reading back would
+        abars = alphas_cumprod[schedule.to(alphas_cumprod.device)]
+        previous = F.pad(abars[1:], (0, 1), value=self.final_alpha_cumprod)
+        x = x_T
+        for i, t in enumerate(tqdm(schedule.tolist(), desc="DDIM", leave=False, disable=not progress)):
+            prediction = self.model.predict(x, torch.full((len(x),), t, device=x.device), cond)
+            x = self.step(x, prediction, abars[i], previous[i], eta, draw() if eta > 0 else None)
+        return x
+
+
+class LitEma(nn.Module):
+    """Exponential moving average of a model's parameters with LDM's warm-up, decay_n = min(decay, (1 + n) / (10 + n)).
+
+    n counts the updates from 1. Stands on `torch.optim.swa_utils.AveragedModel`, which also averages no buffers.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999):
+        super().__init__()
+        if not 0 <= decay <= 1:
+            raise ValueError(f"EMA decay must lie between 0 and 1, not {decay}")
+        self.decay = decay
+        self.averaged = AveragedModel(model, multi_avg_fn=self._average).requires_grad_(False).eval()
+        self.averaged.n_averaged.fill_(1)  # the copy made here counts as the first: n = 1 at the first update
+
+    @torch.no_grad()
+    def _average(self, averages: list[Tensor], parameters: list[Tensor], _: Tensor) -> None:
+        # the counter lives on the host, so reading it does not synchronise with the device
+        n = int(self.averaged.n_averaged)
+        torch._foreach_lerp_(averages, parameters, 1 - min(self.decay, (1 + n) / (10 + n)))
+
+    def forward(self, model: nn.Module) -> None:
+        """One update towards the parameters of `model`."""
+        self.averaged.update_parameters(model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The averaged model."""
+        return self.averaged.module
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Write the averages into the parameters of `model`."""
+        with torch.no_grad():
+            for parameter, average in zip(model.parameters(), self.model.parameters(), strict=True):
+                parameter.copy_(average)
+
+    @contextlib.contextmanager
+    def average_parameters(self, model: nn.Module) -> Iterator[None]:
+        """Inside the block `model` carries the averages; afterwards its own parameters again."""
+        kept = [parameter.detach().clone() for parameter in model.parameters()]
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, own in zip(model.parameters(), kept, strict=True):
+                    parameter.copy_(own)

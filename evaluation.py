@@ -1,0 +1,189 @@
+"""Restored images against their references: a table, `metrics.json`, `metrics.csv` and side-by-side pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from datasets import Batch, MammogramDataset, make_loader
+from helper import atomic_path, format_table, write_json, write_text
+from metrics import ImageMetrics, image_metrics
+
+INPUT = "low dose"
+METRICS = tuple(field.name for field in dataclasses.fields(ImageMetrics))
+ERROR_RANGE = 0.05  # errors are drawn from black (-0.05) over grey (0) to white (+0.05)
+
+# A method maps a batch of images to (N, C, H, W) images to be compared with `batch.clean`.
+Method = Callable[[Batch], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Figures of every method on every image."""
+
+    per_image: pd.DataFrame  # columns path, patient, method and the metrics; the input is one of the methods
+    note: dict  # what else belongs into metrics.json
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Per method: mean and standard deviation of each metric, and the gain of its mean over the low-dose input."""
+        grouped = self.per_image.groupby("method", sort=False)[list(METRICS)]
+        mean, std = grouped.mean(), grouped.std(ddof=0)
+        rows = {}
+        for method in mean.index:
+            row = {}
+            for metric in METRICS:
+                row[metric] = float(mean.loc[method, metric])
+                row[f"{metric}_std"] = float(std.loc[method, metric])
+                row[f"{metric}_{INPUT.replace(' ', '_')}"] = float(mean.loc[INPUT, metric])
+                row[f"{metric}_gain"] = float(mean.loc[method, metric] - mean.loc[INPUT, metric])
+            rows[method] = row
+        return rows
+
+    def table(self) -> str:
+        """The summary as text: every row carries the low-dose input's own figure beside the method's."""
+        rows = []
+        for method, row in self.summary().items():
+            cells = [method]
+            for metric, digits in (("psnr_breast", 2), ("ssim_breast", 4), ("psnr", 2), ("ssim", 4)):
+                cells.append(f"{row[metric]:.{digits}f} ({row[f'{metric}_low_dose']:.{digits}f})")
+            gain = row["psnr_breast_gain"]
+            rows.append([*cells, f"{gain:+.2f}"])
+        header = [
+            "",
+            "PSNR breast (input)",
+            "SSIM breast (input)",
+            "PSNR (input)",
+            "SSIM (input)",
+            "gain in breast, dB",
+        ]
+        return format_table(header, rows)
+
+
+def evaluate(
+    dataset: MammogramDataset,
+    methods: Mapping[str, Method],
+    device: torch.device,
+    *,
+    pictured: Sequence[str] = (),
+    picture_folder: Path | None = None,
+    picture_count: int = 4,
+    suffix: str = ".png",
+    note: Callable[[], dict] = dict,
+    workers: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Apply each method to each image of a validation or test set, one at a time, and compare with the clean image.
+
+    The low-dose input is always measured beside them. Pictures of `picture_count` evenly spaced images, with the columns
+    clean, low dose, `pictured` methods and the errors of input and last method, go to `picture_folder`. `note` is called
+    at the end for what else belongs into metrics.json.
+    """
+    rows = []
+    shown = set(np.linspace(0, len(dataset) - 1, min(picture_count, len(dataset))).round().astype(int).tolist())
+    loader = make_loader(dataset, 1, workers=workers)
+    for i, batch in enumerate(tqdm(loader, desc="evaluate", disable=not progress, unit="image")):
+        on_device = batch.to(device)
+        images = {INPUT: batch.degraded}
+        images |= {name: method(on_device).float().clamp(0, 1).cpu() for name, method in methods.items()}
+        mask = torch.ones_like(batch.clean, dtype=torch.bool) if batch.mask is None else batch.mask
+        figures = {name: image_metrics(image[0], batch.clean[0], mask[0]) for name, image in images.items()}
+        meta = batch.meta[0]
+        rows += [
+            {"path": meta.path, "patient": meta.patient, "method": name, **dataclasses.asdict(figure)}
+            for name, figure in figures.items()
+        ]
+        if picture_folder is not None and i in shown:
+            columns = {name: images[name][0] for name in (INPUT, *pictured)}
+            labels = {name: f"{figures[name].psnr_breast:.1f} dB" for name in columns}
+            picture = comparison(batch.clean[0], columns, mask[0], labels)
+            name = Path(meta.path).with_suffix("").as_posix().replace("/", "_")
+            save_picture(picture, picture_folder / f"{name}{suffix}")
+    return Evaluation(pd.DataFrame(rows), note())
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Write metrics.json (means by method), metrics.csv (a row an image, a column a method and metric) and table.txt."""
+    count = int(evaluation.per_image["path"].nunique())
+    write_json(folder / "metrics.json", {"images": count, "methods": evaluation.summary(), **evaluation.note})
+    wide = evaluation.per_image.pivot_table(
+        index=["path", "patient"], columns="method", values=list(METRICS), sort=False, dropna=False
+    )
+    wide.columns = [f"{method} {metric}" for metric, method in wide.columns]
+    methods = list(evaluation.per_image["method"].unique())
+    wide = wide[[f"{method} {metric}" for method in methods for metric in METRICS]]
+    write_text(folder / "metrics.csv", wide.reset_index().to_csv(index=False, lineterminator="\n"))
+    write_text(folder / "table.txt", evaluation.table() + "\n")
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _close_up(clean: Tensor, mask: Tensor) -> tuple[int, int, int]:
+    """Row, column and side of the brightest square inside the breast, a quarter of the shorter side."""
+    side = max(16, min(clean.shape[-2:]) // 4)
+    side = min(side, *clean.shape[-2:])
+    windows = torch.nn.functional.avg_pool2d((clean * mask)[None].float(), side, stride=max(1, side // 8))[0, 0]
+    best = int(windows.argmax())
+    stride = max(1, side // 8)
+    return best // windows.shape[1] * stride, best % windows.shape[1] * stride, side
+
+
+def comparison(clean: Tensor, images: Mapping[str, Tensor], mask: Tensor, labels: Mapping[str, str]) -> Tensor:
+    """Side by side, (3, H', W') uint8: clean, the images, and the errors of the first and the last of them.
+
+    All are (C, H, W) in [0, 1]. Below each stands a close-up of the densest part, windowed by the clean image's range
+    there, alike in all columns.
+    """
+    columns = [("clean", clean.mean(0), "")]
+    columns += [(name, image.mean(0), labels.get(name, "")) for name, image in images.items()]
+    ends = list(dict.fromkeys([next(iter(images)), list(images)[-1]]))
+    errors = [(f"{name} - clean", (images[name] - clean).mean(0), f"+-{ERROR_RANGE}") for name in ends]
+    row, column, side = _close_up(clean, mask)
+    window = clean[..., row : row + side, column : column + side].mean(0)
+    low, high = torch.quantile(window.flatten().float(), torch.tensor([0.005, 0.995])).tolist()
+    high = max(high, low + 0.02)
+    height, width = clean.shape[-2:]
+    zoom, title, gap = max(192, width), 34, 6
+    enlarge = max(1, zoom // side)
+    zoom = enlarge * side
+    cell = max(width, zoom)
+    total = len(columns) + len(errors)
+    canvas = Image.new("RGB", (total * (cell + gap) + gap, title + height + gap + zoom + gap), (24, 24, 24))
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(13)
+    for i, (name, image, label) in enumerate(columns + errors):
+        left = gap + i * (cell + gap)
+        draw.text((left, 2), name, font=font, fill=(255, 255, 255))
+        draw.text((left, 17), label, font=font, fill=(180, 200, 255))
+        part = image[row : row + side, column : column + side]
+        if i >= len(columns):
+            image, part = (0.5 + v / (2 * ERROR_RANGE) for v in (image, part))
+        else:
+            part = (part - low) / (high - low)
+        canvas.paste(_grey(image), (left, title))
+        canvas.paste(_grey(part).resize((zoom, zoom), Image.Resampling.NEAREST), (left, title + height + gap))
+        box = [left + column, title + row, left + column + side - 1, title + row + side - 1]
+        draw.rectangle(box, outline=(255, 200, 0))
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+def _grey(image: Tensor) -> Image.Image:
+    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+
+
+def save_picture(picture: Tensor, path: Path) -> None:
+    """Write a picture (3, H, W) uint8 atomically, in the format of the path's suffix."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(
+            temporary,
+            format="JPEG" if path.suffix == ".jpg" else "PNG",
+            **({"quality": 95} if path.suffix == ".jpg" else {}),
+        )

@@ -1,0 +1,403 @@
+"""Utilities that both stages share: errors, devices, keyed randomness, files, checkpoints and run folders."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import platform
+import random
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hps import HParams, apply_overrides
+
+CHECKPOINT_FORMAT = 1  # raised when the layout of a checkpoint changes
+_ROOT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one sentence that names the file or flag and the remedy."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`: a `UserError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    try:
+        main()
+    except UserError as error:
+        # a loader worker hands its error over wrapped in a traceback: the sentence is what follows the last marker
+        print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """A wrong call: one line on stderr and exit status 2, without the usage block."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def non_negative_int(text: str) -> int:
+    """An argparse type: a whole number of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
+    return int(text)
+
+
+def base_parser(description: str, tasks: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser with the flags that all scripts take."""
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--task", choices=tasks, help="settings and data set (default: the checkpoint's, else phantom)")
+    parser.add_argument("--data-root", type=Path, help="folder of the data set (default for cbis-ddsm: data/cbis-ddsm)")
+    parser.add_argument("--out", type=Path, help="output folder (default: a new one under runs/)")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("--epochs", type=non_negative_int, help="override max_epochs from hps.py")
+    parser.add_argument("--batch-size", type=positive_int, help="override batch size from hps.py")
+    parser.add_argument("--num-workers", type=non_negative_int, help="override nb_workers from hps.py")
+    parser.add_argument("--hps", action="append", default=[], metavar="KEY=VALUE", help="override any entry of hps.py")
+    parser.add_argument("--cpu", action="store_true", help="disable GPU, run on CPU")
+    parser.add_argument("--no-tqdm", action="store_true", help="disable progress bars")
+    parser.add_argument("--no-save", action="store_true", help="disable saving checkpoints and images")
+    amp = parser.add_mutually_exclusive_group()
+    amp.add_argument("--no-amp", action="store_true", help="disable Automatic Mixed Precision")
+    amp.add_argument("--amp", action="store_true", help="mixed precision on the CPU too (bfloat16)")
+    return parser
+
+
+# --- devices and numbers ---------------------------------------------------------------------------------------------
+
+
+def get_device(cpu: bool = False) -> torch.device:
+    """CUDA where there is a device and `cpu` does not forbid it, else the CPU; says so when it falls back."""
+    if not cpu and torch.cuda.is_available():
+        return torch.device("cuda")
+    if not cpu:
+        print("no CUDA device found: running on the CPU")
+    return torch.device("cpu")
+
+
+def get_parameter_count(model: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def seed_of(*key: object) -> int:
+    """A 63-bit seed that depends on every part of `key` and on nothing else."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seeded_generator(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator keyed by `key`: what it draws depends on neither order, worker nor process."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+def randn_by_sample(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Unit Gaussian noise (N, *shape), one generator a sample, so that a sample's noise does not depend on its batch."""
+    return torch.stack([torch.randn(*shape, generator=g, device=device) for g in generators])
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the global generators of torch, CUDA, numpy and python, in types that a checkpoint can hold."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, keys.tolist(), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `rng_state` returned; CUDA states only where as many devices are there."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name when the block ends well and vanishes when it does not.
+
+    Raises UserError, naming the file, where the system refuses to write it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+        temporary = Path(name)
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for their owner alone
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); free space or choose another --out"
+        ) from None
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically; floats that are not finite become null."""
+    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
+    for block in iter(lambda: file.read(1 << 20), b""):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's state, hexadecimal: tells which first stage a latent belongs to."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """What a checkpoint file holds."""
+
+    kind: str  # "vqvae" or "diffusion"
+    task: str
+    hps: HParams
+    model: dict[str, Tensor]
+    epoch: int  # epochs completed
+    step: int  # optimiser steps taken
+    best: float  # best validation score so far
+    training: dict[str, Any]  # ema, optimizer, scaler and RNG states, seed
+    extra: dict[str, Any]  # what a kind adds, e.g. the digest of its first stage
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint atomically."""
+    payload = {"format_version": CHECKPOINT_FORMAT} | {
+        field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)
+    }
+    payload["hps"] = dict(checkpoint.hps)
+    with atomic_path(path) as temporary:
+        torch.save(payload, temporary)
+
+
+def load_checkpoint(path: Path, kind: str) -> Checkpoint:
+    """Read a checkpoint of the given kind onto the CPU.
+
+    Raises UserError, naming the file, where it is missing, unreadable, of another kind or of another format version.
+    """
+    if path.is_dir() and (path / "last.pt").is_file():
+        path = path / "last.pt"  # a run folder stands for its newest checkpoint
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; name a .pt file or a run folder that holds last.pt")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  torch raises many kinds for a broken file
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError(f"{path}: not a readable checkpoint of this project ({reason})") from None
+    if not isinstance(payload, dict) or "format_version" not in payload or "kind" not in payload:
+        raise UserError(f"{path}: not a checkpoint of this project; train one with main-vqvae.py or main-diffusion.py")
+    if payload["format_version"] != CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{path}: checkpoint format {payload['format_version']}, this version reads {CHECKPOINT_FORMAT}; use the version it came from"
+        )
+    if payload["kind"] != kind:
+        scripts = {"vqvae": "main-vqvae.py (stage 1)", "diffusion": "main-diffusion.py (stage 2)"}
+        raise UserError(
+            f"{path}: a checkpoint of {scripts.get(payload['kind'], payload['kind'])}, but one of {scripts[kind]} is needed here"
+        )
+    del payload["format_version"]
+    payload["hps"] = HParams(payload["hps"])
+    try:
+        return Checkpoint(**payload)
+    except TypeError:
+        raise UserError(f"{path}: parts of the checkpoint are missing; use the one before it") from None
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load a state dict strictly; raises UserError with the first thing that does not fit."""
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"{path}: the weights do not fit the model of its settings: {reason}") from None
+
+
+# --- run folders -----------------------------------------------------------------------------------------------------
+
+
+def open_run(args: argparse.Namespace, script: str, checkpoint: Path | None = None) -> Path | None:
+    """The folder that a training writes to: --out, else that of the checkpoint it resumes, else a new one under runs/.
+
+    None under --no-save. Raises UserError where it cannot be made, or holds another run's checkpoints.
+    """
+    if args.no_save:
+        return None
+    resumed = checkpoint if checkpoint is None or checkpoint.is_dir() else checkpoint.parent
+    out = args.out or resumed
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            if (out / "last.pt").exists() and (resumed is None or resumed.resolve() != out.resolve()):
+                raise UserError(
+                    f"--out {out}: holds a run already; resume it with --load-path {out}, or choose another folder"
+                )
+            return out
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        for attempt in range(1000):
+            folder = Path("runs") / f"{script}-{args.task}-{stamp}{f'-{attempt}' if attempt else ''}"
+            folder.parent.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise UserError(
+            f"--out {error.filename or out}: cannot be made ({error.strerror}); choose another folder"
+        ) from None
+    raise UserError(f"runs/: a thousand runs of {script} started in the same second; name one with --out")
+
+
+def evaluation_folder(args: argparse.Namespace, checkpoint: Path) -> Path | None:
+    """Where an evaluation goes: --out, else `evaluation` beside the checkpoint; None under --no-save."""
+    if args.no_save:
+        return None
+    return args.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "evaluation"
+
+
+def record_run(folder: Path, hps: HParams, seed: int) -> None:
+    """Write command, settings, seed, git revision and package versions to `run.json`."""
+    revision = subprocess.run(
+        ["git", "-C", str(_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()  # fmt: skip
+    write_json(
+        folder / "run.json",
+        {
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "hps": dict(hps),
+            "seed": seed,
+            "revision": revision or None,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+            "started": datetime.datetime.now().isoformat(timespec="seconds"),
+        },
+    )
+
+
+def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Aligned text columns: the first to the left, the others to the right; floats with the digits they are given as."""
+    cells = [[str(c) for c in header], *([str(c) for c in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]  # fmt: skip
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+# Entries that say which images there are and which split they are in: stage 2 takes them from its first stage's checkpoint,
+# so that no image tested on was trained on by either.
+DATA_IDENTITY = (
+    "image_shape", "noise_level", "split", "abnormality", "split_csv", "patient_pattern", "validation_fraction",
+    "test_fraction", "phantom_counts",
+)  # fmt: skip
+
+
+def resolve_settings(
+    args: argparse.Namespace,
+    table: dict[str, HParams],
+    *,
+    checkpoint: Checkpoint | None = None,
+    architecture: Sequence[str] = (),
+    first_stage: Checkpoint | None = None,
+) -> HParams:
+    """The settings of a call: the task's, then the checkpoint's, then what the flags override.
+
+    A checkpoint's `architecture` entries always hold; of another task's checkpoint nothing else does. Data entries follow
+    the first stage's checkpoint. Sets `args.task` where it was left out. Raises UserError naming the flag.
+    """
+    source = checkpoint or first_stage
+    args.task = args.task or (source.task if source else "phantom")
+    hps = table[args.task].updated()
+    if first_stage is not None and first_stage.task == args.task:
+        hps = hps.updated(**{key: first_stage.hps[key] for key in DATA_IDENTITY if key in first_stage.hps})
+    if checkpoint is not None:
+        kept = [key for key in checkpoint.hps if key in hps and (checkpoint.task == args.task or key in architecture)]
+        hps = hps.updated(**{key: checkpoint.hps[key] for key in kept})
+    flags = {"batch_size": args.batch_size, "max_epochs": args.epochs, "nb_workers": args.num_workers}
+    set_flags = {key: value for key, value in flags.items() if value is not None and key in hps}
+    if "batch_size" in set_flags and hps.mini_batch_size and set_flags["batch_size"] % hps.mini_batch_size:
+        set_flags["mini_batch_size"] = 0
+    try:
+        hps, overridden = apply_overrides(hps.updated(**set_flags), args.hps)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if checkpoint is not None:
+        for key in overridden & set(architecture):
+            if hps[key] != checkpoint.hps.get(key, hps[key]):
+                raise UserError(
+                    f"--hps {key}={hps[key]}: the checkpoint was trained with {checkpoint.hps[key]}; leave it out"
+                )
+    return hps

@@ -1,0 +1,71 @@
+"""One call logs to the console, to `log.csv` and to TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from helper import write_text
+
+
+class Logger:
+    """Logs scalars and pictures of a run; `folder=None` logs to the console alone.
+
+    `log.csv` has one row a call: step, epoch, split, then a column for every name seen. Rows written after `step` (a run
+    that is resumed from an older checkpoint) are dropped, so that no step stands in it twice.
+    """
+
+    def __init__(self, folder: Path | None, step: int = 0):
+        self.path = folder / "log.csv" if folder else None
+        self.columns = ["step", "epoch", "split"]
+        self.rows: list[dict[str, str]] = []
+        if self.path and self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                self.rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
+                self.columns = list(reader.fieldnames or self.columns)
+        if step == 0:
+            self.rows = []
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None) if folder else None
+
+    def log(self, split: str, step: int, epoch: int, values: Mapping[str, float], echo: bool = True) -> None:
+        """Log named scalars of a split at a step; `echo` prints them too."""
+        if echo:
+            numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            tqdm.write(f"epoch {epoch:3d}  step {step:6d}  {split:10s}  {numbers}")
+        if self.path is None:
+            return
+        row = {"step": str(step), "epoch": str(epoch), "split": split} | {k: repr(float(v)) for k, v in values.items()}
+        new = [name for name in row if name not in self.columns]
+        rewrite = bool(new) or not self.path.is_file() or not self.rows
+        self.columns += new
+        self.rows.append(row)
+        if rewrite:
+            write_text(self.path, self._lines([dict(zip(self.columns, self.columns, strict=True)), *self.rows]))
+        else:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                file.write(self._lines([row]))
+        for name, value in values.items():
+            self.writer.add_scalar(f"{split}/{name}", value, step)
+
+    def _lines(self, rows: list[dict[str, str]]) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerows(rows)
+        return text.getvalue()
+
+    def picture(self, name: str, image: Tensor, step: int) -> None:
+        """Show a picture (3, H, W) uint8 in TensorBoard."""
+        if self.writer:
+            self.writer.add_image(name, image.to(torch.uint8), step)
+
+    def close(self) -> None:
+        """Flush what is still held back."""
+        if self.writer:
+            self.writer.close()

@@ -1,0 +1,172 @@
+"""Extract a latent data set from a trained VQ-VAE-2: clean and degraded latents, code indices and where they come from."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from datasets import LATENT_FORMAT, SPLITS, Batch, MammogramDataset, get_dataset
+from helper import (
+    UserError,
+    base_parser,
+    get_device,
+    positive_int,
+    resolve_settings,
+    run_script,
+    weights_digest,
+    write_json,
+)
+from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS
+from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = base_parser(__doc__, TASKS)
+    parser.add_argument("checkpoint", type=Path, help="path to pre-trained VQ-VAE-2 checkpoint")
+    parser.add_argument("--codes-only", action="store_true", help="write code indices alone, 16 bit")
+    parser.add_argument(
+        "--realisations", type=positive_int, default=1, help="noise draws per training image (default: 1)"
+    )
+    parser.add_argument("--float32", action="store_true", help="write latents in single precision, not half")
+    return parser.parse_args()
+
+
+@dataclass
+class _Realisations(Dataset):
+    """Whole training images with each noise draw in turn; validation and test images once, with their own noise."""
+
+    images: MammogramDataset
+    count: int
+
+    def __len__(self) -> int:
+        return self.images.image_count() * self.count
+
+    def __getitem__(self, i: int) -> Batch:
+        index, realisation = divmod(i, self.count)
+        return self.images.whole(index, realisation) if self.images.train else self.images[index]
+
+
+def write_split(
+    images: MammogramDataset, first_stage: VQVAE2Wrapper, folder: Path, dtype: np.dtype, device: torch.device,
+    *, realisations: int, codes_only: bool, workers: int, progress: bool,
+) -> dict:  # fmt: skip
+    """Write one split's arrays below `folder`; returns its entry in the index."""
+    folder.mkdir(parents=True)
+    n = images.image_count()
+    arrays: dict[str, np.ndarray] = {}
+
+    def array(name: str, kind: np.dtype, *shape: int) -> np.ndarray:
+        if name not in arrays:
+            arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, shape)
+        return arrays[name]
+
+    entries = []
+    loader = DataLoader(
+        _Realisations(images, realisations), batch_size=1, num_workers=workers, collate_fn=Batch.collate
+    )
+    for i, batch in enumerate(tqdm(loader, desc=images.split, disable=not progress, unit="pair")):
+        index, realisation = divmod(i, realisations)
+        batch = batch.to(device)
+        if realisation == 0:
+            meta = batch.meta[0]
+            entries.append({"path": meta.path, "patient": meta.patient})
+            clean = first_stage.encode(batch.clean)
+            for level, codes in enumerate(first_stage.codes(clean)):
+                array(f"codes_{level}", np.uint16, n, *codes.shape[1:])[index] = codes[0].cpu().numpy()
+            if not codes_only:
+                array("clean", dtype, n, *clean.shape[1:])[index] = clean[0].cpu().numpy()
+                rate = first_stage.vqvae.scaling_rates[0]
+                padded = torch.zeros(1, clean.shape[2] * rate, clean.shape[3] * rate, dtype=torch.bool)
+                padded[:, : batch.mask.shape[2], : batch.mask.shape[3]] = batch.mask[0].cpu()
+                mask = padded.view(clean.shape[2], rate, clean.shape[3], rate).any(3).any(1)
+                array("mask", np.bool_, n, *mask.shape)[index] = mask.numpy()
+        if not codes_only:
+            degraded = first_stage.encode(batch.degraded)[0].cpu().numpy()
+            array("degraded", dtype, n, realisations, *degraded.shape)[index, realisation] = degraded
+    for written in arrays.values():
+        written.flush()
+    return {"images": entries, "realisations": realisations}
+
+
+def main() -> None:
+    args = parse_arguments()
+    vqvae, checkpoint = load_vqvae(args.checkpoint)
+    hps = resolve_settings(args, HPS_VQVAE, checkpoint=checkpoint, architecture=ARCHITECTURE_VQVAE)
+    if hps.nb_entries > 2**16:
+        raise UserError(f"{args.checkpoint}: {hps.nb_entries} codebook entries do not fit into 16-bit indices")
+    images = {split: get_dataset(args.task, hps, split, args.data_root, args.seed) for split in SPLITS}
+    device = get_device(args.cpu)
+    first_stage = VQVAE2Wrapper(vqvae.eval()).to(device)
+    height, width = hps.image_shape[1:]
+    channels, rows, columns = first_stage.latent_shape(height, width)
+    realisations = {split: args.realisations if split == "train" else 1 for split in SPLITS}
+
+    dtype = np.dtype(np.float32 if args.float32 else np.float16)
+    code_bytes = sum(
+        2 * rows * columns * vqvae.scaling_rates[0] ** 2 // int(np.prod(vqvae.scaling_rates[: i + 1])) ** 2
+        for i in range(vqvae.nb_levels)
+    )
+    latent_bytes = 0 if args.codes_only else channels * rows * columns * dtype.itemsize
+    total = sum(
+        d.image_count()
+        * (code_bytes + (1 + realisations[split]) * latent_bytes + (rows * columns if latent_bytes else 0))
+        for split, d in images.items()
+    )
+    counts = ", ".join(f"{d.image_count()} {split}" for split, d in images.items())
+    out = args.out or Path("latents") / f"{args.task}-{weights_digest(vqvae)[:8]}"
+    if out.exists():
+        raise UserError(f"--out {out}: exists already; remove it or choose another folder")
+    parent = next(p for p in out.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    print(f"{counts} images: {code_bytes:,} bytes of codes and {latent_bytes:,} bytes a latent, {total / 1e9:.3f} GB in all; {free / 1e9:.1f} GB free")  # fmt: skip
+    if args.no_save:
+        print("nothing written (--no-save)")
+        return
+    if total > 0.98 * free:
+        raise UserError(
+            f"--out {out}: {total / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; try --codes-only"
+        )
+
+    partial = out.with_name(f".{out.name}.part")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        index = {
+            "format_version": LATENT_FORMAT,
+            "checkpoint": str(args.checkpoint),
+            "first_stage": weights_digest(vqvae),
+            "task": args.task,
+            "hps": dict(hps),
+            "seed": args.seed,
+            "codes_only": args.codes_only,
+            "latent_shape": [channels, rows, columns],
+            "image_shape": hps.image_shape,
+            "rate": vqvae.scaling_rates[0],
+            "scale": vqvae.scale,
+            "splits": {
+                split: write_split(
+                    images[split], first_stage, partial / split, dtype, device, realisations=realisations[split],
+                    codes_only=args.codes_only, workers=hps.nb_workers, progress=not args.no_tqdm,
+                )
+                for split in SPLITS
+            },
+        }  # fmt: skip
+        write_json(partial / "index.json", index)
+        partial.replace(out)
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: cannot be written ({error.strerror}); free space or choose another folder"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"latents written to {out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,149 @@
+"""Stage 1: train or evaluate the VQ-VAE-2 on clean mammograms."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from datasets import Batch, get_dataset
+from evaluation import evaluate, write_evaluation
+from helper import (
+    Checkpoint,
+    UserError,
+    base_parser,
+    evaluation_folder,
+    get_device,
+    get_parameter_count,
+    load_checkpoint,
+    open_run,
+    record_run,
+    resolve_settings,
+    run_script,
+)
+from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS, HParams
+from trainer import VQVAETrainer, amp_dtype
+from vqvae import VQVAE, perplexity
+from vqvae2_wrapper import load_vqvae
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = base_parser(__doc__, TASKS)
+    parser.add_argument("--load-path", type=Path, help="resume training from a saved checkpoint (or its run folder)")
+    parser.add_argument("--save-jpg", action="store_true", help="save output images as JPEG instead of PNG")
+    parser.add_argument("--evaluate", action="store_true", help="run evaluation only (no training)")
+    return parser.parse_args()
+
+
+def evaluate_vqvae(args: argparse.Namespace, hps: HParams, vqvae: VQVAE, device: torch.device) -> None:
+    """Table, files and pictures of reconstructions of the test set, past and through the codebooks."""
+    test_set = get_dataset(args.task, hps, "test", args.data_root, args.seed)
+    vqvae = vqvae.to(device).eval()
+    counts = torch.zeros(hps.nb_levels, hps.nb_entries, device=device)
+    vectors = [0] * hps.nb_levels
+
+    def reconstruct(image: Tensor, quantize: bool) -> Tensor:
+        with torch.no_grad():
+            return vqvae(image, quantize).reconstruction
+
+    def quantized(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            output = vqvae(batch.clean, True)
+        for level, indices in enumerate(output.indices):
+            counts[level] += torch.bincount(indices.flatten(), minlength=hps.nb_entries)
+            vectors[level] += indices.numel()
+        return output.reconstruction
+
+    def codebooks() -> dict:
+        return {
+            "codebooks": [
+                {
+                    "level": i,
+                    "perplexity": float(perplexity(row)),
+                    "vectors": vectors[i],
+                    "entries_used": int((row > 0).sum()),
+                }
+                for i, row in enumerate(counts)
+            ]
+        }
+
+    methods = {
+        "clean, continuous": lambda batch: reconstruct(batch.clean, False),
+        "clean, quantised": quantized,
+        "low dose, continuous": lambda batch: reconstruct(batch.degraded, False),
+        "low dose, quantised": lambda batch: reconstruct(batch.degraded, True),
+    }
+    folder = evaluation_folder(args, args.load_path)
+    result = evaluate(
+        test_set,
+        methods,
+        device,
+        pictured=("clean, continuous", "clean, quantised"),
+        picture_folder=folder,
+        suffix=".jpg" if args.save_jpg else ".png",
+        note=codebooks,
+        workers=hps.nb_workers,
+        progress=not args.no_tqdm,
+    )
+    print(f"stage 1 on {len(test_set)} test images of {args.task}, noise level {hps.noise_level}")
+    print(result.table())
+    for book in result.note["codebooks"]:
+        print(f"codebook {book['level']}: perplexity {book['perplexity']:.1f}, {book['entries_used']} of {hps.nb_entries} entries used by {book['vectors']} vectors")  # fmt: skip
+    if folder is not None:
+        write_evaluation(result, folder)
+        print(f"evaluation written to {folder}")
+
+
+def train(
+    args: argparse.Namespace, hps: HParams, vqvae: VQVAE, device: torch.device, checkpoint: Checkpoint | None
+) -> None:
+    """Train from the start, or go on from a checkpoint."""
+    train_set = get_dataset(args.task, hps, "train", args.data_root, args.seed)
+    validation_set = get_dataset(args.task, hps, "validation", args.data_root, args.seed)
+    folder = open_run(args, "vqvae", args.load_path)
+    trainer = VQVAETrainer(
+        args.task,
+        hps,
+        vqvae,
+        device,
+        train_set,
+        validation_set,
+        folder,
+        seed=args.seed,
+        amp=amp_dtype(device, args.amp or (hps.amp and not args.no_amp and device.type == "cuda")),
+        progress=not args.no_tqdm,
+        picture_suffix=".jpg" if args.save_jpg else ".png",
+    )
+    if checkpoint is not None:
+        trainer.resume(checkpoint, args.load_path)
+    if folder is not None:
+        record_run(folder, hps, trainer.seed)
+    print(
+        f"VQ-VAE-2: {get_parameter_count(vqvae):,} parameters, {len(train_set)} samples an epoch, {trainer.steps_per_epoch} steps"
+    )
+    trainer.fit()
+    print(f"checkpoints written to {folder}" if folder else "nothing saved (--no-save)")
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.evaluate and args.load_path is None:
+        raise UserError("--evaluate needs --load-path, the checkpoint to evaluate")
+    checkpoint = load_checkpoint(args.load_path, "vqvae") if args.load_path else None
+    hps = resolve_settings(args, HPS_VQVAE, checkpoint=checkpoint, architecture=ARCHITECTURE_VQVAE)
+    device = get_device(args.cpu)
+    torch.manual_seed(args.seed)
+    if args.evaluate:
+        evaluate_vqvae(args, hps, load_vqvae(args.load_path)[0], device)
+        return
+    if checkpoint is not None and checkpoint.task != args.task:
+        raise UserError(
+            f"--task {args.task}: {args.load_path} was trained on {checkpoint.task}; leave --task out to resume"
+        )
+    train(args, hps, VQVAE(**hps.arguments(VQVAE)), device, checkpoint)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,450 @@
+"""The training loop of both stages, and what each stage puts into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from datasets import Batch, make_loader
+from diffusion import DDIMSampler, LatentDiffusion, LitEma
+from evaluation import comparison, save_picture
+from helper import (
+    Checkpoint,
+    UserError,
+    load_weights,
+    randn_by_sample,
+    rng_state,
+    save_checkpoint,
+    seed_of,
+    seeded_generator,
+    set_rng_state,
+    weights_digest,
+)
+from hps import HParams
+from logger import Logger
+from vqvae import VQVAE
+from vqvae2_wrapper import VQVAE2Wrapper
+
+PICTURE_STEPS = 10  # DDIM steps of the sample pictures drawn during training
+GOLDEN = (5**0.5 - 1) / 2  # step of the additive low-discrepancy sequence of "stratified" timesteps
+
+
+@dataclass
+class StepResult:
+    """Loss of one forward pass and scalars to log, all on the device."""
+
+    loss: Tensor
+    logs: dict[str, Tensor]
+
+
+def amp_dtype(device: torch.device, enabled: bool) -> torch.dtype | None:
+    """Precision of autocast: bfloat16 where the device has it, else float16; None where it is off."""
+    if not enabled:
+        return None
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return torch.float16
+    return torch.bfloat16
+
+
+def learning_rate(hps: HParams, step: int, total: int) -> float:
+    """Rate of optimiser step `step` (from 0) of `total`: linear warm-up, then constant or a cosine to zero."""
+    rate = hps.learning_rate * min(1.0, (step + 1) / max(1, hps.warmup_steps))
+    if hps.lr_schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
+    return rate
+
+
+class Trainer:
+    """Trains one stage: epochs of accumulated, clipped optimiser steps, with validation, pictures and checkpoints.
+
+    A stage is a subclass that says what its loss is. `folder=None` saves nothing.
+    """
+
+    kind = ""  # of its checkpoints
+
+    def __init__(
+        self,
+        task: str,
+        hps: HParams,
+        model: nn.Module,
+        device: torch.device,
+        train_set: Dataset,
+        validation_set: Dataset,
+        folder: Path | None = None,
+        *,
+        seed: int = 0,
+        amp: torch.dtype | None = None,
+        progress: bool = True,
+        picture_suffix: str = ".png",
+    ):
+        self.task, self.hps, self.device, self.folder, self.seed = task, hps, device, folder, seed
+        self.model = model.to(device)
+        self.amp, self.progress, self.picture_suffix = amp, progress, picture_suffix
+        pin = device.type == "cuda"
+        self.mini_batch = hps.mini_batch_size or hps.batch_size
+        self.loader = make_loader(train_set, self.mini_batch, seed=seed, shuffle=True, workers=hps.nb_workers, pin=pin)
+        self.validation_loader = make_loader(validation_set, 1, workers=min(1, hps.nb_workers), pin=pin)
+        self.optimizer = self.make_optimizer()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+        self.epoch, self.step, self.best = 0, 0, math.inf
+        self.logger: Logger | None = None
+
+    # --- what a stage says ---
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser over `self.model`."""
+        raise NotImplementedError
+
+    def setup(self) -> None:
+        """Once, before the first step of a new run: initialise from data."""
+
+    def loss(self, batch: Batch) -> StepResult:
+        """Loss of a batch on the device; called under autocast."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """After every optimiser step."""
+
+    def validate(self) -> dict[str, float]:
+        """Figures on the validation set; "score" decides which checkpoint is best, the lower the better."""
+        raise NotImplementedError
+
+    def picture(self) -> Tensor:
+        """A sample picture (3, H, W) uint8."""
+        raise NotImplementedError
+
+    def extra_state(self) -> dict[str, Any]:
+        """What the stage adds to a checkpoint's training state."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `extra_state` returned."""
+
+    def checkpoint_extra(self) -> dict[str, Any]:
+        """What the stage records about the checkpoint itself."""
+        return {}
+
+    # --- the loop ---
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.loader.sampler) / self.hps.batch_size)
+
+    def fit(self) -> None:
+        """Train from where the state stands to `max_epochs`; raises UserError where the loss is no number any more."""
+        self.logger = Logger(self.folder, self.step)
+        if self.step == 0 and self.epoch == 0:
+            self.setup()
+        if self.epoch >= self.hps.max_epochs:
+            print(f"already trained for {self.epoch} epochs; raise --epochs to go on")
+        try:
+            while self.epoch < self.hps.max_epochs:
+                self.train_epoch()
+                self.epoch += 1
+                self.end_epoch()
+        finally:
+            self.logger.close()
+
+    def train_epoch(self) -> None:
+        """One pass over the training set: `mini_batch_size` samples at a time, a step every `batch_size` of them."""
+        self.model.train()
+        self.loader.sampler.set_epoch(self.epoch)
+        samples, total = len(self.loader.sampler), self.steps_per_epoch * self.hps.max_epochs
+        bar = tqdm(total=self.steps_per_epoch, desc=f"epoch {self.epoch + 1}", unit="step", leave=False, disable=not self.progress)  # fmt: skip
+        seen = 0
+        logs: dict[str, Tensor] = {}
+        self.optimizer.zero_grad(set_to_none=True)
+        for batch in self.loader:
+            group = min(self.hps.batch_size, samples - seen // self.hps.batch_size * self.hps.batch_size)
+            share = len(batch) / group
+            batch = batch.to(self.device)
+            with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+                result = self.loss(batch)
+            self.scaler.scale(result.loss * share).backward()
+            for name, value in result.logs.items():
+                logs[name] = logs.get(name, 0) + value.detach() * share
+            seen += len(batch)
+            if seen % self.hps.batch_size and seen < samples:
+                continue
+            self.optimizer_step(total)
+            bar.update()
+            if self.step % self.hps.log_frequency == 0 or seen >= samples:
+                values = {name: float(value) for name, value in logs.items()}
+                if not math.isfinite(values["loss"]):
+                    raise UserError(f"the loss is no longer finite at step {self.step}; lower --hps learning_rate or pass --no-amp")  # fmt: skip
+                values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+                self.logger.log("train", self.step, self.epoch + 1, values, echo=seen >= samples)
+                bar.set_postfix(loss=f"{values['loss']:.4g}")
+            logs = {}
+        bar.close()
+
+    def optimizer_step(self, total: int) -> None:
+        """Clip the accumulated gradients and update the weights; `total` steps make the whole run."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.hps, self.step, total)
+        self.scaler.unscale_(self.optimizer)
+        if self.hps.grad_clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.hps.grad_clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.after_step()
+
+    def end_epoch(self) -> None:
+        """Validate, draw a sample picture and save, as often as the settings say."""
+        last = self.epoch == self.hps.max_epochs
+        improved = False
+        if last or self.epoch % self.hps.validation_frequency == 0:
+            self.model.eval()
+            values = self.validate()
+            improved = values["score"] < self.best
+            self.best = min(self.best, values["score"])
+            self.logger.log("validation", self.step, self.epoch, values)
+        if self.folder is None:
+            return
+        if last or self.epoch % self.hps.image_frequency == 0:
+            self.model.eval()
+            picture = self.picture()
+            save_picture(picture, self.folder / "samples" / f"epoch-{self.epoch:04d}{self.picture_suffix}")
+            self.logger.picture("samples", picture, self.step)
+        names = ["last.pt"]
+        if self.epoch % self.hps.checkpoint_frequency == 0:
+            names.append(f"epoch-{self.epoch:04d}.pt")
+        if improved:
+            names.append("best.pt")
+        checkpoint = self.checkpoint()
+        for name in names:
+            save_checkpoint(self.folder / name, checkpoint)
+
+    # --- state ---
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything a resume needs."""
+        return Checkpoint(
+            kind=self.kind,
+            task=self.task,
+            hps=self.hps,
+            model=self.model.state_dict(),
+            epoch=self.epoch,
+            step=self.step,
+            best=self.best,
+            training={
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "rng": rng_state(),
+                "seed": self.seed,
+                **self.extra_state(),
+            },
+            extra=self.checkpoint_extra(),
+        )
+
+    def resume(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Go on from a checkpoint, exactly; the seed is the checkpoint's."""
+        load_weights(self.model, checkpoint.model, path)
+        training = checkpoint.training
+        try:
+            self.optimizer.load_state_dict(training["optimizer"])
+            if training["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(training["scaler"])
+            set_rng_state(training["rng"])
+            self.seed = self.loader.sampler.seed = self.loader.dataset.seed = training["seed"]
+            self.load_extra_state(training)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: its training state does not fit ({error}); train anew without --load-path"
+            ) from None
+        self.epoch, self.step, self.best = checkpoint.epoch, checkpoint.step, checkpoint.best
+
+
+class VQVAETrainer(Trainer):
+    """Stage 1: reconstruction of clean images through and past the quantisers, and the commitment loss.
+
+    Loss: MSE + beta * commitment (van den Oord et al., 2017, arXiv:1711.00937, eq. 3, codebooks by EMA).
+    """
+
+    kind = "vqvae"
+    model: VQVAE
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.model.parameters(), lr=self.hps.learning_rate, fused=self.device.type == "cuda")
+
+    def setup(self) -> None:
+        def batches() -> Iterator[Tensor]:
+            self.loader.sampler.set_epoch(0)
+            for i, batch in enumerate(self.loader):
+                if i >= self.hps.codebook_batches:
+                    return
+                yield batch.clean.to(self.device)
+
+        self.model.initialise_codebooks(batches(), seeded_generator("codebooks", self.seed))
+
+    def loss(self, batch: Batch) -> StepResult:
+        keys = [meta.key for meta in batch.meta]
+        draws = [seed_of("path", self.seed, key.epoch, key.index) / 2**63 for key in keys]
+        chosen = torch.tensor([u < self.hps.quantize_probability for u in draws]).to(self.device, non_blocking=True)
+        # one generator a step: dead codes are re-seeded from the whole batch
+        generator = seeded_generator("revive", self.seed, self.step, keys[0].index, device=self.device)
+        output = self.model(batch.clean, chosen, generator)
+        reconstruction = output.reconstruction.float()
+        error = F.l1_loss if self.hps.recon_loss == "l1" else F.mse_loss
+        recon = error(reconstruction, batch.clean)
+        loss = recon + self.hps.beta * output.commitment_loss
+        mse = (reconstruction.detach() - batch.clean).square().mean((1, 2, 3))
+        logs = {"loss": loss, "recon": recon, "commitment": output.commitment_loss}
+        for name, weight in (("quantized", chosen.float()), ("continuous", 1 - chosen.float())):
+            logs[f"mse_{name}"] = (mse * weight).sum() / weight.sum().clamp(min=1)
+        logs |= {f"perplexity_{level}": value for level, value in enumerate(output.perplexity)}
+        return StepResult(loss, logs)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        psnr: dict[str, list[float]] = {"continuous": [], "quantized": []}
+        for batch in self.validation_loader:
+            clean = batch.clean.to(self.device)
+            z = self.model.encode(clean)
+            for name, values in psnr.items():
+                image = self.model.decode(z, name == "quantized", clean.shape[-2:]).reconstruction.clamp(0, 1)
+                values.append(-10 * math.log10(max(float(F.mse_loss(image, clean)), 1e-12)))
+        means = {f"psnr_{name}": sum(values) / len(values) for name, values in psnr.items()}
+        return {"score": -sum(means.values()) / len(means), **means}
+
+    @torch.no_grad()
+    def picture(self) -> Tensor:
+        batch = next(iter(self.validation_loader))
+        clean = batch.clean.to(self.device)
+        images = {
+            "continuous": self.model(clean, False).reconstruction[0].cpu(),
+            "quantised": self.model(clean, True).reconstruction[0].cpu(),
+        }
+        return comparison(batch.clean[0], images, batch.mask[0], {})
+
+
+class DiffusionTrainer(Trainer):
+    """Stage 2: L_simple of the clean latent's diffusion given the degraded latent, from images or from extracted latents.
+
+    `latents=True` says that the data sets hold latents already.
+    """
+
+    kind = "diffusion"
+    model: LatentDiffusion
+
+    def __init__(self, *args: Any, first_stage: VQVAE2Wrapper, latents: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.first_stage = first_stage.to(self.device)
+        self.latents = latents
+        self.ema = LitEma(self.model.model, self.hps.ema_decay)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(
+            parameters, lr=self.hps.learning_rate, weight_decay=self.hps.weight_decay, fused=self.device.type == "cuda"
+        )
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Clean and degraded first-stage latents of a batch on the device, in float32 also under autocast."""
+        if self.latents:
+            return batch.clean.float(), batch.degraded.float()
+        with torch.autocast(self.device.type, enabled=False):
+            clean, degraded = self.first_stage.encode(torch.cat([batch.clean, batch.degraded])).chunk(2)
+        return clean, degraded
+
+    def setup(self) -> None:
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            self.loader.sampler.set_epoch(0)
+            for i, batch in enumerate(self.loader):
+                if i >= self.hps.statistics_batches:
+                    return
+                yield self.encode(batch.to(self.device))
+
+        self.model.measure_statistics(pairs())
+
+    def draw_timesteps(self, batch: Batch) -> Tensor:
+        """Training timesteps (N,), keyed by sample: uniform, or one low-discrepancy sequence over the run."""
+        timesteps, values = self.hps.timesteps, []
+        for meta in batch.meta:
+            key = meta.key
+            if self.hps.timestep_sampling == "stratified":
+                counter = key.epoch * len(self.loader.sampler) + key.position
+                u = (seed_of("timesteps", self.seed) / 2**63 + counter * GOLDEN) % 1.0
+            else:
+                u = seed_of("timestep", self.seed, key.epoch, key.index) / 2**63
+            values.append(min(int(u * timesteps), timesteps - 1))
+        return torch.tensor(values).to(self.device, non_blocking=True)
+
+    def loss(self, batch: Batch) -> StepResult:
+        clean, degraded = (self.model.normalize(z) for z in self.encode(batch))
+        generators = [
+            seeded_generator("noise", self.seed, meta.key.epoch, meta.key.index, device=self.device)
+            for meta in batch.meta
+        ]
+        noise = randn_by_sample(generators, clean.shape[1:], self.device)
+        result = self.model.p_losses(clean, degraded, self.draw_timesteps(batch), noise)
+        logs = {"loss": result.loss, "l_simple": result.l_simple, "latent_error": result.latent_error}
+        return StepResult(result.loss, logs)
+
+    def after_step(self) -> None:
+        self.ema(self.model.model)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Latent error over that of the degraded latent, with EMA weights: at T - 1, where x_t says nothing, and at T / 10."""
+        errors: dict[str, list[Tensor]] = {"latent_error_T": [], "latent_error_T10": []}
+        timesteps = {"latent_error_T": self.hps.timesteps - 1, "latent_error_T10": self.hps.timesteps // 10}
+        with self.ema.average_parameters(self.model.model):
+            for batch in self.validation_loader:
+                batch = batch.to(self.device)
+                clean, degraded = (self.model.normalize(z) for z in self.encode(batch))
+                own = (degraded - clean).square().mean().clamp(min=1e-12)
+                for name, t in timesteps.items():
+                    generator = seeded_generator("validation", name, batch.meta[0].path, device=self.device)
+                    noise = randn_by_sample([generator], clean.shape[1:], self.device)
+                    t = torch.full((len(clean),), t, device=self.device)
+                    predicted = self.model.predict(self.model.q_sample(clean, t, noise), t, degraded).x_start
+                    errors[name].append((predicted - clean).square().mean() / own)
+        means = {name: float(torch.stack(values).mean()) for name, values in errors.items()}
+        return {"score": sum(means.values()) / len(means), **means}
+
+    @torch.no_grad()
+    def picture(self) -> Tensor:
+        batch = next(iter(self.validation_loader)).to(self.device)
+        z, cond = self.encode(batch)
+        with self.ema.average_parameters(self.model.model):
+            restored = sample_latents(self.model, self.model.normalize(cond), [batch.meta[0].path], PICTURE_STEPS)
+        clean, low, image = (self.first_stage.decode(v)[0].cpu() for v in (z, cond, self.model.denormalize(restored)))
+        mask = torch.ones_like(clean[:1], dtype=torch.bool) if batch.mask is None else batch.mask[0].cpu()
+        return comparison(clean, {"low dose": low, f"restored ({PICTURE_STEPS} steps)": image}, mask, {})
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"ema": self.ema.state_dict()}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.ema.load_state_dict(state["ema"])
+
+    def checkpoint_extra(self) -> dict[str, Any]:
+        return {"first_stage": weights_digest(self.first_stage.vqvae)}
+
+
+def sample_latents(
+    model: LatentDiffusion, cond: Tensor, names: list[str], steps: int, eta: float = 0.0, spacing: str = "leading",
+    seed: int = 0, progress: bool = False,
+) -> Tensor:  # fmt: skip
+    """DDIM samples of normalised latents given normalised conditioning latents (N, C, H, W).
+
+    The noise of each image is keyed by `seed` and its name, so it does not depend on its batch.
+    """
+    generators = [seeded_generator("sample of", seed, name, device=cond.device) for name in names]
+
+    def draw() -> Tensor:
+        return randn_by_sample(generators, cond.shape[1:], cond.device)
+
+    return DDIMSampler(model, spacing).sample(cond, draw(), steps, eta, draw, progress)

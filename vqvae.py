@@ -1,0 +1,328 @@
+"""Hierarchical VQ-VAE-2 (Razavi et al., 2019, arXiv:1906.00446) that is the identity before it has seen an image.
+
+Level 0 is the finest. Every convolution starts as a linear map on the centre tap, every residual branch with weight zero
+(ReZero, Bachlechner et al., 2020, arXiv:2003.04887), and every decoder as the transpose of its encoder, so the path past
+the quantisers returns its input exactly as long as `in_channels * scaling_rates[0]**2 <= embed_dim`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LOOKUP_ROWS = 16384  # rows of the distance matrix held at once in a codebook lookup
+
+
+def _centre_tap(in_channels: int, out_channels: int, matrix: Tensor | None = None) -> nn.Conv2d:
+    """A 3x3 convolution that starts as `matrix` (out, in) at every pixel, semi-orthogonal where None is given."""
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    with torch.no_grad():
+        if matrix is None:
+            nn.init.orthogonal_(matrix := torch.empty(out_channels, in_channels, device=conv.weight.device))
+        conv.weight[: matrix.shape[0], : matrix.shape[1], 1, 1] = matrix
+    return conv
+
+
+class ReZeroBlock(nn.Module):
+    """x + alpha * f(x) with alpha = 0 at first (Bachlechner et al., 2020, eq. 1); keeps the shape (N, C, H, W)."""
+
+    def __init__(self, channels: int, res_channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, res_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(res_channels, channels, 1)
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.alpha * self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+def _residual_stack(channels: int, res_channels: int, nb_res_layers: int) -> nn.Sequential:
+    return nn.Sequential(*(ReZeroBlock(channels, res_channels) for _ in range(nb_res_layers)))
+
+
+@dataclass
+class Quantized:
+    """What a codebook returns for (N, D, H, W) vectors."""
+
+    code: Tensor  # (N, D, H, W): nearest entries with straight-through gradient, or the input where not quantised
+    indices: Tensor  # (N, H, W) int64: nearest entry of every vector
+    commitment_loss: Tensor  # scalar: mean ||z - e||^2 / D over the quantised samples
+    perplexity: Tensor  # scalar: exp(entropy) of the entries used by the quantised samples
+
+
+class VectorQuantizer(nn.Module):
+    """Codebook with EMA updates (van den Oord et al., 2017, arXiv:1711.00937, appendix A.1) and dead-code revival.
+
+    Entries whose EMA count falls under `revive_threshold` times the even share are re-seeded from the current batch.
+    Statistics are summed over all processes, so that every process holds the same codebook.
+    """
+
+    def __init__(self, nb_entries: int, embed_dim: int, decay: float = 0.99, revive_threshold: float = 0.1):
+        super().__init__()
+        self.decay = decay
+        self.revive_threshold = revive_threshold
+        self.register_buffer("codebook", torch.randn(nb_entries, embed_dim))
+        self.register_buffer("ema_count", torch.ones(nb_entries))
+        self.register_buffer("ema_sum", self.codebook.clone())
+
+    @torch.no_grad()
+    def lookup(self, vectors: Tensor) -> Tensor:
+        """Index of the nearest entry (Euclidean) of each of (M, D) vectors; (M,) int64."""
+        vectors = vectors.float()
+        bias = 0.5 * self.codebook.pow(2).sum(1)
+        # argmin ||v - e||^2 = argmin ||e||^2 / 2 - v.e, in chunks: no M x K matrix is kept
+        chunks = [torch.addmm(bias, rows, self.codebook.t(), alpha=-1).argmin(1) for rows in vectors.split(LOOKUP_ROWS)]
+        return torch.cat(chunks)
+
+    def embed(self, indices: Tensor) -> Tensor:
+        """Entries at (N, H, W) indices as (N, D, H, W)."""
+        return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def initialise(self, vectors: Tensor, count: float, generator: torch.Generator | None = None) -> None:
+        """Set the entries to a random choice of (M, D) vectors; `count` vectors are expected in a batch."""
+        entries = self.codebook.shape[0]
+        vectors = vectors.to(self.codebook)
+        order = torch.randperm(len(vectors), generator=generator)
+        picked = vectors[order.repeat(math.ceil(entries / len(order)))[:entries].to(vectors.device)]
+        if len(vectors) < entries:  # repeated entries would tie: part them
+            jitter = torch.randn(picked.shape, generator=generator).to(picked)
+            picked = picked + 0.01 * vectors.std(0, unbiased=False) * jitter
+        self.codebook.copy_(picked)
+        self.ema_count.fill_(max(count, 1e-3) / entries)
+        self.ema_sum.copy_(picked * self.ema_count[:, None])
+
+    @torch.no_grad()
+    def update(self, x: Tensor, indices: Tensor, chosen: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One EMA step on (N, D, H, W) vectors with (N, H, W) indices, of the samples where `chosen` (N,) is True.
+
+        Returns how often each entry was used, (K,), over all processes.
+        """
+        n, d, h, w = x.shape
+        vectors = x.permute(0, 2, 3, 1).reshape(-1, d).float()
+        weight = chosen.to(vectors.dtype).repeat_interleave(h * w, output_size=n * h * w)
+        flat = indices.flatten()
+        counts = torch.zeros_like(self.ema_count).index_add_(0, flat, weight)
+        sums = torch.zeros_like(self.ema_sum).index_add_(0, flat, vectors * weight[:, None])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        self.ema_count.lerp_(counts, 1 - self.decay)
+        self.ema_sum.lerp_(sums, 1 - self.decay)
+        total = self.ema_count.sum()
+        entries = len(self.ema_count)
+        smoothed = (self.ema_count + 1e-5) / (total + entries * 1e-5) * total  # Laplace smoothing
+        self.codebook.copy_(self.ema_sum / smoothed[:, None].clamp(min=1e-12))
+        if self.revive_threshold > 0:
+            self._revive(vectors.view(n, h * w, d), chosen, total / entries, generator)
+        return counts
+
+    def _revive(self, vectors: Tensor, chosen: Tensor, share: Tensor, generator: torch.Generator | None) -> None:
+        """Re-seed entries used less than `revive_threshold * share` from random vectors of the chosen samples."""
+        n, positions, _ = vectors.shape
+        entries = len(self.ema_count)
+        draws = torch.rand(2, entries, generator=generator, device=vectors.device)
+        nb_chosen = chosen.sum()
+        sample = torch.argsort(chosen.int(), descending=True, stable=True)[
+            (draws[0] * nb_chosen).long().clamp(max=n - 1)
+        ]
+        candidates = vectors[sample, (draws[1] * positions).long().clamp(max=positions - 1)]
+        has_data = (nb_chosen > 0).float()
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(candidates, 0)
+            dist.broadcast(has_data, 0)
+        dead = (self.ema_count < self.revive_threshold * share) & (has_data > 0)
+        # a revived entry gets a third of the share: enough to stay for about a hundred steps without being used
+        count = torch.where(dead, share / 3, self.ema_count)
+        self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
+        self.ema_sum.copy_(torch.where(dead[:, None], candidates * count[:, None], self.ema_sum))
+        self.ema_count.copy_(count)
+
+    def forward(self, x: Tensor, chosen: Tensor | None = None, generator: torch.Generator | None = None) -> Quantized:
+        """Quantise (N, D, H, W) vectors, of the samples where `chosen` (N,) bool is True; all where it is None."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            n, d, h, w = x.shape
+            if chosen is None:
+                chosen = torch.ones(n, dtype=torch.bool, device=x.device)
+            indices = self.lookup(x.detach().permute(0, 2, 3, 1).reshape(-1, d)).view(n, h, w)
+            entries = self.embed(indices)
+            weight = chosen.float()
+            error = (x - entries).pow(2).mean(dim=(1, 2, 3))
+            commitment_loss = (error * weight).sum() / weight.sum().clamp(min=1)
+            code = torch.where(chosen[:, None, None, None], x + (entries - x).detach(), x)
+            if self.training:
+                counts = self.update(x.detach(), indices, chosen, generator)
+            else:
+                counts = torch.zeros_like(self.ema_count).index_add_(
+                    0, indices.flatten(), weight.repeat_interleave(h * w, output_size=n * h * w)
+                )
+            return Quantized(code, indices, commitment_loss, perplexity(counts))
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp(entropy) of usage counts (K,): the number of entries in even use; 1 where nothing was counted."""
+    p = counts / counts.sum().clamp(min=1e-12)
+    return torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum())
+
+
+@dataclass
+class VQVAEOutput:
+    """What the decode path returns."""
+
+    reconstruction: Tensor  # (N, C, H, W)
+    indices: list[Tensor]  # per level, finest first: (N, h, w) int64; empty on the continuous path
+    commitment_loss: Tensor  # scalar: summed over levels
+    perplexity: Tensor  # (nb_levels,), finest first; zeros on the continuous path
+
+
+class VQVAE(nn.Module):
+    """VQ-VAE-2 with `nb_levels` levels. Constructor words as in `hps.py`; raises ValueError for settings that clash.
+
+    The features of level l are (N, hidden_channels, H / r_l, W / r_l), r_l the product of the first l + 1 scaling rates.
+    The code of a level is computed from its features and the decoded codes of all coarser levels, as in Razavi et al.
+    (2019), figure 2a.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        hidden_channels: int = 128,
+        res_channels: int = 32,
+        nb_res_layers: int = 2,
+        nb_levels: int = 5,
+        scaling_rates: Iterable[int] = (4, 2, 2, 2, 2),
+        embed_dim: int = 64,
+        nb_entries: int = 512,
+        codebook_decay: float = 0.99,
+        revive_threshold: float = 0.1,
+    ):
+        super().__init__()
+        self.scaling_rates = tuple(scaling_rates)
+        if len(self.scaling_rates) != nb_levels:
+            raise ValueError(f"nb_levels is {nb_levels}, but scaling_rates holds {len(self.scaling_rates)} rates")
+        if embed_dim > hidden_channels:
+            raise ValueError(f"embed_dim {embed_dim} must not exceed hidden_channels {hidden_channels}")
+        self.in_channels, self.hidden_channels, self.nb_levels = in_channels, hidden_channels, nb_levels
+        self.scale = math.prod(self.scaling_rates)
+        self.downs, self.encoders, self.projections, self.quantizers = (nn.ModuleList() for _ in range(4))
+        self.inputs, self.decoders, self.ups = (nn.ModuleList() for _ in range(3))
+        for level, rate in enumerate(self.scaling_rates):
+            patch = (hidden_channels if level else in_channels) * rate**2
+            above = hidden_channels if level < nb_levels - 1 else 0
+            basis = torch.empty(hidden_channels, hidden_channels)
+            nn.init.orthogonal_(basis)
+            down = basis[:, : min(patch, hidden_channels)]
+            if patch > hidden_channels:  # a semi-orthogonal map onto fewer dimensions
+                nn.init.orthogonal_(down := torch.empty(hidden_channels, patch))
+            project = basis[:, :embed_dim]  # spans what `down` fills, where that has no more than embed_dim dimensions
+            self.downs.append(_centre_tap(patch, hidden_channels, down))
+            self.encoders.append(_residual_stack(hidden_channels, res_channels, nb_res_layers))
+            projection = nn.Conv2d(hidden_channels + above, embed_dim, 1)
+            nn.init.zeros_(projection.weight)
+            nn.init.zeros_(projection.bias)
+            with torch.no_grad():
+                projection.weight[:, :hidden_channels, 0, 0] = project.t()
+            self.projections.append(projection)
+            self.quantizers.append(VectorQuantizer(nb_entries, embed_dim, codebook_decay, revive_threshold))
+            self.inputs.append(_centre_tap(embed_dim + above, hidden_channels, project))
+            self.decoders.append(_residual_stack(hidden_channels, res_channels, nb_res_layers))
+            self.ups.append(_centre_tap(hidden_channels, patch, down.t()))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features of the finest level before quantisation: (N, C, H, W) to (N, hidden_channels, H', W').
+
+        H' = ceil(H / scale) * scale / scaling_rates[0], likewise W': sides that are no multiple of the total scaling are
+        padded by their border pixels.
+        """
+        h, w = x.shape[-2:]
+        x = F.pad(x, (0, -w % self.scale, 0, -h % self.scale), mode="replicate")
+        return self._features(x, 0)
+
+    def _features(self, x: Tensor, level: int) -> Tensor:
+        return self.encoders[level](self.downs[level](F.pixel_unshuffle(x, self.scaling_rates[level])))
+
+    def decode(
+        self,
+        z: Tensor,
+        quantize: bool | Tensor = True,
+        shape: tuple[int, int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> VQVAEOutput:
+        """Decode finest features (N, hidden_channels, H', W'), re-deriving the coarser levels from them.
+
+        Args:
+            z: what `encode` returned, or a restored version of it.
+            quantize: True through the codebooks of all levels, False past them, or an (N,) bool tensor by sample.
+            shape: (H, W) to crop the image to; None keeps what z stands for.
+            generator: source of randomness for dead-code revival in training.
+        """
+        features = [z]
+        for level in range(1, self.nb_levels):
+            features.append(self._features(features[-1], level))
+        codes: list[Quantized] = []
+
+        def code_at(level: int, above: list[Tensor]) -> Tensor:
+            x = self.projections[level](torch.cat([features[level], *above], dim=1))
+            if quantize is False:
+                return x
+            codes.insert(0, self.quantizers[level](x, None if quantize is True else quantize, generator))
+            return codes[0].code
+
+        image = self._merge(code_at, shape)
+        zero = image.new_zeros((), dtype=torch.float32)
+        return VQVAEOutput(
+            reconstruction=image,
+            indices=[code.indices for code in codes],
+            commitment_loss=sum((code.commitment_loss for code in codes), zero),
+            perplexity=torch.stack([code.perplexity for code in codes]) if codes else zero.expand(self.nb_levels),
+        )
+
+    def decode_codes(self, indices: list[Tensor], shape: tuple[int, int] | None = None) -> Tensor:
+        """Image (N, C, H, W) from code indices alone: a list, finest level first, of (N, h, w) int64."""
+        return self._merge(lambda level, above: self.quantizers[level].embed(indices[level]), shape)
+
+    def _merge(self, code_at: Callable[[int, list[Tensor]], Tensor], shape: tuple[int, int] | None) -> Tensor:
+        """From the coarsest level down: take the level's code, join it with what is decoded so far, decode further."""
+        above: list[Tensor] = []
+        for level in reversed(range(self.nb_levels)):
+            x = self.inputs[level](torch.cat([code_at(level, above), *above], dim=1))
+            x = self.ups[level](self.decoders[level](x))
+            above = [F.pixel_shuffle(x, self.scaling_rates[level])]
+        h, w = shape or above[0].shape[-2:]
+        return above[0][..., :h, :w]
+
+    def forward(
+        self, x: Tensor, quantize: bool | Tensor = True, generator: torch.Generator | None = None
+    ) -> VQVAEOutput:
+        """Encode and decode (N, C, H, W) images of any size; see `decode`."""
+        return self.decode(self.encode(x), quantize, x.shape[-2:], generator)
+
+    @torch.no_grad()
+    def initialise_codebooks(self, batches: Iterable[Tensor], generator: torch.Generator | None = None) -> None:
+        """Initialise every level's codebook from the vectors of (N, C, H, W) batches on the continuous path."""
+        training = self.training
+        self.eval()
+        seen: list[list[Tensor]] = [[] for _ in range(self.nb_levels)]
+        hooks = [
+            projection.register_forward_hook(lambda _m, _i, out, level=level: seen[level].append(out.float()))
+            for level, projection in enumerate(self.projections)
+        ]
+        try:
+            for images in batches:
+                self(images, quantize=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.train(training)
+        for quantizer, outputs in zip(self.quantizers, seen, strict=True):
+            vectors = torch.cat([out.permute(0, 2, 3, 1).flatten(0, 2) for out in outputs])
+            quantizer.initialise(vectors, len(vectors) / len(outputs), generator)

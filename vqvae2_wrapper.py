@@ -1,0 +1,56 @@
+"""The trained VQ-VAE-2 as the frozen first stage of a latent diffusion model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from helper import Checkpoint, load_checkpoint, load_weights
+from vqvae import VQVAE
+
+
+def load_vqvae(path: Path) -> tuple[VQVAE, Checkpoint]:
+    """The VQ-VAE-2 of a stage-1 checkpoint, built from the settings it carries; raises UserError where it is none."""
+    checkpoint = load_checkpoint(path, "vqvae")
+    vqvae = VQVAE(**checkpoint.hps.arguments(VQVAE))
+    load_weights(vqvae, checkpoint.model, path)
+    return vqvae, checkpoint
+
+
+class VQVAE2Wrapper(nn.Module):
+    """Freezes a `VQVAE`; latents are its finest features before quantisation (Rombach et al., 2022, section 3.1)."""
+
+    def __init__(self, vqvae: VQVAE):
+        super().__init__()
+        self.vqvae = vqvae.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> VQVAE2Wrapper:
+        """Stays in evaluation mode: training mode would go on updating the codebooks."""
+        return super().train(False)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vqvae.hidden_channels
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(channels, H', W') of the latent of a height x width image."""
+        scale, rate = self.vqvae.scale, self.vqvae.scaling_rates[0]
+        return self.latent_channels, -(-height // scale) * scale // rate, -(-width // scale) * scale // rate
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] to latents (N, hidden_channels, H / r, W / r), r the finest scaling rate."""
+        return self.vqvae.encode(x)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, quantize: bool = False, shape: tuple[int, int] | None = None) -> Tensor:
+        """Latents back to images (N, C, H, W), past the codebooks or, with `quantize`, through them; see `VQVAE.decode`."""
+        return self.vqvae.decode(z, quantize, shape).reconstruction
+
+    @torch.no_grad()
+    def codes(self, z: Tensor) -> list[Tensor]:
+        """Code indices of latents: per level, finest first, (N, h, w) int64."""
+        return self.vqvae.decode(z, True).indices
