@@ -217,13 +217,15 @@ def _at(table: Tensor, t: Tensor) -> Tensor:
 class LatentDiffusion(nn.Module):
     """Conditional diffusion of normalised latents (Ho et al., 2020, arXiv:2006.11239; Rombach et al., 2022).
 
-    The degraded latent is concatenated to the noisy one. With `precondition="conditioning"` the network F predicts the
-    degradation in units of its scale s: x_start = c - s F(x_t, c, t), hence
-    eps = (x_t - sqrt(abar_t) x_start) / sqrt(1 - abar_t): it adds to the noise that the conditioning latent c implies, in the
-    spirit of the output skip of Karras et al. (2022, arXiv:2206.00364), eq. 7. With "none", F is eps, v or x_start itself.
+    The degraded latent c is concatenated to the noisy one. With `precondition="conditioning"` the network F stands between
+    an input and an output transform, in the spirit of Karras et al. (2022, arXiv:2206.00364), eq. 7. It sees c whitened,
+    (C + s^2)^(-1/2) c with C the covariance of clean latents and s the rms of the degradation, and what x_t says beyond c,
+    (x_t - sqrt(abar_t) c) / sqrt(abar_t s^2 + 1 - abar_t), both of unit variance. It predicts the degradation in units of s:
+    x_start = c - s F, hence eps = (x_t - sqrt(abar_t) x_start) / sqrt(1 - abar_t): it adds to the noise that c implies. With
+    "none" it sees x_t and c and predicts eps, v or x_start itself.
 
-    `loss_weighting` multiplies L_simple (Hang et al., 2023, arXiv:2303.09556): "latent" gives every t the same weight in the
-    error of the clean latent, over s^2 (for eps: 1 / SNR); "min_snr" min(SNR, 5) times that; "none" is plain L_simple.
+    `loss_weighting` multiplies L_simple (Hang et al., 2023, arXiv:2303.09556): "latent" gives every t the same weight in
+    the error of the clean latent, over s^2 (for eps: 1 / SNR); "min_snr" min(SNR, 5) times that; "none" is L_simple.
     """
 
     def __init__(
@@ -268,6 +270,7 @@ class LatentDiffusion(nn.Module):
         self.register_buffer("latent_shift", torch.zeros(channels))  # mean of each latent channel
         self.register_buffer("latent_scale", torch.ones(()))  # standard deviation of the latent
         self.register_buffer("degradation_scale", torch.ones(()))  # rms of degraded - clean, in normalised latents
+        self.register_buffer("whitening", torch.eye(channels))  # of degraded normalised latents, for the network's input
         self.logvar = nn.Parameter(torch.zeros(timesteps), requires_grad=learn_logvar)
 
     def normalize(self, z: Tensor) -> Tensor:
@@ -286,21 +289,24 @@ class LatentDiffusion(nn.Module):
         """
         count, total, square, noise = 0, 0.0, 0.0, 0.0
         for clean, degraded in pairs:
-            clean, degraded = clean.double(), degraded.double()
-            count += clean.numel() // clean.shape[1]
-            total = total + clean.sum((0, 2, 3))
-            square = square + clean.square().sum((0, 2, 3))
-            noise = noise + (degraded - clean).square().sum()
+            vectors = clean.double().transpose(0, 1).flatten(1)
+            count += vectors.shape[1]
+            total = total + vectors.sum(1)
+            square = square + vectors @ vectors.t()
+            noise = noise + (degraded - clean).double().square().sum()
         if count == 0:
             raise ValueError("no latents to measure the normalisation on")
         mean = total / count
-        variance = (square / count - mean.square()).clamp(min=0).mean()
+        covariance = square / count - torch.outer(mean, mean)
+        variance = covariance.diagonal().clamp(min=0).mean()
         if variance <= 0:
             raise ValueError("the latents are constant: nothing to normalise")
         self.latent_shift.copy_(mean)
         self.latent_scale.copy_(variance.sqrt())
-        rms = (noise / (count * len(mean)) / variance).sqrt()
-        self.degradation_scale.copy_(rms.clamp(min=1e-3))  # noise level 0 must not divide by zero
+        rms = (noise / (count * len(mean)) / variance).sqrt().clamp(min=1e-3)  # noise level 0 must not divide by zero
+        self.degradation_scale.copy_(rms)
+        values, vectors = torch.linalg.eigh(covariance / variance)
+        self.whitening.copy_((vectors * (values.clamp(min=0) + rms**2).rsqrt()) @ vectors.t())
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise (Ho et al., 2020, eq. 4)."""
@@ -308,6 +314,10 @@ class LatentDiffusion(nn.Module):
         return abar.sqrt() * x_start + (1 - abar).sqrt() * noise
 
     def _network(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        if self.precondition == "conditioning":
+            abar = _at(self.alphas_cumprod, t)
+            x = (x - abar.sqrt() * cond) / (abar * self.degradation_scale**2 + 1 - abar).sqrt()
+            cond = F.conv2d(cond, self.whitening[:, :, None, None])
         return self.model(torch.cat([x, cond], dim=1), t).float()
 
     def _x_start(self, output: Tensor, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
