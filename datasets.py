@@ -175,6 +175,16 @@ def _read_dicom(path: Path) -> np.ndarray:
     return 1 - unit if dataset.get("PhotometricInterpretation") == "MONOCHROME1" else unit
 
 
+def _border(profile: np.ndarray, spare: int) -> int:
+    """How many lines of film border a profile of mean intensities, from the edge inwards, begins with; at most 2 * spare.
+
+    Lines whose mean is more than 15 % off that of the lines behind belong to the border, and so does one line more.
+    """
+    reference = float(np.median(profile[2 * spare : 4 * spare])) if len(profile) > 4 * spare else 0.0
+    off = np.flatnonzero(np.abs(profile[: 2 * spare] - reference) > 0.15 * reference)
+    return int(off[-1]) + 2 if reference and len(off) else 0
+
+
 @dataclass(frozen=True)
 class Grid:
     """How an image lies on the training grid: a box of it, scaled by one factor, with background on the far side."""
@@ -185,26 +195,30 @@ class Grid:
     shape: tuple[int, int]  # height, width of the grid
 
     @classmethod
-    def fit(cls, mask: np.ndarray, shape: tuple[int, int], margin: float = 0.02) -> Grid:
-        """Fit the bounding box of a breast mask (H, W), widened by `margin` of its longer side, into `shape`.
+    def fit(cls, image: np.ndarray, mask: np.ndarray, shape: tuple[int, int], margin: float = 0.02) -> Grid:
+        """Fit the bounding box of the breast of an image (H, W) with its mask (H, W) into `shape`.
 
+        The box keeps `margin` of its longer side around the skin and loses the film's border where that cuts the breast.
         The breast is scaled, never stretched; spare columns go to the side away from the chest wall, spare rows to both.
         """
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        spare = round(margin * max(np.ptp(rows), np.ptp(columns)))
-        height, width = mask.shape
-        top, bottom = max(0, rows[0] - spare), min(height, rows[-1] + 1 + spare)
-        left, right = columns[0], columns[-1] + 1
-        wall_left = mask[:, left : (left + right) // 2].sum() > mask[:, (left + right) // 2 : right].sum()
+        top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+        spare = max(1, round(margin * max(bottom - top, right - left)))
+        middle = (left + right) // 2
+        wall_left = mask[:, left:middle].sum() > mask[:, middle:right].sum()
+        means = [np.where(mask, image, 0).sum(axis) / mask.sum(axis).clip(1) for axis in (1, 0)]
+        # the breast is cut off by the film where its mask ends in a wide straight edge: at the chest wall always
+        wide = 0.2 * (right - left)
+        top_cut, bottom_cut = mask[top + 1].sum() > wide, mask[bottom - 2].sum() > wide
+        top = top + _border(means[0][top:bottom], spare) if top_cut else max(0, top - spare)
+        bottom = bottom - _border(means[0][top:bottom][::-1], spare) if bottom_cut else min(len(mask), bottom + spare)
         if wall_left:
-            right = min(width, right + spare)
+            left, right = left + _border(means[1][left:right], spare), min(mask.shape[1], right + spare)
         else:
-            left = max(0, left - spare)
-        factor = min(shape[0] / (bottom - top), shape[1] / (right - left))
-        size = (
-            min(shape[0], max(1, round((bottom - top) * factor))),
-            min(shape[1], max(1, round((right - left) * factor))),
-        )
+            left, right = max(0, left - spare), right - _border(means[1][left:right][::-1], spare)
+        height, width = bottom - top, right - left
+        factor = min(shape[0] / height, shape[1] / width)
+        size = min(shape[0], max(1, round(height * factor))), min(shape[1], max(1, round(width * factor)))
         offset = (shape[0] - size[0]) // 2, 0 if wall_left else shape[1] - size[1]
         return cls(tuple(int(v) for v in (top, left, bottom, right)), size, offset, tuple(shape))
 
@@ -365,7 +379,8 @@ class RecordDataset(MammogramDataset):
     def prepare(self, index: int) -> Prepared:
         record = self.records[index]
         image = read_image(record.path)
-        grid = Grid.fit(breast_mask(torch.from_numpy(image)[None])[0].numpy(), tuple(self.hps.image_shape[1:]))
+        mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
+        grid = Grid.fit(image, mask, tuple(self.hps.image_shape[1:]))
         clean = torch.from_numpy(grid.apply(image))[None]
         degraded = None
         if record.degraded is not None:
@@ -524,7 +539,8 @@ def get_dataset(
     if task == "cbis-ddsm":
         from datasets_cbis import CBISDDSM  # it builds on this module
 
-        dataset = CBISDDSM(data_root or Path("data/cbis-ddsm"), hps, split, seed)
+        data_root = data_root or Path("data/cbis-ddsm")
+        dataset = CBISDDSM(data_root, hps, split, seed)
     else:
         dataset = FolderDataset(_check_root(data_root, task), hps, split, seed)
     if not dataset.records:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -282,7 +282,7 @@ class LatentDiffusion(nn.Module):
         return x * self.latent_scale + self.latent_shift[:, None, None]
 
     @torch.no_grad()
-    def measure_statistics(self, pairs: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def measure_statistics(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Set shift, scale and degradation scale from (clean, degraded) first-stage latents, each (N, C, H, W).
 
         Raises ValueError where there are none or the latents are constant.

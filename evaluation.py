@@ -113,9 +113,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Write metrics.json (means by method), metrics.csv (a row an image, a column a method and metric) and table.txt."""
     count = int(evaluation.per_image["path"].nunique())
     write_json(folder / "metrics.json", {"images": count, "methods": evaluation.summary(), **evaluation.note})
-    wide = evaluation.per_image.pivot_table(
-        index=["path", "patient"], columns="method", values=list(METRICS), sort=False, dropna=False
-    )
+    wide = evaluation.per_image.set_index(["path", "patient", "method"])[list(METRICS)].unstack("method", sort=False)
     wide.columns = [f"{method} {metric}" for metric, method in wide.columns]
     methods = list(evaluation.per_image["method"].unique())
     wide = wide[[f"{method} {metric}" for method in methods for metric in METRICS]]

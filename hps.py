@@ -63,7 +63,7 @@ _LOOP = HParams(
     batch_size=4,  # samples per optimiser step
     mini_batch_size=0,  # samples per forward pass; the rest of batch_size is accumulated; 0: the whole batch at once
     warmup_steps=100,  # linear learning-rate warm-up
-    lr_schedule="constant",  # `constant` or `cosine` (to zero at the last step)
+    lr_schedule="cosine",  # to zero at the last step: first stage 66 dB instead of 47 on mini-MIAS; `constant`: off
     log_frequency=10,  # steps between readings of the loss (each one synchronises with the device)
     checkpoint_frequency=10,  # epochs between kept checkpoints; `last` and `best` are written besides
     image_frequency=5,  # epochs between sample pictures
@@ -84,7 +84,7 @@ HPS_VQVAE["cbis-ddsm"] = HParams(
         embed_dim=64,  # dimension of a codebook entry
         nb_entries=512,  # entries per codebook
         codebook_decay=0.99,  # EMA decay of the codebooks
-        revive_threshold=0.1,  # a code used less than this share of (vectors / codes) is re-seeded from the batch; 0: off
+        revive_threshold=0.02,  # a code used less than this share of (vectors / codes) is re-seeded from the batch; 0: off
         residual_type="rezero",  # ReZero residual blocks (Bachlechner et al., 2020)
         quantize_probability=0.5,  # share of the samples that go through the quantisers in training; the rest goes past them
         learning_rate=1e-4,  # Adam
@@ -145,14 +145,12 @@ _PHANTOM = dict(
     nb_workers=0,
     batch_size=8,
     warmup_steps=50,
-    lr_schedule="cosine",
 )
 HPS_VQVAE["phantom"] = HPS_VQVAE["cbis-ddsm"].updated(
     **_PHANTOM,
     hidden_channels=64,
     nb_levels=3,
     scaling_rates=[4, 2, 2],
-    learning_rate=3e-4,
     max_epochs=8,
 )
 HPS_DIFFUSION["phantom"] = HPS_DIFFUSION["cbis-ddsm"].updated(
@@ -183,15 +181,11 @@ _FOLDER_SMALL = dict(
     nb_workers=0,
     batch_size=8,
     warmup_steps=50,
-    lr_schedule="cosine",
 )
 HPS_VQVAE["folder-small"] = HPS_VQVAE["cbis-ddsm"].updated(
-    **_FOLDER_SMALL,
+    **_FOLDER_SMALL | {"breast_fraction": 0.2},  # skin line, film border and labels need codes too
     hidden_channels=64,
-    nb_levels=3,
-    scaling_rates=[4, 2, 2],
-    learning_rate=3e-4,
-    max_epochs=10,
+    max_epochs=8,
 )
 HPS_DIFFUSION["folder-small"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     **_FOLDER_SMALL,
@@ -205,6 +199,7 @@ HPS_DIFFUSION["folder-small"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     learning_rate=5e-4,
     timestep_sampling="stratified",
     max_epochs=30,
+    validation_frequency=3,
 )
 
 TASKS = tuple(HPS_VQVAE)

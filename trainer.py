@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -279,14 +279,9 @@ class VQVAETrainer(Trainer):
         return torch.optim.Adam(self.model.parameters(), lr=self.hps.learning_rate, fused=self.device.type == "cuda")
 
     def setup(self) -> None:
-        def batches() -> Iterator[Tensor]:
-            self.loader.sampler.set_epoch(0)
-            for i, batch in enumerate(self.loader):
-                if i >= self.hps.codebook_batches:
-                    return
-                yield batch.clean.to(self.device)
-
-        self.model.initialise_codebooks(batches(), seeded_generator("codebooks", self.seed))
+        self.loader.sampler.set_epoch(0)
+        batches = [batch.clean.to(self.device) for batch in itertools.islice(self.loader, self.hps.codebook_batches)]
+        self.model.initialise_codebooks(batches, seeded_generator("codebooks", self.seed))
 
     def loss(self, batch: Batch) -> StepResult:
         keys = [meta.key for meta in batch.meta]
@@ -359,14 +354,9 @@ class DiffusionTrainer(Trainer):
         return clean, degraded
 
     def setup(self) -> None:
-        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            self.loader.sampler.set_epoch(0)
-            for i, batch in enumerate(self.loader):
-                if i >= self.hps.statistics_batches:
-                    return
-                yield self.encode(batch.to(self.device))
-
-        self.model.measure_statistics(pairs())
+        self.loader.sampler.set_epoch(0)
+        batches = itertools.islice(self.loader, self.hps.statistics_batches)
+        self.model.measure_statistics(self.encode(batch.to(self.device)) for batch in batches)
 
     def draw_timesteps(self, batch: Batch) -> Tensor:
         """Training timesteps (N,), keyed by sample: uniform, or one low-discrepancy sequence over the run."""

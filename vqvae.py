@@ -1,14 +1,16 @@
 """Hierarchical VQ-VAE-2 (Razavi et al., 2019, arXiv:1906.00446) that is the identity before it has seen an image.
 
 Level 0 is the finest. Every convolution starts as a linear map on the centre tap, every residual branch with weight zero
-(ReZero, Bachlechner et al., 2020, arXiv:2003.04887), and every decoder as the transpose of its encoder, so the path past
-the quantisers returns its input exactly as long as `in_channels * scaling_rates[0]**2 <= embed_dim`.
+(ReZero, Bachlechner et al., 2020, arXiv:2003.04887), every decoder as the transpose of its encoder, and every level codes
+at first what the coarser ones leave over, as a Laplacian pyramid does (Burt and Adelson, 1983). So the path past the
+quantisers returns its input exactly as long as `in_channels * scaling_rates[0]**2 <= embed_dim`, whatever the coarser
+levels do, and the path through them starts as a residual quantiser.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +21,13 @@ from torch import Tensor, nn
 LOOKUP_ROWS = 16384  # rows of the distance matrix held at once in a codebook lookup
 
 
-def _centre_tap(in_channels: int, out_channels: int, matrix: Tensor | None = None) -> nn.Conv2d:
-    """A 3x3 convolution that starts as `matrix` (out, in) at every pixel, semi-orthogonal where None is given."""
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+def _centre_tap(matrix: Tensor, kernel_size: int = 3) -> nn.Conv2d:
+    """A convolution that starts as `matrix` (out, in) at every pixel: the other taps and the bias are zero."""
+    conv = nn.Conv2d(matrix.shape[1], matrix.shape[0], kernel_size, padding=kernel_size // 2)
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
     with torch.no_grad():
-        if matrix is None:
-            nn.init.orthogonal_(matrix := torch.empty(out_channels, in_channels, device=conv.weight.device))
-        conv.weight[: matrix.shape[0], : matrix.shape[1], 1, 1] = matrix
+        conv.weight[:, :, kernel_size // 2, kernel_size // 2] = matrix
     return conv
 
 
@@ -65,7 +65,7 @@ class VectorQuantizer(nn.Module):
     Statistics are summed over all processes, so that every process holds the same codebook.
     """
 
-    def __init__(self, nb_entries: int, embed_dim: int, decay: float = 0.99, revive_threshold: float = 0.1):
+    def __init__(self, nb_entries: int, embed_dim: int, decay: float = 0.99, revive_threshold: float = 0.02):
         super().__init__()
         self.decay = decay
         self.revive_threshold = revive_threshold
@@ -87,18 +87,28 @@ class VectorQuantizer(nn.Module):
         return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
 
     @torch.no_grad()
-    def initialise(self, vectors: Tensor, count: float, generator: torch.Generator | None = None) -> None:
-        """Set the entries to a random choice of (M, D) vectors; `count` vectors are expected in a batch."""
+    def initialise(self, vectors: Tensor, count: float, generator: torch.Generator | None = None, rounds: int = 10) -> None:
+        """Set the entries by `rounds` of k-means (Lloyd, 1982) on (M, D) vectors; `count` vectors are expected in a batch."""
         entries = self.codebook.shape[0]
         vectors = vectors.to(self.codebook)
         order = torch.randperm(len(vectors), generator=generator)
         picked = vectors[order.repeat(math.ceil(entries / len(order)))[:entries].to(vectors.device)]
-        if len(vectors) < entries:  # repeated entries would tie: part them
-            jitter = torch.randn(picked.shape, generator=generator).to(picked)
-            picked = picked + 0.01 * vectors.std(0, unbiased=False) * jitter
-        self.codebook.copy_(picked)
-        self.ema_count.fill_(max(count, 1e-3) / entries)
-        self.ema_sum.copy_(picked * self.ema_count[:, None])
+        # vectors of flat background are all alike, and few vectors repeat: part equal entries
+        jitter = torch.randn(picked.shape, generator=generator).to(picked)
+        self.codebook.copy_(picked + 0.01 * vectors.std(0, unbiased=False) * jitter)
+        used = torch.zeros_like(self.ema_count)
+        for _ in range(rounds):
+            indices = self.lookup(vectors)
+            used = torch.zeros_like(self.ema_count).index_add_(0, indices, torch.ones_like(vectors[:, 0]))
+            sums = torch.zeros_like(self.codebook).index_add_(0, indices, vectors)
+            # an entry that serves nothing moves to one of the vectors that are served worst
+            error = (vectors - self.codebook[indices]).square().sum(1)
+            worst = vectors[error.topk(min(entries, len(error))).indices]
+            worst = worst[torch.arange(entries, device=worst.device) % len(worst)]
+            self.codebook.copy_(torch.where(used[:, None] > 0, sums / used.clamp(min=1)[:, None], worst))
+        share = max(count, 1e-3) / entries
+        self.ema_count.copy_((used / len(vectors) * entries * share).clamp(min=share / 3))
+        self.ema_sum.copy_(self.codebook * self.ema_count[:, None])
 
     @torch.no_grad()
     def update(self, x: Tensor, indices: Tensor, chosen: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -122,20 +132,19 @@ class VectorQuantizer(nn.Module):
         smoothed = (self.ema_count + 1e-5) / (total + entries * 1e-5) * total  # Laplace smoothing
         self.codebook.copy_(self.ema_sum / smoothed[:, None].clamp(min=1e-12))
         if self.revive_threshold > 0:
-            self._revive(vectors.view(n, h * w, d), chosen, total / entries, generator)
+            self._revive(vectors, (vectors - self.codebook[flat]).square().sum(1) * weight, total / entries, generator)
         return counts
 
-    def _revive(self, vectors: Tensor, chosen: Tensor, share: Tensor, generator: torch.Generator | None) -> None:
-        """Re-seed entries used less than `revive_threshold * share` from random vectors of the chosen samples."""
-        n, positions, _ = vectors.shape
-        entries = len(self.ema_count)
-        draws = torch.rand(2, entries, generator=generator, device=vectors.device)
-        nb_chosen = chosen.sum()
-        sample = torch.argsort(chosen.int(), descending=True, stable=True)[
-            (draws[0] * nb_chosen).long().clamp(max=n - 1)
-        ]
-        candidates = vectors[sample, (draws[1] * positions).long().clamp(max=positions - 1)]
-        has_data = (nb_chosen > 0).float()
+    def _revive(self, vectors: Tensor, error: Tensor, share: Tensor, generator: torch.Generator | None) -> None:
+        """Re-seed entries used less than `revive_threshold * share` from (M, D) vectors, drawn in proportion to `error` (M,).
+
+        Drawing by squared error, as k-means++ does (Arthur and Vassilvitskii, 2007), puts the entry where it is missed.
+        """
+        draws = torch.rand(len(self.ema_count), generator=generator, device=vectors.device, dtype=torch.float64)
+        cumulative = error.double().cumsum(0)
+        picked = torch.searchsorted(cumulative, draws * cumulative[-1]).clamp(max=len(vectors) - 1)
+        candidates = vectors[picked]
+        has_data = (cumulative[-1:] > 0).float()
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(candidates, 0)
             dist.broadcast(has_data, 0)
@@ -203,7 +212,7 @@ class VQVAE(nn.Module):
         embed_dim: int = 64,
         nb_entries: int = 512,
         codebook_decay: float = 0.99,
-        revive_threshold: float = 0.1,
+        revive_threshold: float = 0.02,
     ):
         super().__init__()
         self.scaling_rates = tuple(scaling_rates)
@@ -215,27 +224,29 @@ class VQVAE(nn.Module):
         self.scale = math.prod(self.scaling_rates)
         self.downs, self.encoders, self.projections, self.quantizers = (nn.ModuleList() for _ in range(4))
         self.inputs, self.decoders, self.ups = (nn.ModuleList() for _ in range(3))
+        basis = torch.empty(hidden_channels, hidden_channels)  # one for all levels: what one fills, the next one keeps
+        nn.init.orthogonal_(basis)
+        project = basis[:, :embed_dim].t()
         for level, rate in enumerate(self.scaling_rates):
             patch = (hidden_channels if level else in_channels) * rate**2
-            above = hidden_channels if level < nb_levels - 1 else 0
-            basis = torch.empty(hidden_channels, hidden_channels)
-            nn.init.orthogonal_(basis)
-            down = basis[:, : min(patch, hidden_channels)]
-            if patch > hidden_channels:  # a semi-orthogonal map onto fewer dimensions
+            has_above = level < nb_levels - 1
+            if level:  # coarser levels start as averages of rate x rate features, times rate to be semi-orthogonal
+                down = torch.eye(hidden_channels).repeat_interleave(rate**2, dim=1) / rate
+            elif patch <= hidden_channels:
+                down = basis[:, :patch]
+            else:
                 nn.init.orthogonal_(down := torch.empty(hidden_channels, patch))
-            project = basis[:, :embed_dim]  # spans what `down` fills, where that has no more than embed_dim dimensions
-            self.downs.append(_centre_tap(patch, hidden_channels, down))
+            self.downs.append(_centre_tap(down))
             self.encoders.append(_residual_stack(hidden_channels, res_channels, nb_res_layers))
-            projection = nn.Conv2d(hidden_channels + above, embed_dim, 1)
-            nn.init.zeros_(projection.weight)
-            nn.init.zeros_(projection.bias)
-            with torch.no_grad():
-                projection.weight[:, :hidden_channels, 0, 0] = project.t()
-            self.projections.append(projection)
+            # what a level codes starts as what the coarser levels leave of it ...
+            own_minus_above = torch.cat([project, -project], dim=1) if has_above else project
+            self.projections.append(_centre_tap(own_minus_above, kernel_size=1))
             self.quantizers.append(VectorQuantizer(nb_entries, embed_dim, codebook_decay, revive_threshold))
-            self.inputs.append(_centre_tap(embed_dim + above, hidden_channels, project))
+            # ... and its decoder starts by adding the two up again
+            code_plus_above = torch.cat([project.t(), torch.eye(hidden_channels)], dim=1) if has_above else project.t()
+            self.inputs.append(_centre_tap(code_plus_above))
             self.decoders.append(_residual_stack(hidden_channels, res_channels, nb_res_layers))
-            self.ups.append(_centre_tap(hidden_channels, patch, down.t()))
+            self.ups.append(_centre_tap(down.t()))
 
     def encode(self, x: Tensor) -> Tensor:
         """Features of the finest level before quantisation: (N, C, H, W) to (N, hidden_channels, H', W').
@@ -249,6 +260,12 @@ class VQVAE(nn.Module):
 
     def _features(self, x: Tensor, level: int) -> Tensor:
         return self.encoders[level](self.downs[level](F.pixel_unshuffle(x, self.scaling_rates[level])))
+
+    def _all_features(self, z: Tensor) -> list[Tensor]:
+        features = [z]
+        for level in range(1, self.nb_levels):
+            features.append(self._features(features[-1], level))
+        return features
 
     def decode(
         self,
@@ -265,9 +282,7 @@ class VQVAE(nn.Module):
             shape: (H, W) to crop the image to; None keeps what z stands for.
             generator: source of randomness for dead-code revival in training.
         """
-        features = [z]
-        for level in range(1, self.nb_levels):
-            features.append(self._features(features[-1], level))
+        features = self._all_features(z)
         codes: list[Quantized] = []
 
         def code_at(level: int, above: list[Tensor]) -> Tensor:
@@ -277,7 +292,7 @@ class VQVAE(nn.Module):
             codes.insert(0, self.quantizers[level](x, None if quantize is True else quantize, generator))
             return codes[0].code
 
-        image = self._merge(code_at, shape)
+        image = _crop(self._merge(code_at)[0], shape)
         zero = image.new_zeros((), dtype=torch.float32)
         return VQVAEOutput(
             reconstruction=image,
@@ -288,17 +303,20 @@ class VQVAE(nn.Module):
 
     def decode_codes(self, indices: list[Tensor], shape: tuple[int, int] | None = None) -> Tensor:
         """Image (N, C, H, W) from code indices alone: a list, finest level first, of (N, h, w) int64."""
-        return self._merge(lambda level, above: self.quantizers[level].embed(indices[level]), shape)
+        image = self._merge(lambda level, _: self.quantizers[level].embed(indices[level]))[0]
+        return _crop(image, shape)
 
-    def _merge(self, code_at: Callable[[int, list[Tensor]], Tensor], shape: tuple[int, int] | None) -> Tensor:
-        """From the coarsest level down: take the level's code, join it with what is decoded so far, decode further."""
+    def _merge(self, code_at: Callable[[int, list[Tensor]], Tensor], lowest: int = 0) -> list[Tensor]:
+        """From the coarsest level down to `lowest`: take the level's code, join it with what is decoded so far, decode on.
+
+        Returns what is decoded, a list of one; an empty one where no level was left to decode.
+        """
         above: list[Tensor] = []
-        for level in reversed(range(self.nb_levels)):
+        for level in reversed(range(lowest, self.nb_levels)):
             x = self.inputs[level](torch.cat([code_at(level, above), *above], dim=1))
             x = self.ups[level](self.decoders[level](x))
             above = [F.pixel_shuffle(x, self.scaling_rates[level])]
-        h, w = shape or above[0].shape[-2:]
-        return above[0][..., :h, :w]
+        return above
 
     def forward(
         self, x: Tensor, quantize: bool | Tensor = True, generator: torch.Generator | None = None
@@ -307,22 +325,26 @@ class VQVAE(nn.Module):
         return self.decode(self.encode(x), quantize, x.shape[-2:], generator)
 
     @torch.no_grad()
-    def initialise_codebooks(self, batches: Iterable[Tensor], generator: torch.Generator | None = None) -> None:
-        """Initialise every level's codebook from the vectors of (N, C, H, W) batches on the continuous path."""
-        training = self.training
-        self.eval()
-        seen: list[list[Tensor]] = [[] for _ in range(self.nb_levels)]
-        hooks = [
-            projection.register_forward_hook(lambda _m, _i, out, level=level: seen[level].append(out.float()))
-            for level, projection in enumerate(self.projections)
-        ]
-        try:
+    def initialise_codebooks(self, batches: Sequence[Tensor], generator: torch.Generator | None = None) -> None:
+        """Initialise the codebooks from (N, C, H, W) batches, the coarsest first, so that each level sees the others' codes."""
+        for level in reversed(range(self.nb_levels)):
+            seen = []
             for images in batches:
-                self(images, quantize=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self.train(training)
-        for quantizer, outputs in zip(self.quantizers, seen, strict=True):
-            vectors = torch.cat([out.permute(0, 2, 3, 1).flatten(0, 2) for out in outputs])
-            quantizer.initialise(vectors, len(vectors) / len(outputs), generator)
+                features = self._all_features(self.encode(images))
+
+                def quantized(at: int, above: list[Tensor], features: list[Tensor] = features) -> Tensor:
+                    x = self.projections[at](torch.cat([features[at], *above], dim=1)).float()
+                    n, d, h, w = x.shape
+                    indices = self.quantizers[at].lookup(x.permute(0, 2, 3, 1).reshape(-1, d))
+                    return self.quantizers[at].embed(indices.view(n, h, w))
+
+                above = self._merge(quantized, lowest=level + 1)
+                x = self.projections[level](torch.cat([features[level], *above], dim=1)).float()
+                seen.append(x.permute(0, 2, 3, 1).flatten(0, 2))
+            vectors = torch.cat(seen)
+            self.quantizers[level].initialise(vectors, len(vectors) / len(seen), generator)
+
+
+def _crop(image: Tensor, shape: tuple[int, int] | None) -> Tensor:
+    h, w = shape or image.shape[-2:]
+    return image[..., :h, :w]
