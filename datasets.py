@@ -165,13 +165,13 @@ def _read_dicom(path: Path) -> np.ndarray:
     if int(dataset.get("NumberOfFrames", 1) or 1) > 1 or int(dataset.get("SamplesPerPixel", 1)) > 1:
         raise UserError(f"{path}: a multi-frame or colour DICOM; only single grayscale images can be read")
     values = apply_modality_lut(dataset.pixel_array, dataset).astype(np.float32)
-    signed = int(dataset.get("PixelRepresentation", 0))
-    bounds = np.array([-(2 ** (dataset.BitsStored - 1)), 2 ** (dataset.BitsStored - 1) - 1]) if signed else np.array([0, 2**dataset.BitsStored - 1])  # fmt: skip
     if "ModalityLUTSequence" in dataset:
-        bounds = np.array([0, 2 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1])
+        low, high = 0, 2 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
     else:
-        bounds = bounds * float(dataset.get("RescaleSlope", 1)) + float(dataset.get("RescaleIntercept", 0))
-    unit = ((values - bounds.min()) / (bounds.max() - bounds.min())).clip(0, 1).astype(np.float32)
+        offset = 2 ** (dataset.BitsStored - 1) if dataset.get("PixelRepresentation") else 0
+        slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
+        low, high = sorted(slope * v + intercept for v in (-offset, 2**dataset.BitsStored - 1 - offset))
+    unit = ((values - low) / (high - low)).clip(0, 1).astype(np.float32)
     return 1 - unit if dataset.get("PhotometricInterpretation") == "MONOCHROME1" else unit
 
 
@@ -386,7 +386,10 @@ class RecordDataset(MammogramDataset):
         if record.degraded is not None:
             low = read_image(record.degraded)
             if low.shape != image.shape:
-                raise UserError(f"{record.degraded}: {low.shape[1]} x {low.shape[0]} pixels, but its full-dose pair has {image.shape[1]} x {image.shape[0]}")  # fmt: skip
+                raise UserError(
+                    f"{record.degraded}: {low.shape[1]} x {low.shape[0]} pixels, "
+                    f"but its full-dose pair has {image.shape[1]} x {image.shape[0]}"
+                )
             degraded = torch.from_numpy(grid.apply(low))[None]
         return Prepared(clean, breast_mask(clean), degraded, {"grid": grid})
 
@@ -431,7 +434,8 @@ def split_patients(patients: Sequence[str], validation: float, test: float) -> d
     unique = sorted(set(patients), key=lambda patient: (seed_of("split", patient), patient))
     if len(unique) < 3:
         raise UserError(
-            f"--data-root: {len(unique)} patients are too few for train, validation and test; add images or set --hps patient_pattern"
+            f"--data-root: {len(unique)} patients are too few for train, validation and test; "
+            "add images or set --hps patient_pattern"
         )
     n_test = min(max(1, round(test * len(unique))), len(unique) - 2)
     n_validation = min(max(1, round(validation * len(unique))), len(unique) - n_test - 1)
@@ -478,7 +482,7 @@ def folder_records(root: Path, hps: HParams) -> dict[str, list[Record]]:
         degraded = low.pop(name.with_suffix("").as_posix(), None)
         if paired and degraded is None:
             raise UserError(f"{path}: has no low-dose image of the same name in {root / 'low'}")
-        records.append(Record(path, name.as_posix(), patient_of(name if hps.patient_pattern else path, hps.patient_pattern), degraded))  # fmt: skip
+        records.append(Record(path, name.as_posix(), patient_of(path, hps.patient_pattern), degraded))
     if low:
         raise UserError(f"{next(iter(low.values()))}: has no full-dose image of the same name in {root / 'full'}")
     split_csv = Path(hps.split_csv) if hps.split_csv else root / "split.csv"

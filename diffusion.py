@@ -270,7 +270,9 @@ class LatentDiffusion(nn.Module):
         self.register_buffer("latent_shift", torch.zeros(channels))  # mean of each latent channel
         self.register_buffer("latent_scale", torch.ones(()))  # standard deviation of the latent
         self.register_buffer("degradation_scale", torch.ones(()))  # rms of degraded - clean, in normalised latents
-        self.register_buffer("whitening", torch.eye(channels))  # of degraded normalised latents, for the network's input
+        self.register_buffer(
+            "whitening", torch.eye(channels)
+        )  # of degraded normalised latents, for the network's input
         self.logvar = nn.Parameter(torch.zeros(timesteps), requires_grad=learn_logvar)
 
     def normalize(self, z: Tensor) -> Tensor:

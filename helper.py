@@ -261,7 +261,8 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
         raise UserError(f"{path}: not a checkpoint of this project; train one with main-vqvae.py or main-diffusion.py")
     if payload["format_version"] != CHECKPOINT_FORMAT:
         raise UserError(
-            f"{path}: checkpoint format {payload['format_version']}, this version reads {CHECKPOINT_FORMAT}; use the version it came from"
+            f"{path}: checkpoint format {payload['format_version']}, but this version reads {CHECKPOINT_FORMAT}; "
+            "use the version it came from"
         )
     if payload["kind"] != kind:
         scripts = {"vqvae": "main-vqvae.py (stage 1)", "diffusion": "main-diffusion.py (stage 2)"}
@@ -351,7 +352,10 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str
     """Aligned text columns: the first to the left, the others to the right; floats with the digits they are given as."""
     cells = [[str(c) for c in header], *([str(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]  # fmt: skip
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

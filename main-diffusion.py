@@ -148,9 +148,9 @@ def main() -> None:
     first_stage = VQVAE2Wrapper(vqvae)
     if first_stage.latent_channels != hps.out_channels:
         raise UserError(
-            f"--vqvae-path {args.vqvae_path}: its latents have {first_stage.latent_channels} channels, but the UNet of task {args.task} "
-            f"takes {hps.out_channels}; pass that task's checkpoint, or --hps in_channels={2 * first_stage.latent_channels} "
-            f"--hps out_channels={first_stage.latent_channels}"
+            f"--vqvae-path {args.vqvae_path}: its latents have {first_stage.latent_channels} channels, but the UNet of "
+            f"task {args.task} takes {hps.out_channels}; pass that task's checkpoint, or "
+            f"--hps in_channels={2 * first_stage.latent_channels} --hps out_channels={first_stage.latent_channels}"
         )
     if checkpoint is not None and checkpoint.extra.get("first_stage") != weights_digest(vqvae):
         raise UserError(

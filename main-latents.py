@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +125,10 @@ def main() -> None:
         raise UserError(f"--out {out}: exists already; remove it or choose another folder")
     parent = next(p for p in out.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
-    print(f"{counts} images: {code_bytes:,} bytes of codes and {latent_bytes:,} bytes a latent, {total / 1e9:.3f} GB in all; {free / 1e9:.1f} GB free")  # fmt: skip
+    print(
+        f"{counts} images: {code_bytes:,} bytes of codes and {latent_bytes:,} bytes a latent, "
+        f"{total / 1e9:.3f} GB in all; {free / 1e9:.1f} GB free"
+    )
     if args.no_save:
         print("nothing written (--no-save)")
         return

@@ -90,7 +90,10 @@ def evaluate_vqvae(args: argparse.Namespace, hps: HParams, vqvae: VQVAE, device:
     print(f"stage 1 on {len(test_set)} test images of {args.task}, noise level {hps.noise_level}")
     print(result.table())
     for book in result.note["codebooks"]:
-        print(f"codebook {book['level']}: perplexity {book['perplexity']:.1f}, {book['entries_used']} of {hps.nb_entries} entries used by {book['vectors']} vectors")  # fmt: skip
+        print(
+            f"codebook {book['level']}: perplexity {book['perplexity']:.1f}, "
+            f"{book['entries_used']} of {hps.nb_entries} entries used by {book['vectors']} vectors"
+        )
     if folder is not None:
         write_evaluation(result, folder)
         print(f"evaluation written to {folder}")

@@ -143,8 +143,9 @@ def _amplitude(half: int, beta: float, longest: float, shortest: float) -> np.nd
     return np.sqrt(power(np.hypot(ky, kx) / FILM_HEIGHT_MM) / (2.0 * total)).astype(np.float32)
 
 
-def power_law_field(rng: np.random.Generator, size: int, beta: float = 3.0, longest: float = 100.0,
-                    shortest: float = 0.0) -> np.ndarray:
+def power_law_field(
+    rng: np.random.Generator, size: int, beta: float = 3.0, longest: float = 100.0, shortest: float = 0.0
+) -> np.ndarray:
     """Periodic Gaussian random field whose two-dimensional power spectrum falls as 1/f^beta (Burgess et al. 2001).
 
     Coefficients are drawn in square shells of doubling frequency, so a larger size adds detail to the same field.
@@ -183,8 +184,9 @@ def _fan(rng: np.random.Generator, anatomy: _Anatomy, y: np.ndarray, x: np.ndarr
     return across + 2.2 * _sample(power_law_field(rng, 128, 4.0, 80.0, 14.0), y, x), np.hypot(dy, dx)
 
 
-def _gland(rng: np.random.Generator, anatomy: _Anatomy, depth: np.ndarray, y: np.ndarray, x: np.ndarray,
-           size: int) -> np.ndarray:
+def _gland(
+    rng: np.random.Generator, anatomy: _Anatomy, depth: np.ndarray, y: np.ndarray, x: np.ndarray, size: int
+) -> np.ndarray:
     """Fibroglandular fraction in [0, 1] along each ray: overlapping sheets of a ragged disc behind the nipple."""
     ny, nx = anatomy.nipple
     reach = nx * (0.45 + 0.5 * anatomy.density) * rng.uniform(0.9, 1.1)
@@ -221,8 +223,9 @@ def _strands(rng: np.random.Generator, anatomy: _Anatomy, y: np.ndarray, x: np.n
     return total
 
 
-def _curve(rng: np.random.Generator, start: tuple[float, float], heading: float, length: float,
-           wander: float) -> np.ndarray:
+def _curve(
+    rng: np.random.Generator, start: tuple[float, float], heading: float, length: float, wander: float
+) -> np.ndarray:
     """Points (n, 2) in mm, CURVE_STEP_MM apart, of a smooth random walk in heading (0 points away from the chest)."""
     s = np.arange(0.0, length, CURVE_STEP_MM)
     turns = rng.normal(0.0, wander, 8).cumsum()
@@ -230,8 +233,9 @@ def _curve(rng: np.random.Generator, start: tuple[float, float], heading: float,
     return np.asarray(start) + CURVE_STEP_MM * np.stack([np.sin(angle), np.cos(angle)], axis=1).cumsum(axis=0)
 
 
-def _draw_curves(curves: list[np.ndarray], weights: list[np.ndarray], sigma: float,
-                 shape: tuple[int, int]) -> np.ndarray:
+def _draw_curves(
+    curves: list[np.ndarray], weights: list[np.ndarray], sigma: float, shape: tuple[int, int]
+) -> np.ndarray:
     """Curves in mm as an additive layer: a Gaussian profile of sigma mm, of peak weight where pixels resolve it."""
     if not curves:
         return np.zeros(shape, np.float32)
@@ -360,8 +364,16 @@ def _add_calcifications(image: np.ndarray, drawn: list[Calcification]) -> list[C
     return found
 
 
-def _tissue(streams: list[np.random.Generator], anatomy: _Anatomy, masses: list[Mass], depth: np.ndarray,
-            y: np.ndarray, x: np.ndarray, extra: np.ndarray, size: int) -> tuple[np.ndarray, float]:
+def _tissue(
+    streams: list[np.random.Generator],
+    anatomy: _Anatomy,
+    masses: list[Mass],
+    depth: np.ndarray,
+    y: np.ndarray,
+    x: np.ndarray,
+    extra: np.ndarray,
+    size: int,
+) -> tuple[np.ndarray, float]:
     """Linear intensity at the points of the breast before calcifications, and its fibroglandular fraction."""
     gland = _gland(streams[0], anatomy, depth, y, x, size)
     strands = _strands(streams[1], anatomy, y, x, size)
@@ -414,8 +426,15 @@ def generate_phantom(seed: int, index: int, image_shape: tuple[int, int, int] = 
         image, mask = image[:, ::-1].copy(), mask[:, ::-1].copy()
         found = [replace(c, column=width - 1 - c.column) for c in found]
         sizes = [replace(m, column=width - 1 - m.column) for m in sizes]
-    return Phantom(torch.from_numpy(image[None]), torch.from_numpy(mask[None]), tuple(found), tuple(sizes),
-                   anatomy.view, anatomy.side, density)
+    return Phantom(
+        torch.from_numpy(image[None]),
+        torch.from_numpy(mask[None]),
+        tuple(found),
+        tuple(sizes),
+        anatomy.view,
+        anatomy.side,
+        density,
+    )
 
 
 def _load_real(path: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -455,8 +474,10 @@ def main() -> None:
     if args.real:
         paths = sorted(p for p in args.real.iterdir() if p.suffix in (".pgm", ".png"))
         step = max(1, len(paths) // args.count)
-        sheets += [np.full((8, sheets[0].shape[1]), 255, np.uint8),
-                   draw_sheet([_load_real(path, tiles[0].shape) for path in paths[::step][: args.count]])]
+        sheets += [
+            np.full((8, sheets[0].shape[1]), 255, np.uint8),
+            draw_sheet([_load_real(path, tiles[0].shape) for path in paths[::step][: args.count]]),
+        ]
     Image.fromarray(np.concatenate(sheets)).save(args.sheet)
 
 

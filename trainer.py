@@ -159,7 +159,13 @@ class Trainer:
         self.model.train()
         self.loader.sampler.set_epoch(self.epoch)
         samples, total = len(self.loader.sampler), self.steps_per_epoch * self.hps.max_epochs
-        bar = tqdm(total=self.steps_per_epoch, desc=f"epoch {self.epoch + 1}", unit="step", leave=False, disable=not self.progress)  # fmt: skip
+        bar = tqdm(
+            total=self.steps_per_epoch,
+            desc=f"epoch {self.epoch + 1}",
+            unit="step",
+            leave=False,
+            disable=not self.progress,
+        )
         seen = 0
         logs: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
@@ -180,7 +186,9 @@ class Trainer:
             if self.step % self.hps.log_frequency == 0 or seen >= samples:
                 values = {name: float(value) for name, value in logs.items()}
                 if not math.isfinite(values["loss"]):
-                    raise UserError(f"the loss is no longer finite at step {self.step}; lower --hps learning_rate or pass --no-amp")  # fmt: skip
+                    raise UserError(
+                        f"the loss is no longer finite at step {self.step}; lower --hps learning_rate or pass --no-amp"
+                    )
                 values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
                 self.logger.log("train", self.step, self.epoch + 1, values, echo=seen >= samples)
                 bar.set_postfix(loss=f"{values['loss']:.4g}")

@@ -87,7 +87,9 @@ class VectorQuantizer(nn.Module):
         return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
 
     @torch.no_grad()
-    def initialise(self, vectors: Tensor, count: float, generator: torch.Generator | None = None, rounds: int = 10) -> None:
+    def initialise(
+        self, vectors: Tensor, count: float, generator: torch.Generator | None = None, rounds: int = 10
+    ) -> None:
         """Set the entries by `rounds` of k-means (Lloyd, 1982) on (M, D) vectors; `count` vectors are expected in a batch."""
         entries = self.codebook.shape[0]
         vectors = vectors.to(self.codebook)

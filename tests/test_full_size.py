@@ -1,0 +1,95 @@
+"""The reference sizes without a GPU: fake CUDA tensors under autocast, and one real stage-1 step on the CPU."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import helper
+import trainer
+from datasets import Batch, Meta, PhantomDataset, SampleKey
+from diffusion import LatentDiffusion, UNet
+from hps import HPS_DIFFUSION, HPS_VQVAE
+from trainer import DiffusionTrainer, VQVAETrainer, amp_dtype
+from vqvae import VQVAE
+from vqvae2_wrapper import VQVAE2Wrapper
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Fake CUDA tensors on a machine without a driver; generators, which have no fake, give way to the global one."""
+    torch._C._ensureCUDADeviceGuardSet()
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
+    monkeypatch.setattr(trainer, "seeded_generator", lambda *key, device=None: None)
+    # the models are built on the device already, and a module of fake tensors cannot be moved
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, **kwargs: self)
+    with FakeTensorMode():
+        yield
+
+
+def fake_batch(channels: int, height: int, width: int) -> Batch:
+    metas = [Meta(f"{i}.png", SampleKey(0, i, i)) for i in range(4)]
+    images = torch.rand(2, 4, channels, height, width, device=CUDA)
+    return Batch(images[0], images[1], metas)
+
+
+def make(kind, *args, **kwargs):
+    """A trainer on empty data; weights under `torch.device("cuda")` as a user's would be after `.to`."""
+    empty = PhantomDataset(HPS_VQVAE["phantom"], "train")
+    return kind("cbis-ddsm", *args, CUDA, empty, empty, amp=amp_dtype(CUDA, True), **kwargs)
+
+
+def test_stage_1_forward_and_loss_at_the_reference_size_stay_on_the_gpu(fake_cuda):
+    hps = HPS_VQVAE["cbis-ddsm"]
+    with CUDA:
+        vqvae = VQVAE(**hps.arguments(VQVAE))
+    stage = make(VQVAETrainer, hps, vqvae.train())
+    batch = fake_batch(*hps.image_shape)
+    with torch.autocast("cuda", stage.amp):
+        result = stage.loss(batch)
+    assert result.loss.device.type == "cuda" and result.loss.dtype == torch.float32 and result.loss.requires_grad
+    assert vqvae.encode(batch.clean).shape == (4, 128, 256, 192)
+    assert all(value.device.type == "cuda" for value in result.logs.values())
+
+
+def test_stage_2_loss_at_the_reference_size_stays_on_the_gpu(fake_cuda):
+    hps, hps_vqvae = HPS_DIFFUSION["cbis-ddsm"], HPS_VQVAE["cbis-ddsm"]
+    with CUDA:
+        first_stage = VQVAE2Wrapper(VQVAE(**hps_vqvae.arguments(VQVAE)))
+        model = LatentDiffusion(UNet(**hps.arguments(UNet)), **hps.arguments(LatentDiffusion))
+    stage = make(DiffusionTrainer, hps, model.train(), first_stage=first_stage)
+    with torch.autocast("cuda", stage.amp):
+        result = stage.loss(fake_batch(*hps.image_shape))
+    assert result.loss.device.type == "cuda" and result.loss.dtype == torch.float32 and result.loss.requires_grad
+    cond = model.normalize(first_stage.encode(torch.rand(1, *hps.image_shape, device=CUDA)))
+    with torch.no_grad():
+        prediction = model.predict(torch.randn_like(cond), torch.full((1,), 999, device=CUDA), cond)
+    assert prediction.x_start.shape == (1, 128, 256, 192) and prediction.eps.device.type == "cuda"
+
+
+def test_a_tensor_left_on_the_cpu_fails_the_dry_run(fake_cuda):
+    hps = HPS_VQVAE["cbis-ddsm"]
+    with CUDA:
+        vqvae = VQVAE(**hps.arguments(VQVAE))
+    vqvae.quantizers[4].codebook = vqvae.quantizers[4].codebook.cpu()
+    with pytest.raises(RuntimeError, match="device"):
+        make(VQVAETrainer, hps, vqvae.train()).loss(fake_batch(*hps.image_shape))
+
+
+def test_one_real_stage_1_step_at_full_resolution():
+    hps = HPS_VQVAE["cbis-ddsm"].updated(batch_size=1, warmup_steps=1)
+    torch.manual_seed(0)
+    data = PhantomDataset(HPS_VQVAE["phantom"].updated(image_shape=[1, 1024, 768], crop_size=0), "train")
+    stage = VQVAETrainer("phantom", hps, VQVAE(**hps.arguments(VQVAE)), torch.device("cpu"), data, data)
+    batch = data[0]
+    stage.model.initialise_codebooks([batch.clean], helper.seeded_generator("codebooks"))
+    stage.model.train()
+    before = {name: p.detach().clone() for name, p in stage.model.named_parameters()}
+    result = stage.loss(batch)
+    result.loss.backward()
+    assert torch.isfinite(result.loss)
+    stage.optimizer_step(1)
+    moved = [name for name, p in stage.model.named_parameters() if not torch.equal(p, before[name])]
+    assert any(name.startswith("downs.0") for name in moved) and any(name.startswith("ups.0") for name in moved)

@@ -1,0 +1,118 @@
+"""PSNR, SSIM, Otsu's threshold and the breast mask."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from datasets import read_image
+from metrics import breast_mask, image_metrics, otsu_threshold
+from phantom import generate_phantom
+
+
+def random_image(seed, height=40, width=32):
+    return torch.rand(1, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_psnr_of_a_constant_offset_has_a_closed_form():
+    reference = 0.9 * random_image(0)
+    everywhere = torch.ones(1, 40, 32, dtype=torch.bool)
+    result = image_metrics(reference + 0.05, reference, everywhere)
+    assert (result.psnr, result.psnr_breast) == pytest.approx((-20 * math.log10(0.05),) * 2, abs=1e-5)
+
+
+def test_masked_psnr_counts_only_masked_pixels():
+    reference = 0.5 * random_image(0)
+    mask = random_image(1) < 0.25
+    image = reference + torch.where(mask, 0.01, 0.3)
+    result = image_metrics(image, reference, mask)
+    assert result.psnr_breast == pytest.approx(40, abs=1e-5)
+    share = mask.double().mean().item()
+    assert result.psnr == pytest.approx(-10 * math.log10(share * 0.01**2 + (1 - share) * 0.3**2), abs=1e-5)
+
+
+def test_an_exact_match_has_infinite_psnr_and_ssim_one():
+    image = random_image(0)
+    result = image_metrics(image, image.clone(), image > 0.5)
+    assert result.psnr == result.psnr_breast == math.inf
+    assert (result.ssim, result.ssim_breast) == pytest.approx((1, 1), abs=1e-12)
+
+
+def test_ssim_equals_its_definition():
+    reference = random_image(0)
+    image = (0.7 * reference + 0.3 * random_image(1)).clamp(0, 1)
+    x, y = image[0].numpy(), reference[0].numpy()
+
+    def mean(values):  # 11 x 11 Gaussian window of sigma 1.5, Wang et al. (2004), section III-C
+        return ndimage.gaussian_filter(values, 1.5, radius=5, mode="mirror")
+
+    c1, c2 = 0.01**2, 0.03**2
+    variances = mean(x * x) - mean(x) ** 2 + mean(y * y) - mean(y) ** 2
+    covariance = mean(x * y) - mean(x) * mean(y)
+    luminance = (2 * mean(x) * mean(y) + c1) / (mean(x) ** 2 + mean(y) ** 2 + c1)
+    expected = luminance * (2 * covariance + c2) / (variances + c2)
+    inner = torch.zeros(1, 40, 32, dtype=torch.bool)
+    inner[:, 5:-5, 5:-5] = True  # windows that lie inside the image need no convention for its border
+    result = image_metrics(image, reference, inner)
+    assert result.ssim_breast == pytest.approx(expected[5:-5, 5:-5].mean(), abs=1e-9)
+    assert result.ssim == pytest.approx(expected.mean(), abs=1e-9)
+
+
+def test_an_image_under_eleven_pixels_has_psnr_but_no_ssim():
+    reference = torch.zeros(1, 10, 20)
+    result = image_metrics(reference + 0.1, reference, torch.ones(1, 10, 20, dtype=torch.bool))
+    assert result.psnr == pytest.approx(20, abs=1e-5)
+    assert math.isnan(result.ssim)
+    assert math.isnan(result.ssim_breast)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.7), (0.0, 1.0), (0.5, 0.52)])
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_otsu_threshold_parts_two_levels(low, high, share):
+    values = np.where(np.arange(1000) < 1000 * share, low, high)
+    assert low - 1 / 512 <= otsu_threshold(values) < high  # up to half a bin
+
+
+def test_otsu_threshold_minimises_the_variance_within_the_classes():
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(0.3, 0.05, 6000), rng.normal(0.6, 0.1, 3000)]).clip(0, 1)
+
+    def within(threshold):
+        low, high = values[values <= threshold], values[values > threshold]
+        return (len(low) * low.var() + len(high) * high.var()) / len(values)
+
+    best = min(within(threshold) for threshold in np.arange(0.2, 0.8, 1 / 256))
+    assert within(otsu_threshold(values)) == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_breast_mask_finds_the_phantom_and_leaves_the_label_out(index):
+    phantom = generate_phantom(3, index)
+    background = np.pad(~phantom.mask[0].numpy(), 1)
+    rows, columns = 20, 30
+    # the label goes where the background is widest: brighter than tissue, and smaller than the breast
+    distance = ndimage.distance_transform_cdt(background, "chessboard")[1:-1, 1:-1]
+    row, column = (int(c) for c in np.unravel_index(distance.argmax(), distance.shape))
+    image = phantom.image.clone()
+    label = (slice(row - rows // 2, row + rows // 2), slice(column - columns // 2, column + columns // 2))
+    assert not phantom.mask[0][label].any()
+    image[0][label] = 1.0
+    mask = breast_mask(image)
+    assert not mask[0][label].any()
+    overlap = (mask & phantom.mask).sum() / (mask | phantom.mask).sum()
+    assert overlap > 0.9
+
+
+def test_breast_mask_of_a_black_image_is_the_whole_image():
+    assert breast_mask(torch.zeros(1, 64, 48)).all()
+
+
+def test_breast_mask_of_a_real_mammogram_is_one_large_piece(mammogram_dir):
+    paths = sorted(mammogram_dir.glob("*.pgm"))[:8]
+    assert paths
+    for path in paths:
+        mask = breast_mask(torch.from_numpy(read_image(path))[None])[0].numpy()
+        assert 0.15 < mask.mean() < 0.95, path.name
+        assert ndimage.label(mask)[1] == 1, path.name

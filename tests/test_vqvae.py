@@ -1,0 +1,312 @@
+"""Codebooks against hand-computed steps, and the hierarchy around them."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+import vqvae
+from hps import HPS_VQVAE
+from vqvae import VQVAE, VectorQuantizer, perplexity
+from vqvae2_wrapper import VQVAE2Wrapper
+
+SMALL = dict(hidden_channels=16, res_channels=4, nb_levels=2, scaling_rates=(2, 2), embed_dim=8, nb_entries=16)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rows_of(x):
+    """(N, D, H, W) as a list of all its vectors, (N * H * W, D)."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def trained():
+    """A small VQ-VAE in evaluation mode after a few steps and with codebooks from data, and a batch of odd size."""
+    model = VQVAE(**SMALL)
+    images = torch.rand(4, 1, 18, 14)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(images, torch.tensor([True, False, True, False])).reconstruction.square().mean().backward()
+        optimizer.step()
+    model.initialise_codebooks([images], seeded())
+    return model.eval(), images
+
+
+def test_every_vector_goes_to_its_nearest_entry():
+    quantizer = VectorQuantizer(40, 5).eval()
+    x = torch.randn(3, 5, 6, 7)
+    distances = torch.cdist(rows_of(x).double(), quantizer.codebook.double())
+    result = quantizer(x)
+    assert torch.equal(result.indices.flatten(), distances.argmin(1))
+    assert torch.allclose(rows_of(result.code), quantizer.codebook[distances.argmin(1)], atol=1e-6)
+
+
+def test_lookup_does_not_depend_on_how_many_rows_it_holds(monkeypatch):
+    quantizer = VectorQuantizer(40, 5)
+    vectors = torch.randn(100, 5)
+    whole = quantizer.lookup(vectors)
+    monkeypatch.setattr(vqvae, "LOOKUP_ROWS", 7)
+    assert torch.equal(quantizer.lookup(vectors), whole)
+
+
+def test_ema_step_equals_one_computed_by_hand():
+    quantizer = VectorQuantizer(3, 2, decay=0.9, revive_threshold=0)
+    entries = torch.tensor([[0.0, 0.0], [1.0, 1.0], [5.0, -5.0]])
+    counts = torch.tensor([2.0, 1.0, 1e-5])  # as rare as the third entry is, Laplace smoothing halves it
+    quantizer.codebook.copy_(entries)
+    quantizer.ema_count.copy_(counts)
+    quantizer.ema_sum.copy_(entries * counts[:, None])
+    x = torch.tensor([[0.2, 0.4], [-0.4, 0.0], [1.5, 0.9], [0.3, 0.0]]).t().reshape(1, 2, 2, 2)
+    quantizer(x)
+    expected_counts = torch.tensor([0.9 * 2 + 0.1 * 3, 0.9 * 1 + 0.1 * 1, 0.9e-5])
+    expected_sums = torch.tensor([[0.1 * 0.1, 0.1 * 0.4], [0.9 + 0.15, 0.9 + 0.09], [4.5e-5, -4.5e-5]])
+    total = 2.1 + 1.0 + 0.9e-5
+    smoothed = (expected_counts + 1e-5) / (total + 3e-5) * total
+    assert torch.allclose(quantizer.ema_count, expected_counts, rtol=1e-5)
+    assert torch.allclose(quantizer.ema_sum, expected_sums, rtol=1e-5)
+    assert torch.allclose(quantizer.codebook, expected_sums / smoothed[:, None], rtol=1e-5)
+
+
+def test_samples_past_the_quantiser_keep_their_values_and_touch_no_statistics():
+    mixed = VectorQuantizer(10, 4)
+    alone = VectorQuantizer(10, 4)
+    alone.load_state_dict(mixed.state_dict())
+    x = torch.randn(4, 4, 5, 5)
+    chosen = torch.tensor([True, False, True, False])
+    result = mixed(x, chosen, seeded())
+    only = alone(x[chosen], None, seeded())
+    assert torch.equal(result.code[~chosen], x[~chosen])
+    assert torch.equal(result.code[chosen], only.code)
+    assert torch.allclose(result.commitment_loss, only.commitment_loss)
+    assert torch.allclose(result.perplexity, only.perplexity)
+    for name, value in mixed.state_dict().items():
+        assert torch.allclose(value, alone.state_dict()[name], atol=1e-6), name
+
+
+def test_a_batch_of_which_nothing_is_quantised_leaves_the_entries_where_they_are():
+    quantizer = VectorQuantizer(10, 4)
+    before = quantizer.codebook.clone()
+    result = quantizer(torch.randn(2, 4, 5, 5), torch.zeros(2, dtype=torch.bool))
+    assert torch.allclose(quantizer.codebook, before, atol=1e-6)
+    assert (result.commitment_loss, result.perplexity) == (0, 1)
+
+
+def test_gradient_passes_straight_through():
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    weight = torch.randn(2, 4, 3, 3)
+    code = VectorQuantizer(10, 4)(x).code
+    assert torch.equal(torch.autograd.grad((code * weight).sum(), x)[0], weight)
+
+
+def test_commitment_loss_is_the_mean_squared_distance_to_the_entry():
+    quantizer = VectorQuantizer(2, 2).eval()
+    quantizer.codebook.copy_(torch.tensor([[0.0, 0.0], [10.0, 10.0]]))
+    x = torch.tensor([[1.0, 2.0], [9.0, 10.0], [50.0, 50.0]])[:, :, None, None].requires_grad_()
+    loss = quantizer(x, torch.tensor([True, True, False])).commitment_loss
+    assert loss.item() == pytest.approx(((1 + 4) / 2 + (1 + 0) / 2) / 2)
+    # d/dz of ||z - e||^2 / (2 * 2): the entry gets no gradient, and a sample past the quantiser no loss
+    expected = torch.tensor([[0.5, 1.0], [-0.5, 0.0], [0.0, 0.0]])
+    assert torch.allclose(torch.autograd.grad(loss, x)[0].flatten(1), expected)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [([3.0] * 8, 8), ([5.0, 0.0, 0.0], 1), ([1.0, 1.0, 2.0], 2**1.5), ([0.0, 0.0], 1)]
+)
+def test_perplexity_is_the_exponential_of_the_entropy(counts, expected):
+    assert perplexity(torch.tensor(counts)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_revival_reseeds_exactly_the_rarely_used_entries_from_quantised_samples():
+    entries = torch.tensor([[0.0, 0.0], [4.0, 0.0], [50.0, 0.0], [0.0, 4.0], [4.0, 4.0], [0.0, 50.0]])
+    counts = torch.tensor([4.0, 4.0, 0.2, 4.0, 0.6, 0.1])
+    revived, plain = (VectorQuantizer(6, 2, decay=0.9, revive_threshold=threshold) for threshold in (0.1, 0.0))
+    for quantizer in (revived, plain):
+        quantizer.codebook.copy_(entries)
+        quantizer.ema_count.copy_(counts)
+        quantizer.ema_sum.copy_(entries * counts[:, None])
+    # entries 0, 1, 3 and 4 serve four vectors each; the second sample, far off, is not quantised
+    near = entries[[0, 1, 3, 4]].repeat(4, 1) + 0.1 * torch.randn(16, 2)
+    x = torch.stack([near, near + 1000]).transpose(1, 2).reshape(2, 2, 4, 4)
+    for quantizer in (revived, plain):
+        quantizer(x, torch.tensor([True, False]))
+    dead = plain.ema_count < 0.1 * plain.ema_count.mean()
+    assert dead.nonzero().flatten().tolist() == [2, 5]
+    assert torch.equal(revived.codebook[~dead], plain.codebook[~dead])
+    assert torch.equal(revived.ema_count[~dead], plain.ema_count[~dead])
+    for entry in revived.codebook[dead]:
+        assert (near == entry).all(1).any()
+    assert torch.allclose(revived.ema_count[dead], plain.ema_count.mean() / 3)
+    assert torch.allclose(revived.ema_sum[dead], revived.codebook[dead] * revived.ema_count[dead, None])
+
+
+def test_initialise_recovers_separated_clusters_exactly():
+    centres = torch.randn(12, 4) * 10
+    quantizer = VectorQuantizer(12, 4)
+    # uneven clusters: a random choice of entries misses the rare ones, and k-means has to find them
+    order = torch.randperm(12 + 11 * 60, generator=seeded())
+    vectors = torch.cat([centres, centres[1:].repeat(60, 1)])[order]
+    quantizer.initialise(vectors, 600.0, seeded())
+    assert torch.cdist(centres, quantizer.codebook).amin(1).max() < 1e-4
+
+
+def test_initialise_beats_entries_drawn_from_the_data():
+    vectors = torch.randn(3000, 3)
+    quantizer = VectorQuantizer(32, 3)
+    quantizer.initialise(vectors, 500.0, seeded())
+    drawn = min(torch.cdist(vectors, vectors[torch.randperm(3000)[:32]]).amin(1).square().mean() for _ in range(5))
+    assert torch.cdist(vectors, quantizer.codebook).amin(1).square().mean() < 0.9 * drawn
+    # statistics that stand for one batch of 500 vectors, and agree with the entries
+    assert quantizer.ema_count.sum().item() == pytest.approx(500, rel=0.02)
+    assert torch.allclose(quantizer.ema_sum / quantizer.ema_count[:, None], quantizer.codebook, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_initialise_with_fewer_vectors_than_entries_leaves_each_of_them_an_entry(count):
+    vectors = torch.randn(count, 3)
+    quantizer = VectorQuantizer(16, 3)
+    quantizer.initialise(vectors, float(count), seeded())
+    assert quantizer.codebook.isfinite().all()
+    assert torch.cdist(vectors, quantizer.codebook).amin(1).max() < 1e-4
+
+
+def _update_half(rank, folder):
+    """Body of one of two processes: an update on its half of the batch."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    case = torch.load(folder / "case.pt")
+    quantizer = VectorQuantizer(*case["state"]["codebook"].shape, revive_threshold=0)
+    quantizer.load_state_dict(case["state"])
+    result = quantizer(case["x"][2 * rank : 2 * rank + 2], case["chosen"][2 * rank : 2 * rank + 2])
+    torch.save((quantizer.state_dict(), result.perplexity), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_hold_the_codebook_of_one(tmp_path):
+    quantizer = VectorQuantizer(10, 4, revive_threshold=0)
+    x, chosen = torch.randn(4, 4, 5, 5), torch.tensor([True, False, True, True])
+    torch.save({"state": quantizer.state_dict(), "x": x, "chosen": chosen}, tmp_path / "case.pt")
+    mp.spawn(_update_half, (tmp_path,), nprocs=2)
+    result = quantizer(x, chosen)
+    for rank in range(2):
+        state, usage = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.allclose(usage, result.perplexity)
+        for name, value in quantizer.state_dict().items():
+            assert torch.allclose(state[name], value, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("scaling_rates", "hidden", "embed", "channels", "size"),
+    [
+        ((4, 2, 2), 64, 16, 1, (32, 48)),
+        ((4, 2, 2), 32, 16, 1, (37, 21)),
+        ((2, 2, 2, 2), 32, 8, 2, (19, 33)),
+        ((2, 3), 24, 12, 3, (7, 11)),
+        ((2,), 4, 4, 1, (5, 3)),
+    ],
+)
+def test_the_continuous_path_starts_as_the_identity(scaling_rates, hidden, embed, channels, size):
+    model = VQVAE(channels, hidden, 8, 2, len(scaling_rates), scaling_rates, embed, 16)
+    images = torch.rand(2, channels, *size)
+    output = model(images, quantize=False)
+    assert torch.allclose(output.reconstruction, images, atol=1e-5)
+    assert (output.indices, output.commitment_loss) == ([], 0)
+
+
+def test_encode_at_the_reference_values_gives_128_channels_at_a_quarter_of_the_size():
+    settings = HPS_VQVAE["cbis-ddsm"]
+    with torch.device("meta"):
+        model = VQVAE(**settings.arguments(VQVAE))
+        features = model.encode(torch.empty(2, *settings.image_shape))
+        output = model.eval()(torch.empty(2, *settings.image_shape), quantize=False)
+    assert features.shape == (2, 128, 256, 192)
+    assert output.reconstruction.shape == (2, 1, 1024, 768)
+
+
+def test_codes_alone_give_the_quantised_reconstruction(trained):
+    model, images = trained
+    output = model(images)
+    assert [tuple(index.shape) for index in output.indices] == [(4, 10, 8), (4, 5, 4)]
+    assert torch.allclose(model.decode_codes(output.indices, (18, 14)), output.reconstruction, atol=1e-5)
+
+
+def test_a_mixed_batch_equals_its_samples_on_their_own_paths(trained):
+    model, images = trained
+    mixed = model(images, torch.tensor([True, False, False, True])).reconstruction
+    quantised, continuous = (model(images, quantize).reconstruction for quantize in (True, False))
+    assert (quantised - continuous).abs().max() > 1e-2
+    assert torch.allclose(mixed[[0, 3]], quantised[[0, 3]], atol=1e-5)
+    assert torch.allclose(mixed[[1, 2]], continuous[[1, 2]], atol=1e-5)
+
+
+def test_codebooks_initialised_on_few_distinct_patches_code_them_exactly():
+    model = VQVAE(**SMALL).eval()
+    blocks = torch.rand(3, 4, 4)  # three values of the coarse level and twelve residuals of the fine one
+    grid = torch.randint(3, (2, 5, 6), generator=seeded())
+    images = blocks[grid].transpose(2, 3).reshape(2, 1, 20, 24)
+    before = F.mse_loss(model(images).reconstruction, images)
+    model.initialise_codebooks([images[:1], images[1:]], seeded())
+    output = model(images)
+    assert before > 0.1
+    assert torch.allclose(output.reconstruction, images, atol=1e-4)
+
+
+def test_gradients_reach_every_parameter_after_two_steps():
+    model = VQVAE(**SMALL)
+    images = torch.rand(4, 1, 16, 16)
+    model.initialise_codebooks([images], seeded())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        output = model(images, torch.tensor([True, True, False, False]))
+        (F.mse_loss(output.reconstruction, images) + 0.25 * output.commitment_loss).backward()
+        optimizer.step()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("change", "word"), [({"scaling_rates": (2, 2, 2)}, "scaling_rates"), ({"embed_dim": 32}, "embed_dim")]
+)
+def test_settings_that_clash_are_refused(change, word):
+    with pytest.raises(ValueError, match=word):
+        VQVAE(**SMALL | change)
+
+
+def test_the_wrapper_keeps_the_first_stage_frozen(trained):
+    model, images = trained
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wrapper = VQVAE2Wrapper(model.train()).train()
+    assert not any(module.training for module in wrapper.modules())
+    assert not any(parameter.requires_grad for parameter in wrapper.parameters())
+    z = wrapper.encode(images)
+    wrapper.decode(z, quantize=True)
+    for name, value in wrapper.vqvae.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_the_wrapper_gives_the_paths_and_codes_of_the_vqvae(trained):
+    model, images = trained
+    quantised, continuous = model(images), model(images, quantize=False)
+    wrapper = VQVAE2Wrapper(model)
+    z = wrapper.encode(images)
+    assert torch.allclose(wrapper.decode(z, shape=(18, 14)), continuous.reconstruction)
+    assert torch.allclose(wrapper.decode(z, quantize=True, shape=(18, 14)), quantised.reconstruction)
+    assert all(torch.equal(a, b) for a, b in zip(wrapper.codes(z), quantised.indices, strict=True))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 30), (1, 5)])
+def test_latent_shape_is_the_shape_that_encode_returns(size):
+    wrapper = VQVAE2Wrapper(VQVAE(**SMALL))
+    expected = (16, *(math.ceil(side / 4) * 2 for side in size))
+    assert wrapper.latent_shape(*size) == tuple(wrapper.encode(torch.rand(1, 1, *size)).shape[1:]) == expected
