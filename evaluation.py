@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
@@ -125,19 +126,24 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
 
 
 def _close_up(clean: Tensor, mask: Tensor) -> tuple[int, int, int]:
-    """Row, column and side of the brightest square inside the breast, a quarter of the shorter side."""
-    side = max(16, min(clean.shape[-2:]) // 4)
-    side = min(side, *clean.shape[-2:])
-    windows = torch.nn.functional.avg_pool2d((clean * mask)[None].float(), side, stride=max(1, side // 8))[0, 0]
-    best = int(windows.argmax())
+    """Row, column and side of the square inside the breast with the most fine structure, a quarter of the shorter side."""
+    height, width = clean.shape[-2:]
+    side = min(max(16, min(height, width) // 4), height, width)
     stride = max(1, side // 8)
-    return best // windows.shape[1] * stride, best % windows.shape[1] * stride, side
+    image, inside = clean.mean(0)[None, None].float(), mask[None].float()
+    detail = (image - F.avg_pool2d(image, 9, 1, 4, count_include_pad=False)).square()
+    structure = F.avg_pool2d(detail, side, stride)
+    coverage = F.avg_pool2d(inside, side, stride)
+    # a square that leaves the breast, with the skin line or a label in it, counts only where there is no other
+    best = int(torch.where(coverage >= min(1.0, float(coverage.max())), structure, -1.0).argmax())
+    columns = structure.shape[-1]
+    return best // columns * stride, best % columns * stride, side
 
 
 def comparison(clean: Tensor, images: Mapping[str, Tensor], mask: Tensor, labels: Mapping[str, str]) -> Tensor:
     """Side by side, (3, H', W') uint8: clean, the images, and the errors of the first and the last of them.
 
-    All are (C, H, W) in [0, 1]. Below each stands a close-up of the densest part, windowed by the clean image's range
+    All are (C, H, W) in [0, 1]. Below each stands a close-up of the part with the most fine structure, windowed by the clean image's range
     there, alike in all columns.
     """
     columns = [("clean", clean.mean(0), "")]

@@ -233,6 +233,12 @@ def test_encode_at_the_reference_values_gives_128_channels_at_a_quarter_of_the_s
     assert output.reconstruction.shape == (2, 1, 1024, 768)
 
 
+def test_encode_pads_sides_by_their_border(trained):
+    model, images = trained
+    rows, columns = (torch.arange(math.ceil(side / 4) * 4).clamp(max=side - 1) for side in (18, 14))
+    assert torch.allclose(model.encode(images), model.encode(images[:, :, rows][..., columns]), atol=1e-6)
+
+
 def test_codes_alone_give_the_quantised_reconstruction(trained):
     model, images = trained
     output = model(images)
@@ -259,6 +265,11 @@ def test_codebooks_initialised_on_few_distinct_patches_code_them_exactly():
     output = model(images)
     assert before > 0.1
     assert torch.allclose(output.reconstruction, images, atol=1e-4)
+    # the coarse level alone says of each of its four patches of 2 x 2 pixels what they are on average
+    model.quantizers[0].codebook.zero_()
+    patches = images.view(2, 1, 5, 2, 2, 6, 2, 2)
+    average = patches.mean((3, 6), keepdim=True).expand_as(patches).reshape_as(images)
+    assert torch.allclose(model.decode_codes(output.indices), average, atol=1e-4)
 
 
 def test_gradients_reach_every_parameter_after_two_steps():
