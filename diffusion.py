@@ -225,7 +225,7 @@ class LatentDiffusion(nn.Module):
     "none" it sees x_t and c and predicts eps, v or x_start itself.
 
     `loss_weighting` multiplies L_simple (Hang et al., 2023, arXiv:2303.09556): "latent" gives every t the same weight in
-    the error of the clean latent, over s^2 (for eps: 1 / SNR); "min_snr" min(SNR, 5) times that; "none" is L_simple.
+    the error of the clean latent, over s^2 (for eps: 1 / SNR); "min_snr" gives it the weight min(SNR, 5); "none" is L_simple.
     """
 
     def __init__(
@@ -372,7 +372,8 @@ class LatentDiffusion(nn.Module):
         logvar = self.logvar[t]
         loss = self.l_simple_weight * (weight * simple / logvar.exp() + logvar).mean()
         if self.original_elbo_weight:
-            loss = loss + self.original_elbo_weight * (self.elbo_weights[t] * simple).mean()
+            # the bound weighs the error of eps, whatever the network predicts
+            loss = loss + self.original_elbo_weight * (self.elbo_weights[t] * snr / factor * simple).mean()
         ratio = latent_error.detach().mean() / self.degradation_scale**2
         return DiffusionLoss(loss, simple.detach().mean(), ratio)
 
@@ -380,8 +381,8 @@ class LatentDiffusion(nn.Module):
 def ddim_timesteps(timesteps: int, steps: int, spacing: str = "leading") -> Tensor:
     """The `steps` timesteps of a sampler out of `timesteps`, descending, (steps,) int64.
 
-    "leading" is LDM's: multiples of T // steps, plus 1 where that leaves room; "trailing" counts down from T - 1 (Lin et
-    al., 2024, arXiv:2305.08891, table 2). Raises ValueError for steps outside 1..timesteps or an unknown spacing.
+    "leading" is LDM's: multiples of T // steps, plus 1 where that leaves room, so it suits steps of at most T / 2;
+    "trailing" counts down from T - 1 (Lin et al., 2024, arXiv:2305.08891, table 2). Raises ValueError for steps outside 1..timesteps or an unknown spacing.
     """
     if not 1 <= steps <= timesteps:
         raise ValueError(f"DDIM needs between 1 and {timesteps} steps, not {steps}")

@@ -143,8 +143,8 @@ def _close_up(clean: Tensor, mask: Tensor) -> tuple[int, int, int]:
 def comparison(clean: Tensor, images: Mapping[str, Tensor], mask: Tensor, labels: Mapping[str, str]) -> Tensor:
     """Side by side, (3, H', W') uint8: clean, the images, and the errors of the first and the last of them.
 
-    All are (C, H, W) in [0, 1]. Below each stands a close-up of the part with the most fine structure, windowed by the clean image's range
-    there, alike in all columns.
+    All are (C, H, W) in [0, 1]. Below each stands a close-up of the part with the most fine structure,
+    windowed by the clean image's range there, alike in all columns.
     """
     columns = [("clean", clean.mean(0), "")]
     columns += [(name, image.mean(0), labels.get(name, "")) for name, image in images.items()]

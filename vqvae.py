@@ -144,7 +144,7 @@ class VectorQuantizer(nn.Module):
         """
         draws = torch.rand(len(self.ema_count), generator=generator, device=vectors.device, dtype=torch.float64)
         cumulative = error.double().cumsum(0)
-        picked = torch.searchsorted(cumulative, draws * cumulative[-1]).clamp(max=len(vectors) - 1)
+        picked = torch.searchsorted(cumulative, draws * cumulative[-1], right=True).clamp(max=len(vectors) - 1)
         candidates = vectors[picked]
         has_data = (cumulative[-1:] > 0).float()
         if dist.is_available() and dist.is_initialized():

@@ -151,6 +151,18 @@ def test_revival_reseeds_exactly_the_rarely_used_entries_from_quantised_samples(
     assert torch.allclose(revived.ema_sum[dead], revived.codebook[dead] * revived.ema_count[dead, None])
 
 
+def test_revival_draws_vectors_in_proportion_to_their_squared_error():
+    quantizer = VectorQuantizer(4001, 1, decay=1.0)
+    quantizer.codebook.fill_(1000.0)[0] = 0.0  # one entry serves all; the others are dead
+    quantizer.ema_count.fill_(1e-3)[0] = 1e5
+    quantizer.ema_sum.copy_(quantizer.codebook * quantizer.ema_count[:, None])
+    values = torch.tensor([0.0, 1.0, -2.0, 3.0])
+    quantizer(values.view(1, 1, 2, 2), generator=seeded())
+    drawn = (quantizer.codebook[1:] == values).float().mean(0)
+    assert torch.allclose(drawn, values**2 / 14, atol=0.04)  # five standard errors of 4000 draws
+    assert drawn[0] == 0
+
+
 def test_initialise_recovers_separated_clusters_exactly():
     centres = torch.randn(12, 4) * 10
     quantizer = VectorQuantizer(12, 4)
