@@ -382,7 +382,8 @@ def ddim_timesteps(timesteps: int, steps: int, spacing: str = "leading") -> Tens
     """The `steps` timesteps of a sampler out of `timesteps`, descending, (steps,) int64.
 
     "leading" is LDM's: multiples of T // steps, plus 1 where that leaves room, so it suits steps of at most T / 2;
-    "trailing" counts down from T - 1 (Lin et al., 2024, arXiv:2305.08891, table 2). Raises ValueError for steps outside 1..timesteps or an unknown spacing.
+    "trailing" counts down from T - 1 (Lin et al., 2024, arXiv:2305.08891, table 2). Raises ValueError for steps outside
+    1..timesteps or an unknown spacing.
     """
     if not 1 <= steps <= timesteps:
         raise ValueError(f"DDIM needs between 1 and {timesteps} steps, not {steps}")

@@ -309,6 +309,8 @@ def check(hps: HParams) -> None:
             raise ValueError(
                 f"--hps scaling_rates={hps.scaling_rates}: must hold nb_levels={hps.nb_levels} rates, one a level"
             )
+        if hps.embed_dim > hps.hidden_channels:
+            raise ValueError(f"--hps embed_dim={hps.embed_dim}: must not exceed hidden_channels={hps.hidden_channels}")
         if hps.image_shape[0] != hps.in_channels:
             raise ValueError(f"--hps in_channels={hps.in_channels}: image_shape has {hps.image_shape[0]} channels")
     if "channel_mult" in hps:
@@ -326,3 +328,10 @@ def check(hps: HParams) -> None:
             raise ValueError(f"--hps ddim_steps={hps.ddim_steps}: more than timesteps={hps.timesteps}")
         if hps.model_channels % 32:
             raise ValueError(f"--hps model_channels={hps.model_channels}: must be a multiple of 32 (GroupNorm)")
+        # the middle block, at the coarsest resolution, always attends
+        for level in [*hps.attention_levels, len(hps.channel_mult) - 1]:
+            channels = hps.channel_mult[level] * hps.model_channels
+            if channels % hps.num_head_channels:
+                raise ValueError(
+                    f"--hps num_head_channels={hps.num_head_channels}: does not divide {channels} channels"
+                )

@@ -1,0 +1,424 @@
+"""Reading, geometry, splits, keyed randomness and batches of the data sets."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+from PIL import Image
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
+
+from datasets import (
+    SPLITS, Batch, Grid, KeyedSampler, Meta, SampleKey, draw_crop, find_images, folder_records, get_dataset, make_loader,
+    patient_of, read_image, split_patients,
+)  # fmt: skip
+from helper import UserError, seeded_generator
+from hps import HPS_DIFFUSION, HPS_VQVAE
+from metrics import breast_mask
+from phantom import generate_phantom
+
+MINI_MIAS = Path(__file__).resolve().parents[1] / "preprocessing" / "splits" / "mini-mias.csv"
+SETTINGS = HPS_VQVAE["phantom"].updated(
+    image_shape=[1, 64, 48], crop_size=32, crops_per_image=3, phantom_counts=[3, 2, 2]
+)
+FOLDER = HPS_VQVAE["folder-small"].updated(image_shape=[1, 64, 48], crop_size=0)
+
+
+def half_ellipse(height=300, width=200, left=True, depth=150):
+    """A breast of 0.6 that touches one side, over a background of 0.02."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    inside = ((y - height / 2) / (0.4 * height)) ** 2 + (x / depth) ** 2 < 1
+    image = np.where(inside, 0.6, 0.02).astype(np.float32)
+    return image if left else np.ascontiguousarray(image[:, ::-1])
+
+
+def mask_of(image):
+    return breast_mask(torch.from_numpy(image)[None])[0].numpy()
+
+
+def write_pngs(root, names, offset=0):
+    """8-bit phantoms of 64 x 48 pixels by name, all different."""
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        image = generate_phantom(8, i + offset, (1, 64, 48)).image[0]
+        Image.fromarray((image * 255).byte().numpy()).save(root / name)
+
+
+# --- batches and order -----------------------------------------------------------------------------------------------
+
+
+def item(value, mask=True):
+    key = SampleKey(0, 0, value)
+    image = torch.full((1, 1, 2, 3), float(value))
+    return Batch(image, image + 0.5, [Meta(f"{value}", key)], torch.ones(1, 1, 2, 3, dtype=torch.bool) if mask else None)
+
+
+def test_batches_are_joined_and_moved_with_all_they_hold():
+    batch = Batch.collate([item(1), item(2)])
+    assert len(batch) == 2 and [meta.path for meta in batch.meta] == ["1", "2"]
+    assert batch.clean[:, 0, 0, 0].tolist() == [1, 2] and batch.degraded[:, 0, 1, 2].tolist() == [1.5, 2.5]
+    assert batch.mask.shape == (2, 1, 2, 3)
+    moved = batch.to(torch.device("meta"))
+    assert {moved.clean.device.type, moved.degraded.device.type, moved.mask.device.type} == {"meta"}
+    assert moved.meta == batch.meta
+    assert Batch.collate([item(1, mask=False)]).to(torch.device("cpu")).mask is None
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    def order(seed, epoch):
+        sampler = KeyedSampler(20, seed, shuffle=True)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    first = order(0, 0)
+    assert [key.position for key in first] == list(range(20)) and {key.epoch for key in first} == {0}
+    assert sorted(key.index for key in first) == list(range(20))
+    torch.manual_seed(123)
+    assert order(0, 0) == first
+    indices = [tuple(key.index for key in order(*which)) for which in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    assert len(set(indices)) == 4
+    assert [key.index for key in KeyedSampler(4)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_global_generator_alone(workers):
+    """Else the weights would depend on how often validation and pictures are asked for."""
+    loader = make_loader(get_dataset("phantom", SETTINGS, "test"), 1, workers=workers)
+    state = torch.get_rng_state()
+    assert len(list(loader)) == 2
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- noise and crops -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_evaluation_noise_is_the_image_s_own_in_every_run(split):
+    first, other_seed = (get_dataset("phantom", SETTINGS, split, seed=seed) for seed in (0, 5))
+    backwards = [first[i] for i in (1, 0)][::-1]
+    for i in range(2):
+        late = other_seed[SampleKey(epoch=7, position=1, index=i)]
+        assert torch.equal(backwards[i].degraded, late.degraded) and torch.equal(backwards[i].clean, late.clean)
+        assert late.clean.shape == (1, 1, 64, 48) and not torch.equal(late.clean, late.degraded)
+    noise = [(batch.degraded - batch.clean)[:, :, 20:40, :8] for batch in backwards]
+    assert not torch.equal(*noise)
+
+
+def test_training_samples_are_keyed_by_seed_epoch_and_index():
+    def sample(seed=0, epoch=0, index=0, position=0):
+        return get_dataset("phantom", SETTINGS, "train", seed=seed)[SampleKey(epoch, position, index)]
+
+    assert torch.equal(sample().degraded, sample(position=4).degraded)
+    samples = [sample(), sample(seed=1), sample(epoch=1), sample(index=1)]
+    assert len({tuple(s.degraded.flatten().tolist()) for s in samples}) == 4
+    whole = SETTINGS.updated(crop_size=0, flip=False)
+    draws = [get_dataset("phantom", whole, "train")[SampleKey(epoch, 0, 0)] for epoch in (0, 1)]
+    assert torch.equal(draws[0].clean, draws[1].clean) and not torch.equal(draws[0].degraded, draws[1].degraded)
+
+
+def test_realisations_are_different_draws_of_the_whole_image_and_depend_on_the_seed():
+    train, other = (get_dataset("phantom", SETTINGS, "train", seed=seed) for seed in (0, 1))
+    draws = [train.whole(1, 0), train.whole(1, 1), other.whole(1, 0)]
+    assert all(torch.equal(draw.clean, draws[0].clean) and draw.clean.shape[-2:] == (64, 48) for draw in draws)
+    assert len({tuple(draw.degraded.flatten().tolist()) for draw in draws}) == 3
+    assert torch.equal(train.whole(1, 0).degraded, draws[0].degraded)
+
+
+def test_noise_has_the_variance_of_its_level():
+    """Poisson-Gaussian: x / 5000 + 0.01 ** 2 at level 0.2."""
+    batch = get_dataset("phantom", SETTINGS.updated(image_shape=[1, 256, 192]), "test")[0]
+    inside = (batch.clean > 0.3) & (batch.clean < 0.8)
+    noise = (batch.degraded - batch.clean)[inside]
+    expected = (batch.clean[inside] / 5000 + 1e-4).mean()
+    assert noise.square().mean() == pytest.approx(float(expected), rel=0.05) and abs(noise.mean()) < 1e-3
+
+
+def test_training_crops_are_parts_of_their_image_and_half_of_them_mirrored():
+    train = get_dataset("phantom", SETTINGS, "train")
+    mirrored = []
+    for epoch in range(8):
+        for index in range(len(train)):
+            crop = train[SampleKey(epoch, 0, index)]
+            assert crop.clean.shape == crop.degraded.shape == crop.mask.shape == (1, 1, 32, 32)
+            whole = train.prepared(index // 3)
+            windows = whole.clean[0].unfold(0, 32, 1).unfold(1, 32, 1)
+            straight, flipped = ((windows == part).all(-1).all(-1) for part in (crop.clean[0, 0], crop.clean[0, 0].flip(-1)))
+            assert straight.any() != flipped.any()
+            row, column = (straight | flipped).nonzero()[0].tolist()
+            mask = whole.mask[0, row : row + 32, column : column + 32]
+            assert torch.equal(crop.mask[0, 0], mask if straight.any() else mask.flip(-1))
+            mirrored.append(bool(flipped.any()))
+    assert len(mirrored) == 72 and 0.3 < np.mean(mirrored) < 0.7
+
+
+def test_crops_hold_enough_breast_where_there_is_any():
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[:, :32] = True
+    corners = [draw_crop(mask, 16, 4, 0.9, seeded_generator(i)) for i in range(60)]
+    assert np.mean([mask[r : r + 16, c : c + 16].float().mean() >= 0.9 for r, c in corners]) > 0.9
+    assert len(set(corners)) > 20 and all(r % 4 == c % 4 == 0 and r <= 48 and c <= 48 for r, c in corners)
+    free = [draw_crop(mask, 16, 1, 0.0, seeded_generator(i)) for i in range(300)]
+    assert {max(v) for v in zip(*free, strict=True)} == {48} and {min(v) for v in zip(*free, strict=True)} == {0}
+    assert draw_crop(mask, 64, 1, 0.9, seeded_generator(0)) == (0, 0)
+
+
+def test_phantoms_of_the_splits_differ():
+    images = [get_dataset("phantom", SETTINGS, split).prepared(0).clean for split in SPLITS]
+    assert not any(torch.equal(a, b) for a, b in zip(images, images[1:] + images[:1], strict=True))
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+VALUES = {8: np.arange(48, dtype=np.uint8).reshape(6, 8) * 5, 16: np.arange(48, dtype=np.uint16).reshape(6, 8) * 1391}
+
+
+@pytest.mark.parametrize("bits, name", [(8, "a.png"), (16, "a.png"), (8, "a.TIF"), (16, "a.tiff"), (8, "a.pgm"), (16, "a.pgm")])
+def test_values_of_8_and_16_bit_files_are_exact(tmp_path, bits, name):
+    values = VALUES[bits]
+    if name.endswith("pgm"):
+        header = b"P5\n8 6\n%d\n" % (2**bits - 1)
+        (tmp_path / name).write_bytes(header + values.astype(">u2" if bits == 16 else "u1").tobytes())
+    else:
+        Image.fromarray(values).save(tmp_path / name)
+    read = read_image(tmp_path / name)
+    assert read.dtype == np.float32 and read.shape == (6, 8)
+    np.testing.assert_array_equal(read, values.astype(np.float32) / (2**bits - 1))
+
+
+def test_jpeg_and_gray_rgb_are_read_and_an_alpha_channel_is_left_out(tmp_path):
+    smooth = np.linspace(50, 200, 64 * 64).reshape(64, 64).astype(np.uint8)
+    Image.fromarray(smooth).save(tmp_path / "a.jpg", quality=95)
+    assert np.abs(read_image(tmp_path / "a.jpg") * 255 - smooth).max() <= 3
+    Image.fromarray(np.stack([smooth] * 3, -1)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), smooth.astype(np.float32) / 255)
+    Image.fromarray(np.stack([smooth, smooth // 2], -1), "LA").save(tmp_path / "b.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "b.png"), smooth.astype(np.float32) / 255)
+
+
+@pytest.mark.parametrize("mode", ["P", "1", "F", "CMYK"])
+def test_other_pixel_formats_are_refused(tmp_path, mode):
+    path = tmp_path / ("a.png" if mode in "P1" else "a.tif")
+    Image.new(mode, (8, 8)).save(path)
+    with pytest.raises(UserError, match=rf"{path}: pixel format {mode} is not 8- or 16-bit grayscale"):
+        read_image(path)
+
+
+def write_dicom(path, values, *, bits=12, photometric="MONOCHROME2", patient="p1", **tags):
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = meta.MediaStorageSOPInstanceUID = "1.2.3"
+    dataset = pydicom.Dataset()
+    dataset.file_meta = meta
+    dataset.PatientID = patient
+    dataset.Rows, dataset.Columns = values.shape[:2]
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, photometric
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, bits, bits - 1, 0
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    dataset.PixelData = values.astype("<i2" if dataset.PixelRepresentation else "<u2").tobytes()
+    dataset.save_as(path, enforce_file_format=True)
+
+
+@pytest.mark.parametrize(
+    "tags, expected",
+    [
+        ({}, lambda v: v / 4095),
+        ({"photometric": "MONOCHROME1"}, lambda v: 1 - v / 4095),
+        ({"RescaleSlope": 2, "RescaleIntercept": -100}, lambda v: v / 4095),
+        ({"RescaleSlope": -1, "RescaleIntercept": 4095}, lambda v: 1 - v / 4095),
+        ({"WindowCenter": 500, "WindowWidth": 10}, lambda v: v / 4095),
+        ({"bits": 16}, lambda v: v / 65535),
+    ],
+)
+def test_dicom_values_are_scaled_by_what_the_bits_can_hold(tmp_path, tags, expected):
+    values = np.arange(48).reshape(6, 8) * 87
+    assert values.max() < 4096
+    write_dicom(tmp_path / "a.dcm", values, **tags)
+    np.testing.assert_allclose(read_image(tmp_path / "a.dcm"), expected(values), atol=1e-6)
+
+
+def test_signed_dicom_covers_its_range(tmp_path):
+    values = np.linspace(-2048, 2047, 48).round().reshape(6, 8)
+    write_dicom(tmp_path / "a.dcm", values, PixelRepresentation=1)
+    np.testing.assert_allclose(read_image(tmp_path / "a.dcm"), (values + 2048) / 4095, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a.dcm", "a.png", "a.pgm", "a.tif", "a.jpg"])
+@pytest.mark.parametrize("content", [b"", b"text", b"P5\n8 8\n255\n123"])
+def test_broken_file_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}: not a readable image \(.+\); remove or replace it") as error:
+        read_image(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+# --- geometry --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("shape", [(256, 192), (100, 300), (512, 100)])
+def test_breast_is_scaled_not_stretched_and_stays_at_its_chest_wall(left, shape):
+    image = half_ellipse(left=left)
+    y, x = np.mgrid[:300, :200]
+    centre = 60 if left else 139
+    image[(y - 150) ** 2 + (x - centre) ** 2 < 25**2] = 1.0
+    grid = Grid.fit(image, mask_of(image), shape)
+    fitted = grid.apply(image)
+    assert fitted.shape == shape and fitted.min() >= 0 and fitted.max() <= 1
+    disc = fitted > 0.8
+    height, width = disc.any(1).sum(), disc.any(0).sum()
+    assert abs(int(height) - int(width)) <= 1 and height > 10
+    top, box_left, bottom, right = grid.box
+    assert grid.size[0] / (bottom - top) == pytest.approx(grid.size[1] / (right - box_left), abs=1 / min(grid.size))
+    assert grid.size[0] == shape[0] or grid.size[1] == shape[1]
+    wall, far = (0, -1) if left else (-1, 0)
+    assert fitted[shape[0] // 2, wall] == pytest.approx(0.6, abs=0.02) and fitted[shape[0] // 2, far] < 0.1
+    assert grid.offset[1] == (0 if left else shape[1] - grid.size[1])
+    assert (fitted[: grid.offset[0]] == 0).all() and (fitted > 0.3).sum() / (image > 0.3).sum() == pytest.approx(
+        grid.size[0] * grid.size[1] / ((bottom - top) * (right - box_left)), rel=0.05
+    )
+
+
+def test_bright_film_border_at_the_chest_wall_is_trimmed():
+    image = half_ellipse()
+    plain = Grid.fit(image, mask_of(image), (256, 192))
+    image[:, :4] = 1.0
+    bordered = Grid.fit(image, mask_of(image), (256, 192))
+    assert plain.box[1] == 0 and 4 <= bordered.box[1] <= 6
+    assert bordered.apply(image).max() < 0.65
+
+
+def test_grid_keeps_single_precision_values():
+    image = np.linspace(0, 1, 64 * 48, dtype=np.float32).reshape(64, 48)
+    np.testing.assert_array_equal(Grid((0, 0, 64, 48), (64, 48), (0, 0), (64, 48)).apply(image), image)
+
+
+def test_16_bit_steps_survive_into_a_sample(tmp_path):
+    """A ramp of 200 steps inside one step of 8 bit."""
+    values = np.where(half_ellipse() > 0.3, 40000 + np.arange(300)[:, None] % 200, 500).astype(np.uint16)
+    for name in "abc":
+        Image.fromarray(values).save(tmp_path / f"{name}.png")
+    clean = get_dataset("folder", FOLDER.updated(image_shape=[1, 512, 384]), "test", tmp_path)[0].clean
+    inside = clean[(clean > 40000 / 65535) & (clean < 40200 / 65535)]
+    assert len(inside) > 20000 and len(inside.unique()) > 150
+
+
+# --- folders and splits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, patient",
+    [
+        ("mdb001.pgm", "mdb pair 001"), ("mdb002.png", "mdb pair 001"), ("mdb003.pgm", "mdb pair 002"),
+        ("P_00001_LEFT_CC.png", "P 00001"), ("P_00001_RIGHT_MLO.png", "P 00001"), ("case7-R-mlo.tif", "case7"),
+        ("12_lcc.png", "12"), ("12RMLO.png", "12"), ("Miller.png", "Miller"), ("CC.png", "CC"), ("0004 L.png", "0004"),
+    ],
+)  # fmt: skip
+def test_patient_is_read_off_the_file_name(name, patient):
+    assert patient_of(Path("x") / name) == patient
+
+
+def test_patient_of_a_dicom_file_is_its_tag_and_of_a_pattern_its_first_group(tmp_path):
+    write_dicom(tmp_path / "a.dcm", np.zeros((4, 4)), patient="Q7")
+    assert patient_of(tmp_path / "a.dcm") == "Q7"
+    assert patient_of(tmp_path / "missing.dcm") == "missing"
+    assert patient_of(Path("x12-3.png"), r"x(\d+)-") == "12"
+    for pattern in (r"y(\d+)", r"x\d+", r"x(q)?"):
+        with pytest.raises(UserError, match="patient_pattern"):
+            patient_of(Path("x12-3.png"), pattern)
+
+
+def test_split_by_patient_is_deterministic_without_overlap_and_never_empty():
+    patients = [f"p{i}" for i in range(50)]
+    split = split_patients(patients, 0.1, 0.2)
+    assert Counter(split.values()) == {"train": 35, "validation": 5, "test": 10}
+    assert split_patients(patients[::-1] * 2, 0.1, 0.2) == split
+    assert [patient for patient in patients if split[patient] == "validation"] == ["p31", "p34", "p45", "p47", "p49"]
+    for fractions in ((0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (0.1, 0.2)):
+        assert set(split_patients(["a", "b", "c"], *fractions).values()) == set(SPLITS)
+    with pytest.raises(UserError, match="2 patients are too few"):
+        split_patients(["a", "b", "a"], 0.1, 0.2)
+
+
+def test_both_breasts_of_a_patient_fall_into_one_split(tmp_path):
+    write_pngs(tmp_path, [f"p{i}/{side}_CC.png" for i in range(4) for side in ("L", "R")])
+    write_pngs(tmp_path, [f"q{i}_{side}.png" for i in range(6) for side in ("L", "R")])
+    records = folder_records(tmp_path, FOLDER.updated(test_fraction=0.4))
+    of_split = {split: {r.patient for r in records[split]} for split in SPLITS}
+    assert sum(map(len, records.values())) == 20 and all(of_split.values())
+    assert not of_split["train"] & of_split["test"] and not of_split["train"] & of_split["validation"]
+    assert all({r.key for r in records[split]} >= {f"{p}_L.png", f"{p}_R.png"} for split in SPLITS
+               for p in of_split[split] if p.startswith("q"))  # fmt: skip
+
+
+def test_images_are_found_at_any_depth_in_a_fixed_order_and_hidden_ones_left_out(tmp_path):
+    write_pngs(tmp_path, ["b.png", "a/c.png", ".hidden.png", ".cache/d.png"])
+    (tmp_path / "notes.txt").write_text("")
+    assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == ["a/c.png", "b.png"]
+
+
+def test_split_file_decides_by_name_or_stem_and_leaves_the_rest_out(tmp_path, capsys):
+    write_pngs(tmp_path, ["a.png", "sub/b.png", "c.png", "d.png"])
+    (tmp_path / "split.csv").write_text("file,split,patient\na,train,1\nsub/b.png,validation,2\nc.png,test,\ngone,test,9\n")
+    records = folder_records(tmp_path, FOLDER)
+    assert {split: [(r.key, r.patient) for r in records[split]] for split in SPLITS} == {
+        "train": [("a.png", "1")], "validation": [("sub/b.png", "2")], "test": [("c.png", "c")],
+    }  # fmt: skip
+    assert "1 of 4 images are not in it" in capsys.readouterr().out
+    (tmp_path / "other.csv").write_text("split,file\ntest,d\n")
+    records = folder_records(tmp_path, FOLDER.updated(split_csv=str(tmp_path / "other.csv")))
+    assert [[r.key for r in records[split]] for split in SPLITS] == [[], [], ["d.png"]]
+
+
+def test_real_pairs_take_the_place_of_the_simulation(tmp_path):
+    names = [f"{name}.png" for name in "abcdef"]
+    write_pngs(tmp_path / "full", names)
+    write_pngs(tmp_path / "low", names, offset=20)
+    for split in SPLITS:
+        images = get_dataset("folder", FOLDER.updated(flip=False), split, tmp_path)
+        for i in range(images.image_count()):
+            index = names.index(images.records[i].key)
+            full, low = (read_image(tmp_path / half / names[index]) for half in ("full", "low"))
+            batch = images.whole(i, 0) if split == "train" else images[i]
+            grid = batch.meta[0].info["grid"]
+            np.testing.assert_array_equal(batch.clean[0, 0], grid.apply(full))
+            np.testing.assert_array_equal(batch.degraded[0, 0], grid.apply(low))
+
+
+@pytest.mark.parametrize("extra, missing", [("full/x.png", "low"), ("low/x.png", "full")])
+def test_pair_without_its_other_half_is_refused(tmp_path, extra, missing):
+    write_pngs(tmp_path, [f"{half}/{name}.png" for half in ("full", "low") for name in "abc"] + [extra])
+    with pytest.raises(UserError, match=rf"{extra}: has no {missing}-dose image of the same name"):
+        folder_records(tmp_path, FOLDER)
+
+
+def test_crops_of_a_pair_are_of_the_same_place(tmp_path):
+    write_pngs(tmp_path, [f"{half}/{name}.png" for half in ("full", "low") for name in "abc"])
+    for path in (tmp_path / "full").iterdir():
+        (tmp_path / "low" / path.name).write_bytes(path.read_bytes())
+    train = get_dataset("folder", FOLDER.updated(crop_size=32, crops_per_image=6), "train", tmp_path)
+    crops = [train[i] for i in range(6)]
+    assert all(torch.equal(crop.clean, crop.degraded) for crop in crops) and len({c.clean.sum() for c in crops}) > 2
+
+
+# --- real mammograms -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", [HPS_VQVAE, HPS_DIFFUSION])
+def test_real_mammograms_are_split_as_published_and_load_as_breasts(mammogram_dir, table):
+    hps = table["folder-small"].updated(split_csv=str(MINI_MIAS))
+    sets = {split: get_dataset("folder-small", hps, split, mammogram_dir) for split in SPLITS}
+    assert [sets[split].image_count() for split in SPLITS] == [72, 8, 16]
+    assert [r.path.stem for r in sets["test"].records] == [f"mdb{i:03d}" for i in range(81, 97)]
+    for i in (0, 7, 15):
+        batch = sets["test"][i]
+        assert batch.clean.shape == batch.degraded.shape == batch.mask.shape == (1, 1, 512, 384)
+        assert batch.clean.min() >= 0 and batch.clean.max() <= 1 and batch.degraded.max() <= 1
+        assert 0.25 < batch.mask.float().mean() < 0.95
+        assert batch.clean[batch.mask].mean() > 2 * batch.clean[~batch.mask].mean()
+    crops = [sets["train"][i] for i in range(0, 16, 4)]
+    assert all(crop.clean.shape == (1, 1, 128, 128) for crop in crops)
+    assert np.mean([crop.mask.float().mean() for crop in crops]) > hps.breast_fraction

@@ -1,0 +1,116 @@
+"""Hyperparameters: the tables of the specification, and overrides from the shell."""
+
+import pytest
+
+from diffusion import LatentDiffusion, UNet
+from hps import ARCHITECTURE_DIFFUSION, ARCHITECTURE_VQVAE, HPS_DIFFUSION, HPS_VQVAE, TASKS, HParams, apply_overrides, check
+from vqvae import VQVAE
+
+SPECIFIED_VQVAE = dict(
+    image_shape=[1, 1024, 768], in_channels=1, hidden_channels=128, res_channels=32, nb_res_layers=2, nb_levels=5,
+    scaling_rates=[4, 2, 2, 2, 2], embed_dim=64, nb_entries=512, codebook_decay=0.99, residual_type="rezero",
+    learning_rate=1e-4, batch_size=4, beta=0.25, recon_loss="mse", amp=True, max_epochs=100, noise_level=0.2, nb_workers=4,
+)  # fmt: skip
+SPECIFIED_DIFFUSION = dict(
+    image_shape=[1, 1024, 768], timesteps=1000, beta_schedule="linear", linear_start=0.0015, linear_end=0.0195,
+    in_channels=256, out_channels=128, model_channels=192, channel_mult=[1, 2, 4], num_res_blocks=2,
+    attention_levels=[1, 2], num_head_channels=64, dropout=0.0, use_checkpoint=True, conditioning="concat",
+    learning_rate=2e-4, batch_size=4, max_epochs=200, grad_clip_norm=1.0, l_simple_weight=1.0, original_elbo_weight=0.0,
+    parameterization="eps", ema_decay=0.9999, ddim_steps=50, ddim_eta=0.0, noise_level=0.2, nb_workers=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["cbis-ddsm", "folder"])
+@pytest.mark.parametrize("table, specified", [(HPS_VQVAE, SPECIFIED_VQVAE), (HPS_DIFFUSION, SPECIFIED_DIFFUSION)])
+def test_reference_tasks_have_the_values_of_the_specification(table, specified, task):
+    assert {key: table[task][key] for key in specified} == specified
+    assert {key: type(table[task][key]) for key in specified} == {key: type(v) for key, v in specified.items()}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_in_both_tables_and_consistent(task):
+    assert set(TASKS) == set(HPS_VQVAE) == set(HPS_DIFFUSION) == {"cbis-ddsm", "phantom", "folder", "folder-small"}
+    vqvae, diffusion = HPS_VQVAE[task], HPS_DIFFUSION[task]
+    check(vqvae)
+    check(diffusion)
+    assert diffusion.out_channels == vqvae.hidden_channels and diffusion.image_shape == vqvae.image_shape
+    assert set(ARCHITECTURE_VQVAE) < set(vqvae) and set(ARCHITECTURE_DIFFUSION) < set(diffusion)
+
+
+@pytest.mark.parametrize(
+    "override, value",
+    [
+        ("learning_rate=1e-3", 1e-3),
+        ("learning_rate=1", 1.0),
+        ("batch_size=8", 8),
+        (" batch_size = 8 ", 8),
+        ("amp=false", False),
+        ("amp=1", True),
+        ("recon_loss=l1", "l1"),
+        ("split_csv=a=b.csv", "a=b.csv"),
+        ("image_shape=1,64,48", [1, 64, 48]),
+        ("image_shape=[1, 64, 48]", [1, 64, 48]),
+    ],
+)
+def test_override_is_read_with_the_type_of_its_entry(override, value):
+    hps, names = apply_overrides(HPS_VQVAE["cbis-ddsm"], [override])
+    key = override.split("=")[0].strip()
+    assert names == {key} and hps[key] == value and type(hps[key]) is type(value)
+    assert hps | {key: HPS_VQVAE["cbis-ddsm"][key]} == HPS_VQVAE["cbis-ddsm"]
+
+
+def test_empty_list_override_and_the_last_of_several_hold():
+    assert apply_overrides(HPS_DIFFUSION["phantom"], ["attention_levels="])[0].attention_levels == []
+    assert apply_overrides(HPS_VQVAE["phantom"], ["beta=1", "beta=2"])[0].beta == 2.0
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("hiden_channels=3", "--hps hiden_channels: no such hyperparameter; did you mean hidden_channels?"),
+        ("zzz=3", "--hps zzz: no such hyperparameter; hps.py lists them all"),
+        ("batch_size=4.5", "--hps batch_size=4.5: the value must be of type int"),
+        ("image_shape=1,64,true", "--hps image_shape=1,64,true: the value must be a list such as [1, 1024, 768]"),
+        ("image_shape=1,64,4.5", "--hps image_shape=1,64,4.5: the value must be a list such as [1, 1024, 768]"),
+        ("phantom_counts=1,0,1", "--hps phantom_counts=[1, 0, 1]: must be three counts: train, validation, test"),
+        ("beta=-0.1", "--hps beta=-0.1: must not be negative"),
+        ("codebook_decay=1.01", "--hps codebook_decay=1.01: must lie between 0 and 1"),
+        ("quantize_probability=nan", "--hps quantize_probability=nan: must lie between 0 and 1"),
+        ("split=all", "--hps split=all: must be one of patient, official"),
+    ],
+)
+def test_wrong_override_is_refused_with_one_sentence(override, sentence):
+    with pytest.raises(ValueError) as error:
+        apply_overrides(HPS_VQVAE["cbis-ddsm"], [override])
+    assert str(error.value) == sentence
+
+
+def test_entries_read_and_write_as_attributes():
+    hps = HParams(rate=1)
+    hps.rate = 2
+    assert hps.rate == hps["rate"] == 2
+    with pytest.raises(AttributeError, match="no hyperparameter named 'speed'"):
+        _ = hps.speed
+
+
+def test_updated_is_a_deep_copy_and_refuses_new_names():
+    hps = HParams(rates=[1, 2], rate=1)
+    changed = hps.updated(rate=3)
+    changed.rates.append(3)
+    assert hps == {"rates": [1, 2], "rate": 1} and changed == {"rates": [1, 2, 3], "rate": 3}
+    with pytest.raises(KeyError, match="speed"):
+        hps.updated(speed=1)
+
+
+def test_tasks_do_not_share_lists():
+    lists = [id(value) for table in (HPS_VQVAE, HPS_DIFFUSION) for hps in table.values() for value in hps.values()
+             if isinstance(value, list)]  # fmt: skip
+    assert len(lists) == len(set(lists)) > 20
+
+
+def test_arguments_are_the_entries_that_a_function_takes():
+    hps = HParams(a=1, b=2, c=3)
+    assert hps.arguments(lambda a, c, d=0: None) == {"a": 1, "c": 3}
+    taken = HPS_DIFFUSION["cbis-ddsm"].arguments(UNet) | HPS_DIFFUSION["cbis-ddsm"].arguments(LatentDiffusion)
+    assert set(ARCHITECTURE_DIFFUSION) <= set(taken)
+    assert set(ARCHITECTURE_VQVAE) - {"residual_type"} <= set(HPS_VQVAE["cbis-ddsm"].arguments(VQVAE))

@@ -1,0 +1,643 @@
+"""The three scripts from the shell: what they write, what they refuse, and that a run can be repeated and resumed."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from datasets import SPLITS, LatentDataset, get_dataset
+from helper import CHECKPOINT_FORMAT, load_checkpoint, run_script, weights_digest
+from phantom import generate_phantom
+from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = {
+    "main-vqvae": "--cpu --hps image_shape=1,64,48 --hps crop_size=32 --hps phantom_counts=4,2,2 --hps crops_per_image=2 "
+    "--batch-size 4 --hps hidden_channels=16 --hps embed_dim=16 --hps nb_entries=16 --hps nb_levels=2 "
+    "--hps scaling_rates=4,2 --hps warmup_steps=1 --hps checkpoint_frequency=1",
+    "main-diffusion": "--cpu --hps crop_size=32 --hps crops_per_image=2 --batch-size 4 --hps in_channels=32 "
+    "--hps out_channels=16 --hps model_channels=32 --hps num_head_channels=32 --hps ddim_steps=3 --hps warmup_steps=1 "
+    "--hps checkpoint_frequency=1 --hps dropout=0.1",
+    "main-latents": "--cpu",
+}
+STAGES = ("main-vqvae", "main-diffusion")
+
+
+@dataclass
+class Result:
+    """What a call of a script leaves behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def arguments(script, line):
+    return shlex.split(f"{FLAGS[script]} {line}")
+
+
+def shell(script, line):
+    """Run a script as a process of its own."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *arguments(script, line)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def call(script, line):
+    """Run a script in this process; an exception that the script does not turn into an exit status goes through."""
+    spec = importlib.util.spec_from_file_location(script.replace("-", "_"), ROOT / f"{script}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with mock.patch.object(sys, "argv", [f"{script}.py", *arguments(script, line)]):
+            try:
+                run_script(module.main)
+            except SystemExit as stop:
+                code = stop.code
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def succeed(script, line):
+    result = call(script, line)
+    assert result.code == 0, result.err
+    return result
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Equal to the last bit, in every part."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
+
+
+def written(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """What a script writes by default lands here."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("scripts")
+
+
+@pytest.fixture(scope="session")
+def stage_1(work):
+    return work / "vqvae", shell("main-vqvae", f"--task phantom --epochs 1 --no-tqdm --out {work / 'vqvae'}")
+
+
+@pytest.fixture(scope="session")
+def vqvae(stage_1):
+    return stage_1[0] / "last.pt"
+
+
+@pytest.fixture(scope="session")
+def stage_2(work, vqvae):
+    line = f"--task phantom --vqvae-path {vqvae} --epochs 1 --no-tqdm --out {work / 'diffusion'}"
+    return work / "diffusion", shell("main-diffusion", line)
+
+
+@pytest.fixture(scope="session")
+def diffusion(stage_2):
+    return stage_2[0] / "last.pt"
+
+
+@pytest.fixture(scope="session")
+def latents(work, vqvae):
+    """Single-precision latents with two noise draws per training image."""
+    line = f"{vqvae} --task phantom --realisations 2 --float32 --no-tqdm --out {work / 'latents'}"
+    return work / "latents", shell("main-latents", line)
+
+
+@pytest.fixture(scope="session")
+def evaluations(work, vqvae, diffusion):
+    """Folder and outcome of an evaluation of either stage."""
+    lines = {
+        "main-vqvae": f"--evaluate --no-tqdm --load-path {vqvae} --out {work / 'evaluation-1'}",
+        "main-diffusion": f"--evaluate --no-tqdm --vqvae-path {vqvae} --load-path {diffusion} --out {work / 'evaluation-2'}",
+    }
+    return {script: (Path(line.split()[-1]), shell(script, line)) for script, line in lines.items()}
+
+
+# --- training and evaluation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["stage_1", "stage_2"])
+def test_training_writes_its_run_folder_and_nothing_to_stderr(stage, request):
+    folder, result = request.getfixturevalue(stage)
+    assert (result.code, result.err) == (0, "")
+    events = [name for name in written(folder) if name.startswith("tensorboard/events.out.tfevents")]
+    assert len(events) == 1
+    expected = ["best.pt", "epoch-0001.pt", "last.pt", "log.csv", "run.json", "samples/epoch-0001.png", *events]
+    assert written(folder) == expected
+    log = pd.read_csv(folder / "log.csv")
+    assert log[["step", "epoch", "split"]].values.tolist() == [[2, 1, "train"], [2, 1, "validation"]]
+    assert np.isfinite(log["loss"][0]) and np.isfinite(log["score"][1])
+    checkpoint = load(folder / "last.pt")
+    assert (checkpoint["epoch"], checkpoint["step"], checkpoint["task"]) == (1, 2, "phantom")
+    assert checkpoint["best"] == log["score"][1]
+    with Image.open(folder / "samples" / "epoch-0001.png") as image:
+        assert image.format == "PNG" and image.convert("L").getextrema()[1] > 200
+    run = json.loads((folder / "run.json").read_text())
+    assert run["hps"] == checkpoint["hps"] and run["seed"] == 0 and run["torch"] == torch.__version__
+    assert "--epochs 1" in run["command"]
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_evaluation_writes_table_figures_and_pictures_that_agree(script, evaluations):
+    folder, result = evaluations[script]
+    assert (result.code, result.err) == (0, "")
+    assert written(folder) == ["metrics.csv", "metrics.json", "table.txt", "test_0000.png", "test_0001.png"]
+    table, figures = pd.read_csv(folder / "metrics.csv"), json.loads((folder / "metrics.json").read_text())
+    assert table["path"].tolist() == ["test/0000", "test/0001"] and not table.isna().any(axis=None)
+    assert figures["images"] == 2
+    assert (folder / "table.txt").read_text().strip() in result.out
+    low = figures["methods"]["low dose"]
+    for method, row in figures["methods"].items():
+        assert row["psnr"] == pytest.approx(table[f"{method} psnr"].mean())
+        assert row["psnr_breast_gain"] == pytest.approx(row["psnr_breast"] - low["psnr_breast"])
+        line = next(line for line in result.out.splitlines() if line.startswith(method))
+        assert f"{row['psnr_breast']:.2f} ({low['psnr_breast']:.2f})" in line
+        assert f"{row['ssim']:.4f} ({low['ssim']:.4f})" in line
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_evaluation_measures_the_input_as_one_does_oneself(script, evaluations, vqvae):
+    test_set = get_dataset("phantom", load_checkpoint(vqvae, "vqvae").hps, "test")
+    mse = [float((b.clean - b.degraded).double().square().mean()) for b in (test_set[0], test_set[1])]
+    measured = pd.read_csv(evaluations[script][0] / "metrics.csv")["low dose psnr"]
+    assert measured.tolist() == pytest.approx([-10 * math.log10(value) for value in mse], abs=1e-3)
+
+
+def test_evaluation_of_a_new_diffusion_model_returns_the_autoencoder_pass(evaluations):
+    """The network starts at zero and was trained for two steps: what it adds to its input is small, but not nothing."""
+    methods = json.loads((evaluations["main-diffusion"][0] / "metrics.json").read_text())["methods"]
+    restored, passed = methods["restored, DDIM 3"]["psnr"], methods["autoencoder pass"]["psnr"]
+    assert restored == pytest.approx(passed, abs=0.2) and restored != passed
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_evaluation_goes_beside_its_checkpoint_and_save_jpg_makes_it_jpeg(script, vqvae, diffusion, tmp_path):
+    source, first = (vqvae, "") if script == "main-vqvae" else (diffusion, f"--vqvae-path {vqvae}")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "last.pt").write_bytes(source.read_bytes())
+    succeed(script, f"--evaluate --save-jpg --load-path {tmp_path / 'copy'} {first}")
+    pictures = sorted((tmp_path / "copy" / "evaluation").glob("test_*"))
+    assert [path.name for path in pictures] == ["test_0000.jpg", "test_0001.jpg"]
+    for path in pictures:
+        with Image.open(path) as image:
+            image.load()
+            assert image.format == "JPEG"
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_save_jpg_makes_training_pictures_jpeg(script, vqvae, tmp_path):
+    first = "" if script == "main-vqvae" else f"--vqvae-path {vqvae}"
+    succeed(script, f"--epochs 1 --save-jpg --out {tmp_path / 'run'} {first}")
+    with Image.open(tmp_path / "run" / "samples" / "epoch-0001.jpg") as image:
+        image.load()
+        assert image.format == "JPEG"
+
+
+def test_runs_go_to_a_folder_of_their_own_by_default(tmp_path):
+    for _ in range(2):
+        succeed("main-vqvae", "--task phantom --epochs 1")
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert len(runs) == 2 and all(path.name.startswith("vqvae-phantom-") for path in runs)
+    assert all((path / "last.pt").is_file() for path in runs)
+
+
+def test_no_save_writes_nothing(vqvae, diffusion, latents, tmp_path):
+    before = written(vqvae.parent)
+    for script, line in (
+        ("main-vqvae", "--epochs 1"),
+        ("main-vqvae", f"--evaluate --load-path {vqvae}"),
+        ("main-diffusion", f"--epochs 1 --vqvae-path {vqvae}"),
+        ("main-diffusion", f"--evaluate --vqvae-path {vqvae} --load-path {diffusion}"),
+        ("main-latents", f"{vqvae} --out {tmp_path / 'latents'}"),
+    ):
+        succeed(script, f"{line} --no-save")
+    assert list(tmp_path.iterdir()) == [] and written(vqvae.parent) == before
+
+
+def test_progress_bars_show_unless_they_are_disabled():
+    assert "epoch 1" in succeed("main-vqvae", "--epochs 1 --no-save").err
+    assert succeed("main-vqvae", "--epochs 1 --no-save --no-tqdm").err == ""
+
+
+def test_batch_size_sets_the_number_of_steps(tmp_path):
+    succeed("main-vqvae", f"--epochs 1 --batch-size 3 --out {tmp_path / 'run'}")
+    checkpoint = load(tmp_path / "run" / "last.pt")
+    assert (checkpoint["step"], checkpoint["hps"]["batch_size"]) == (3, 3)  # 8 crops
+
+
+def test_folder_of_mammograms_trains_and_evaluates(folder_of_pngs, tmp_path):
+    run = tmp_path / "run"
+    flags = "--task folder-small --hps breast_fraction=0.1"
+    succeed("main-vqvae", f"{flags} --data-root {folder_of_pngs} --epochs 1 --out {run}")
+    succeed("main-vqvae", f"--data-root {folder_of_pngs} --load-path {run} --evaluate")
+    assert json.loads((run / "evaluation" / "metrics.json").read_text())["images"] == 1  # a fifth of six patients
+    table = pd.read_csv(run / "evaluation" / "metrics.csv")
+    assert table["path"][0].endswith(".png") and table["clean, continuous psnr_breast"][0] > 40
+
+
+# --- determinism and resuming ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, same", [("", True), ("--num-workers 1", True), ("--no-amp", True), ("--seed 1", False)])
+@pytest.mark.parametrize("script", STAGES)
+def test_weights_depend_on_the_seed_alone(script, flags, same, vqvae, diffusion, tmp_path):
+    first = "" if script == "main-vqvae" else f"--vqvae-path {vqvae}"
+    succeed(script, f"--epochs 1 --out {tmp_path / 'run'} {first} {flags}")
+    reference = load(vqvae if script == "main-vqvae" else diffusion)
+    again = load(tmp_path / "run" / "last.pt")
+    differing = [key for key, value in again["model"].items() if not torch.equal(value, reference["model"][key])]
+    assert (differing == []) is same
+    assert (again["best"] == reference["best"]) is same
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_amp_trains_on_the_cpu_in_lower_precision(script, vqvae, diffusion, tmp_path):
+    first = "" if script == "main-vqvae" else f"--vqvae-path {vqvae}"
+    succeed(script, f"--epochs 1 --amp --out {tmp_path / 'run'} {first}")
+    full = pd.read_csv((vqvae if script == "main-vqvae" else diffusion).parent / "log.csv")
+    half = pd.read_csv(tmp_path / "run" / "log.csv")
+    assert half["loss"][0] != full["loss"][0] and half["loss"][0] == pytest.approx(full["loss"][0], rel=0.05)
+
+
+@pytest.mark.parametrize("script", STAGES)
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_resumed_training_equals_an_uninterrupted_one(script, schedule, vqvae, tmp_path):
+    """Constant rate: one epoch, then a second. Cosine, whose rate needs to know the end: back to the end of epoch 1."""
+    flags = f"--hps lr_schedule={schedule} {'' if script == 'main-vqvae' else f'--vqvae-path {vqvae}'}"
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    succeed(script, f"{flags} --epochs 2 --out {straight}")
+    succeed(script, f"{flags} --epochs {1 if schedule == 'constant' else 2} --out {resumed}")
+    source = resumed if schedule == "constant" else resumed / "epoch-0001.pt"
+    succeed(script, f"{flags} --epochs 2 --seed 5 --load-path {source}")
+    a, b = load(straight / "last.pt"), load(resumed / "last.pt")
+    assert (b["epoch"], b["step"]) == (2, 4)
+    assert_same(a, b)
+    assert (straight / "log.csv").read_text() == (resumed / "log.csv").read_text()
+
+
+# --- latents ---------------------------------------------------------------------------------------------------------
+
+
+def test_latents_are_those_of_the_images_encoded_by_oneself(latents, vqvae):
+    folder, result = latents
+    assert (result.code, result.err) == (0, "")
+    model, checkpoint = load_vqvae(vqvae)
+    first_stage = VQVAE2Wrapper(model)
+    index = json.loads((folder / "index.json").read_text())
+    assert index["first_stage"] == weights_digest(model) and index["latent_shape"] == [16, 16, 12]
+    assert {split: entry["realisations"] for split, entry in index["splits"].items()} == {
+        "train": 2, "validation": 1, "test": 1,
+    }  # fmt: skip
+    for split, count in zip(SPLITS, (4, 2, 2), strict=True):
+        arrays = {name: np.load(folder / split / f"{name}.npy") for name in ("clean", "degraded", "codes_0", "codes_1")}
+        realisations = 2 if split == "train" else 1
+        assert arrays["clean"].shape == (count, 16, 16, 12) and arrays["clean"].dtype == np.float32
+        assert arrays["degraded"].shape == (count, realisations, 16, 16, 12)
+        assert arrays["codes_0"].shape == (count, 16, 12) and arrays["codes_1"].shape == (count, 8, 6)
+        assert arrays["codes_0"].dtype == arrays["codes_1"].dtype == np.uint16
+        images = get_dataset("phantom", checkpoint.hps, split)
+        for i in range(count):
+            draws = [images.whole(i, r) for r in range(2)] if split == "train" else [images[i]]
+            clean = first_stage.encode(draws[0].clean)
+            np.testing.assert_array_equal(arrays["clean"][i], clean[0])
+            for r, draw in enumerate(draws):
+                np.testing.assert_array_equal(arrays["degraded"][i, r], first_stage.encode(draw.degraded)[0])
+            for level, codes in enumerate(first_stage.codes(clean)):
+                np.testing.assert_array_equal(arrays[f"codes_{level}"][i], codes[0])
+            mask = draws[0].mask[0, 0].reshape(16, 4, 12, 4).any(3).any(1)
+            np.testing.assert_array_equal(np.load(folder / split / "mask.npy")[i], mask)
+    train = np.load(folder / "train" / "degraded.npy")
+    assert np.abs(train[:, 0] - train[:, 1]).mean() > 1e-3
+
+
+def test_latents_are_half_precision_by_default_and_codes_stand_alone_where_asked(latents, vqvae, tmp_path):
+    succeed("main-latents", f"{vqvae} --out {tmp_path / 'half'}")
+    succeed("main-latents", f"{vqvae} --codes-only --out {tmp_path / 'codes'}")
+    for split in SPLITS:
+        half, full = (np.load(folder / split / "clean.npy") for folder in (tmp_path / "half", latents[0]))
+        assert half.dtype == np.float16
+        np.testing.assert_array_equal(half, full.astype(np.float16))
+    assert np.load(tmp_path / "half" / "train" / "degraded.npy").shape == (4, 1, 16, 16, 12)
+    codes = [f"{split}/codes_{level}.npy" for split in SPLITS for level in (0, 1)]
+    assert written(tmp_path / "codes") == sorted([*codes, "index.json"])
+    for name in codes:
+        np.testing.assert_array_equal(np.load(tmp_path / "codes" / name), np.load(latents[0] / name))
+
+
+def test_latent_data_set_gives_validation_pairs_whole_and_training_pairs_as_crops(latents, vqvae):
+    hps = load_checkpoint(vqvae, "vqvae").hps
+    validation, train = (LatentDataset(latents[0], split, hps) for split in ("validation", "train"))
+    full = {split: np.load(latents[0] / split / "degraded.npy") for split in ("validation", "train")}
+    np.testing.assert_array_equal(validation[1].degraded[0], full["validation"][1, 0])
+    assert (len(validation), len(train)) == (2, 8)
+    draws = set()
+    for i in range(8):
+        item = train[i]
+        assert item.clean.shape == item.degraded.shape == (1, 16, 8, 8)
+        windows = np.lib.stride_tricks.sliding_window_view(full["train"][i // 2], (16, 8, 8), (1, 2, 3))
+        found = np.argwhere((windows[:, 0] == item.degraded[0].numpy()).all((-1, -2, -3)))
+        assert len(found) == 1
+        draws.add(int(found[0, 0]))
+    assert draws == {0, 1}
+
+
+def test_stage_2_trains_from_latents_without_the_images(latents, vqvae, tmp_path):
+    line = f"--vqvae-path {vqvae} --latents {latents[0]} --out {tmp_path / 'run'}"
+    succeed("main-diffusion", f"{line} --epochs 1")
+    log = pd.read_csv(tmp_path / "run" / "log.csv")
+    assert log["latent_error"][0] == pytest.approx(1, abs=0.2) and log["latent_error_T"][1] == pytest.approx(1, abs=0.1)
+    succeed("main-diffusion", f"--vqvae-path {vqvae} --latents {latents[0]} --load-path {tmp_path / 'run'} --epochs 2")
+    assert load(tmp_path / "run" / "last.pt")["step"] == 4
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+class Code:
+    """Its pickle makes a folder when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.mkdir, (self.path,)
+
+
+@pytest.fixture(scope="session")
+def folder_of_pngs(work):
+    (work / "images").mkdir(exist_ok=True)
+    for i in range(6):
+        image = generate_phantom(9, i, (1, 128, 96)).image[0]
+        Image.fromarray((image * 255).byte().numpy()).save(work / "images" / f"p{i}.png")
+    return work / "images"
+
+
+@pytest.fixture(scope="session")
+def files(work, vqvae, diffusion, latents, folder_of_pngs):
+    """Names of good and bad files, as they stand in the calls below."""
+    bad = work / "bad"
+    bad.mkdir()
+    paths = {"vqvae": vqvae, "diffusion": diffusion, "latents": latents[0], "images": folder_of_pngs}
+    paths |= {name: bad / name for name in ("missing", "empty", "garbage", "void", "code", "foreign", "future", "partial")}
+    paths["empty"].mkdir()
+    paths["garbage"].write_bytes(bytes(range(256)) * 10)
+    paths["void"].write_bytes(b"")
+    torch.save(Code(bad / "ran"), paths["code"])
+    torch.save({"weight": torch.zeros(2)}, paths["foreign"])
+    torch.save({"format_version": CHECKPOINT_FORMAT + 1, "kind": "vqvae"}, paths["future"])
+    torch.save({"format_version": CHECKPOINT_FORMAT, "kind": "vqvae"}, paths["partial"])
+    for name, flags in (("other", "--seed 1"), ("wide", "--hps hidden_channels=32")):
+        paths[name] = work / name / "last.pt"
+        succeed("main-vqvae", f"{flags} --epochs 1 --out {work / name}")
+    paths["codes"] = work / "codes"
+    succeed("main-latents", f"{vqvae} --codes-only --out {paths['codes']}")
+
+    def images(name, *patients):
+        paths[name] = bad / name
+        for patient in patients or ("a", "b", "c"):
+            path = bad / name / f"{patient}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes((folder_of_pngs / "p0.png").read_bytes())
+        return sorted(paths[name].rglob("*.png"))
+
+    images("two", "a", "b")
+    for path in images("text"):
+        path.write_text("this is no image")
+    for path in images("colour"):
+        Image.new("RGB", (64, 48), (200, 100, 50)).save(path)
+    for path in images("cut"):
+        path.write_bytes(path.read_bytes()[:200])
+    for path in images("dot"):
+        Image.new("L", (1, 1), 100).save(path)
+    for path in images("black"):
+        Image.new("L", (64, 48)).save(path)
+    images("unpaired", "full/a", "full/b", "full/c", "low/a", "low/b")
+    images("sizes", *(f"{half}/{patient}" for half in ("full", "low") for patient in "abc"))
+    for path in sorted((bad / "sizes" / "low").iterdir()):
+        Image.new("L", (50, 50), 99).save(path)
+    for name, text in (
+        ("no-column", "file,part\na,train\n"),
+        ("no-split", "file,split\na,training\n"),
+        ("two-splits", "file,split,patient\na,train,1\nb,test,1\nc,validation,2\n"),
+        ("no-test", "file,split\na,train\nb,train\nc,validation\n"),
+    ):
+        images(name)
+        (bad / name / "split.csv").write_text(text)
+
+    def broken(name, file, content):
+        paths[name] = bad / name
+        for path in latents[0].rglob("*.*"):
+            copy = bad / name / path.relative_to(latents[0])
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(content(path) if path.relative_to(latents[0]).as_posix() == file else path.read_bytes())
+
+    def without(key):
+        return lambda path: json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}).encode()
+
+    broken("text-index", "index.json", lambda _: b"{")
+    broken("list-index", "index.json", lambda _: b"[1]")
+    broken("binary-index", "index.json", lambda _: b"\xff\xfe")
+    broken("no-splits", "index.json", without("splits"))
+    broken("no-digest", "index.json", without("first_stage"))
+    broken("hollow-index", "index.json", lambda path: path.read_bytes().replace(b'"realisations"', b'"draws"'))
+    broken("new-index", "index.json", lambda path: path.read_bytes().replace(b'"format_version": 1', b'"format_version": 9'))
+    broken("cut-array", "train/clean.npy", lambda path: path.read_bytes()[:1000])
+    broken("text-array", "train/degraded.npy", lambda _: b"no array")
+    broken("pickled-array", "train/clean.npy", lambda _: pickled_array())
+    broken("short-array", "validation/clean.npy", lambda _: array_bytes(np.zeros((1, 16, 16, 12), np.float32)))
+    return paths
+
+
+def array_bytes(array, **options):
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+def pickled_array():
+    return array_bytes(np.array([{"a": 1}], dtype=object), allow_pickle=True)
+
+
+REFUSED = """
+main-vqvae      | --task nowhere                                  | argument --task: invalid choice: 'nowhere'
+main-vqvae      | --tasks phantom                                 | unrecognized arguments: --tasks
+main-vqvae      | --batch-size 0                                  | argument --batch-size: must be a whole number
+main-vqvae      | --batch-size two                                | argument --batch-size: must be a whole number
+main-vqvae      | --epochs -1                                     | argument --epochs: must be a whole number
+main-vqvae      | --seed -1                                       | argument --seed: must be a whole number
+main-vqvae      | --seed 99999999999999999999999                  | --seed
+main-vqvae      | --num-workers x                                 | argument --num-workers: must be a whole number
+main-vqvae      | --amp --no-amp                                  | not allowed with argument --amp
+main-vqvae      | --evaluate                                      | --evaluate needs --load-path
+main-vqvae      | --task folder                                   | --task folder needs --data-root
+main-vqvae      | --task folder --data-root {missing}             | --data-root {missing}: no such folder
+main-vqvae      | --task cbis-ddsm --data-root {missing}          | {missing}
+main-vqvae      | --task cbis-ddsm --data-root {empty}            | {empty}
+main-vqvae      | --task folder --data-root {empty}               | {empty}: no images in it
+main-vqvae      | --task folder --data-root {two}                 | 2 patients are too few
+main-vqvae      | --task folder --data-root {text}                | .png: not a readable image
+main-vqvae      | --task folder --data-root {text} --num-workers 0 | .png: not a readable image
+main-vqvae      | --task folder --data-root {cut}                 | .png: not a readable image
+main-vqvae      | --task folder --data-root {colour}              | .png: a colour image
+main-vqvae      | --task folder --data-root {dot}                 | .png
+main-vqvae      | --task folder --data-root {unpaired}            | c.png: has no low-dose image
+main-vqvae      | --task folder --data-root {sizes}               | .png: 50 x 50 pixels, but its full-dose pair has 96 x 128
+main-vqvae      | --task folder --data-root {no-column}           | {no-column}/split.csv: has no column 'split'
+main-vqvae      | --task folder --data-root {no-split}            | {no-split}/split.csv: split 'training' is none of
+main-vqvae      | --task folder --data-root {two-splits}          | {two-splits}/split.csv: patient 1 stands in
+main-vqvae      | --task folder --data-root {images} --hps split_csv={missing} | split_csv={missing}: no such file
+main-vqvae      | --task folder --data-root {images} --hps split_csv={garbage} | {garbage}: not a readable CSV
+main-vqvae      | --task folder --data-root {images} --hps patient_pattern=(x) | patient_pattern=(x): its first group
+main-vqvae      | --task folder --data-root {images} --hps patient_pattern=(x  | patient_pattern=(x
+main-vqvae      | --load-path {missing}                           | {missing}: no such checkpoint
+main-vqvae      | --load-path {empty}                             | {empty}: no such checkpoint
+main-vqvae      | --load-path {garbage}                           | {garbage}: not a readable checkpoint
+main-vqvae      | --load-path {void}                              | {void}: not a readable checkpoint
+main-vqvae      | --load-path {code}                              | {code}: not a readable checkpoint
+main-vqvae      | --load-path {foreign}                           | {foreign}: not a checkpoint of this project
+main-vqvae      | --load-path {future}                            | {future}: checkpoint format 2, this version reads 1
+main-vqvae      | --load-path {partial}                           | {partial}: parts of the checkpoint are missing
+main-vqvae      | --load-path {diffusion}                         | {diffusion}: a checkpoint of main-diffusion.py (stage 2)
+main-vqvae      | --load-path {vqvae} --task folder               | {vqvae} was trained on phantom
+main-vqvae      | --load-path {vqvae} --hps hidden_channels=32    | hidden_channels=32: the checkpoint was trained with 16
+main-vqvae      | --out {vqvae}/..                                | {vqvae}
+main-vqvae      | --out {latents}/../vqvae                        | holds a run already
+main-vqvae      | --out {garbage}                                 | --out {garbage}: cannot be made
+main-vqvae      | --hps learning_rat=1                            | --hps learning_rat: no such hyperparameter; did you mean learning_rate?
+main-vqvae      | --hps learning_rate                             | --hps learning_rate: write it as key=value
+main-vqvae      | --hps learning_rate=fast                        | --hps learning_rate=fast: the value must be of type float
+main-vqvae      | --hps learning_rate=-1                          | --hps learning_rate=-1.0: must be greater than 0
+main-vqvae      | --hps learning_rate=nan                         | --hps learning_rate=nan: must be greater than 0
+main-vqvae      | --hps noise_level=inf                           | --hps noise_level=inf
+main-vqvae      | --hps nb_levels=2.5                             | --hps nb_levels=2.5: the value must be of type int
+main-vqvae      | --hps amp=maybe                                 | --hps amp=maybe: the value must be of type bool
+main-vqvae      | --hps image_shape=1,64                          | --hps image_shape=[1, 64]: must be channels, height, width
+main-vqvae      | --hps image_shape=big                           | --hps image_shape=big: the value must be a list
+main-vqvae      | --hps image_shape=3,64,48                       | --hps in_channels=1: image_shape has 3 channels
+main-vqvae      | --hps image_shape=3,64,48 --hps in_channels=3   | image_shape
+main-vqvae      | --hps image_shape=1,16,16 --hps crop_size=0     | image_shape
+main-vqvae      | --hps crop_size=64                              | --hps crop_size=64: larger than image_shape
+main-vqvae      | --hps scaling_rates=4,2,2                       | --hps scaling_rates=[4, 2, 2]: must hold nb_levels=2 rates
+main-vqvae      | --hps embed_dim=32                              | embed_dim
+main-vqvae      | --hps recon_loss=huber                          | --hps recon_loss=huber: must be one of mse, l1
+main-vqvae      | --hps mini_batch_size=3                         | --hps mini_batch_size=3: must divide batch_size 4
+main-vqvae      | --hps model_channels=64                         | --hps model_channels: no such hyperparameter
+main-latents    |                                                 | the following arguments are required: checkpoint
+main-latents    | {diffusion}                                     | {diffusion}: a checkpoint of main-diffusion.py (stage 2)
+main-latents    | {vqvae} --out {latents}                         | --out {latents}: exists already
+main-latents    | {vqvae} --out {garbage}/x                       | --out {garbage}/x: cannot be written
+main-latents    | {vqvae} --realisations 0                        | argument --realisations: must be a whole number
+main-latents    | {vqvae} --task folder                           | --task folder needs --data-root
+main-latents    | {vqvae} --task folder --data-root {no-test} --out x | {no-test}: no images for test
+main-diffusion  |                                                 | the following arguments are required: --vqvae-path
+main-diffusion  | --vqvae-path {missing}                          | {missing}: no such checkpoint
+main-diffusion  | --vqvae-path {diffusion}                        | {diffusion}: a checkpoint of main-diffusion.py (stage 2)
+main-diffusion  | --vqvae-path {vqvae} --evaluate                 | --evaluate needs --load-path
+main-diffusion  | --vqvae-path {vqvae} --load-path {vqvae}        | {vqvae}: a checkpoint of main-vqvae.py (stage 1)
+main-diffusion  | --vqvae-path {wide}                             | --vqvae-path {wide}: its latents have 32 channels
+main-diffusion  | --vqvae-path {other} --load-path {diffusion}    | {diffusion} was trained on another VQ-VAE-2
+main-diffusion  | --vqvae-path {other} --load-path {diffusion} --evaluate | {diffusion} was trained on another VQ-VAE-2
+main-diffusion  | --vqvae-path {vqvae} --load-path {diffusion} --hps model_channels=64 | model_channels=64: the checkpoint was trained with 32
+main-diffusion  | --vqvae-path {other} --latents {latents}        | --latents {latents}: extracted with {vqvae}, not with {other}
+main-diffusion  | --vqvae-path {vqvae} --latents {missing}        | --latents {missing}: no index.json
+main-diffusion  | --vqvae-path {vqvae} --latents {codes}          | --latents {codes}: holds code indices only
+main-diffusion  | --vqvae-path {vqvae} --latents {text-index}     | {text-index}/index.json: damaged
+main-diffusion  | --vqvae-path {vqvae} --latents {list-index}     | {list-index}/index.json: damaged
+main-diffusion  | --vqvae-path {vqvae} --latents {binary-index}   | {binary-index}/index.json: damaged
+main-diffusion  | --vqvae-path {vqvae} --latents {no-splits}      | {no-splits}/index.json: damaged
+main-diffusion  | --vqvae-path {vqvae} --latents {no-digest}      | {no-digest}/index.json: damaged
+main-diffusion  | --vqvae-path {vqvae} --latents {hollow-index}   | {hollow-index}/index.json: damaged
+main-diffusion  | --vqvae-path {vqvae} --latents {new-index}      | {new-index}/index.json: format 9, this version reads 1
+main-diffusion  | --vqvae-path {vqvae} --latents {cut-array}      | {cut-array}/train/clean.npy: not readable
+main-diffusion  | --vqvae-path {vqvae} --latents {text-array}     | {text-array}/train/degraded.npy: not readable
+main-diffusion  | --vqvae-path {vqvae} --latents {pickled-array}  | {pickled-array}/train/clean.npy: not readable
+main-diffusion  | --vqvae-path {vqvae} --latents {short-array}    | {short-array}/validation/clean.npy: shape (1, 16, 16, 12)
+main-diffusion  | --vqvae-path {vqvae} --latents {latents} --hps crop_size=20 | --hps crop_size=20: must be a multiple of 8
+main-diffusion  | --vqvae-path {vqvae} --hps num_head_channels=48 | num_head_channels
+main-diffusion  | --vqvae-path {vqvae} --hps model_channels=40    | --hps model_channels=40: must be a multiple of 32
+main-diffusion  | --vqvae-path {vqvae} --hps in_channels=16       | --hps in_channels=16: must be twice out_channels=16
+main-diffusion  | --vqvae-path {vqvae} --hps attention_levels=2   | --hps attention_levels=[2]: channel_mult has 2 levels
+main-diffusion  | --vqvae-path {vqvae} --hps ddim_steps=1001      | --hps ddim_steps=1001: more than timesteps=1000
+main-diffusion  | --vqvae-path {vqvae} --hps linear_end=1.5       | linear_end
+main-diffusion  | --vqvae-path {vqvae} --hps learning_rate=1e30 --hps log_frequency=1 --epochs 3 | no longer finite
+main-diffusion  | --vqvae-path {vqvae} --task folder --data-root {black} --hps channel_mult=1,2 --hps attention_levels=1 --epochs 1 | constant
+"""
+
+
+@pytest.mark.parametrize("case", [" | ".join(map(str.strip, row.split("|"))) for row in REFUSED.split("\n")[1:-1]])
+def test_bad_input_gives_one_clear_line_and_exit_status_2(case, files):
+    script, line, sentence = (part.format(**files) for part in case.split(" | "))
+    result = call(script, f"--no-tqdm {line}")
+    assert result.code == 2
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1 and sentence in result.err
+
+
+@pytest.mark.parametrize(
+    "line", ["--load-path {code}", "--task folder --data-root {text} --num-workers 1", "--task folder --data-root {void}"]
+)
+def test_refusal_reaches_the_shell_without_a_traceback(line, files):
+    result = shell("main-vqvae", f"--no-tqdm {line.format(**files)}")
+    assert result.code == 2
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1
+    assert not (files["code"].parent / "ran").exists()
+
+
+def test_refused_call_leaves_nothing_behind(vqvae, files, tmp_path):
+    for script, line in (
+        ("main-vqvae", "--hps embed_dim=0"),
+        ("main-vqvae", f"--task folder --data-root {files['two']}"),
+        ("main-diffusion", f"--vqvae-path {files['wide']}"),
+        ("main-latents", f"{vqvae} --task folder --data-root {files['text']} --out {tmp_path / 'latents'}"),
+    ):
+        assert call(script, line).code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", ["--hps timesteps=5", "--hps noise_level=0"])
+def test_unusual_settings_train_and_evaluate(flags, vqvae, tmp_path):
+    line = f"{flags} --vqvae-path {vqvae} --out {tmp_path / 'run'}"
+    succeed("main-diffusion", f"{line} --epochs 1")
+    succeed("main-diffusion", f"{flags} --vqvae-path {vqvae} --load-path {tmp_path / 'run'} --evaluate --out {tmp_path / 'e'}")
+    json.loads((tmp_path / "e" / "metrics.json").read_text())
+
+
+def test_no_epochs_leave_a_run_that_can_be_resumed(tmp_path):
+    succeed("main-vqvae", f"--epochs 0 --out {tmp_path / 'run'}")
+    succeed("main-vqvae", f"--epochs 1 --load-path {tmp_path / 'run'}")
+    assert load(tmp_path / "run" / "last.pt")["step"] == 2
