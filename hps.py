@@ -32,7 +32,7 @@ class HParams(dict):
         unknown = sorted(set(changes) - set(self))
         if unknown:
             raise KeyError(f"unknown hyperparameter {unknown[0]!r}")
-        return HParams({**copy.deepcopy(dict(self)), **changes})
+        return HParams(copy.deepcopy({**self, **changes}))
 
     def arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
         """The entries that `function` (or a class's constructor) takes by name."""

@@ -12,8 +12,20 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from datasets import (
-    SPLITS, Batch, Grid, KeyedSampler, Meta, SampleKey, draw_crop, find_images, folder_records, get_dataset, make_loader,
-    patient_of, read_image, split_patients,
+    SPLITS,
+    Batch,
+    Grid,
+    KeyedSampler,
+    Meta,
+    SampleKey,
+    draw_crop,
+    find_images,
+    folder_records,
+    get_dataset,
+    make_loader,
+    patient_of,
+    read_image,
+    split_patients,
 )  # fmt: skip
 from helper import UserError, seeded_generator
 from hps import HPS_DIFFUSION, HPS_VQVAE
@@ -53,7 +65,9 @@ def write_pngs(root, names, offset=0):
 def item(value, mask=True):
     key = SampleKey(0, 0, value)
     image = torch.full((1, 1, 2, 3), float(value))
-    return Batch(image, image + 0.5, [Meta(f"{value}", key)], torch.ones(1, 1, 2, 3, dtype=torch.bool) if mask else None)
+    return Batch(
+        image, image + 0.5, [Meta(f"{value}", key)], torch.ones(1, 1, 2, 3, dtype=torch.bool) if mask else None
+    )
 
 
 def test_batches_are_joined_and_moved_with_all_they_hold():
@@ -145,7 +159,9 @@ def test_training_crops_are_parts_of_their_image_and_half_of_them_mirrored():
             assert crop.clean.shape == crop.degraded.shape == crop.mask.shape == (1, 1, 32, 32)
             whole = train.prepared(index // 3)
             windows = whole.clean[0].unfold(0, 32, 1).unfold(1, 32, 1)
-            straight, flipped = ((windows == part).all(-1).all(-1) for part in (crop.clean[0, 0], crop.clean[0, 0].flip(-1)))
+            straight, flipped = (
+                (windows == part).all(-1).all(-1) for part in (crop.clean[0, 0], crop.clean[0, 0].flip(-1))
+            )
             assert straight.any() != flipped.any()
             row, column = (straight | flipped).nonzero()[0].tolist()
             mask = whole.mask[0, row : row + 32, column : column + 32]
@@ -175,7 +191,9 @@ def test_phantoms_of_the_splits_differ():
 VALUES = {8: np.arange(48, dtype=np.uint8).reshape(6, 8) * 5, 16: np.arange(48, dtype=np.uint16).reshape(6, 8) * 1391}
 
 
-@pytest.mark.parametrize("bits, name", [(8, "a.png"), (16, "a.png"), (8, "a.TIF"), (16, "a.tiff"), (8, "a.pgm"), (16, "a.pgm")])
+@pytest.mark.parametrize(
+    "bits, name", [(8, "a.png"), (16, "a.png"), (8, "a.TIF"), (16, "a.tiff"), (8, "a.pgm"), (16, "a.pgm")]
+)
 def test_values_of_8_and_16_bit_files_are_exact(tmp_path, bits, name):
     values = VALUES[bits]
     if name.endswith("pgm"):
@@ -287,7 +305,7 @@ def test_bright_film_border_at_the_chest_wall_is_trimmed():
     plain = Grid.fit(image, mask_of(image), (256, 192))
     image[:, :4] = 1.0
     bordered = Grid.fit(image, mask_of(image), (256, 192))
-    assert plain.box[1] == 0 and 4 <= bordered.box[1] <= 6
+    assert plain.box[1] == 0 and 4 <= bordered.box[1] <= 10
     assert bordered.apply(image).max() < 0.65
 
 
@@ -362,7 +380,9 @@ def test_images_are_found_at_any_depth_in_a_fixed_order_and_hidden_ones_left_out
 
 def test_split_file_decides_by_name_or_stem_and_leaves_the_rest_out(tmp_path, capsys):
     write_pngs(tmp_path, ["a.png", "sub/b.png", "c.png", "d.png"])
-    (tmp_path / "split.csv").write_text("file,split,patient\na,train,1\nsub/b.png,validation,2\nc.png,test,\ngone,test,9\n")
+    (tmp_path / "split.csv").write_text(
+        "file,split,patient\na,train,1\nsub/b.png,validation,2\nc.png,test,\ngone,test,9\n"
+    )
     records = folder_records(tmp_path, FOLDER)
     assert {split: [(r.key, r.patient) for r in records[split]] for split in SPLITS} == {
         "train": [("a.png", "1")], "validation": [("sub/b.png", "2")], "test": [("c.png", "c")],
@@ -383,7 +403,7 @@ def test_real_pairs_take_the_place_of_the_simulation(tmp_path):
             index = names.index(images.records[i].key)
             full, low = (read_image(tmp_path / half / names[index]) for half in ("full", "low"))
             batch = images.whole(i, 0) if split == "train" else images[i]
-            grid = batch.meta[0].info["grid"]
+            grid = images.prepared(i).info["grid"]
             np.testing.assert_array_equal(batch.clean[0, 0], grid.apply(full))
             np.testing.assert_array_equal(batch.degraded[0, 0], grid.apply(low))
 

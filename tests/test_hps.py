@@ -3,7 +3,16 @@
 import pytest
 
 from diffusion import LatentDiffusion, UNet
-from hps import ARCHITECTURE_DIFFUSION, ARCHITECTURE_VQVAE, HPS_DIFFUSION, HPS_VQVAE, TASKS, HParams, apply_overrides, check
+from hps import (
+    ARCHITECTURE_DIFFUSION,
+    ARCHITECTURE_VQVAE,
+    HPS_DIFFUSION,
+    HPS_VQVAE,
+    TASKS,
+    HParams,
+    apply_overrides,
+    check,
+)
 from vqvae import VQVAE
 
 SPECIFIED_VQVAE = dict(

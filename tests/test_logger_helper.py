@@ -15,9 +15,27 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import helper
 from helper import (
-    CHECKPOINT_FORMAT, Checkpoint, UserError, atomic_path, evaluation_folder, format_table, get_device,
-    get_parameter_count, load_checkpoint, load_weights, open_run, randn_by_sample, record_run, resolve_settings, rng_state,
-    save_checkpoint, seed_of, seeded_generator, set_rng_state, weights_digest, write_json,
+    CHECKPOINT_FORMAT,
+    Checkpoint,
+    UserError,
+    atomic_path,
+    evaluation_folder,
+    format_table,
+    get_device,
+    get_parameter_count,
+    load_checkpoint,
+    load_weights,
+    open_run,
+    randn_by_sample,
+    record_run,
+    resolve_settings,
+    rng_state,
+    save_checkpoint,
+    seed_of,
+    seeded_generator,
+    set_rng_state,
+    weights_digest,
+    write_json,
 )  # fmt: skip
 from hps import ARCHITECTURE_VQVAE, HPS_DIFFUSION, HPS_VQVAE, HParams
 from logger import Logger
@@ -63,9 +81,9 @@ def test_refused_write_names_the_file(tmp_path):
     with pytest.raises(UserError, match=r"file/a\.json: cannot be written"):
         write_json(tmp_path / "file" / "a.json", {})
     full = OSError(28, os.strerror(28))
-    with pytest.raises(UserError, match=r"a\.pt: cannot be written \(No space left on device\); free space"):
-        with mock.patch.object(torch, "save", side_effect=full):
-            save_checkpoint(tmp_path / "a.pt", make_checkpoint())
+    sentence = r"a\.pt: cannot be written \(No space left on device\); free space"
+    with pytest.raises(UserError, match=sentence), mock.patch.object(torch, "save", side_effect=full):
+        save_checkpoint(tmp_path / "a.pt", make_checkpoint())
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -92,7 +110,7 @@ def test_checkpoint_comes_back_as_it_was_saved(tmp_path):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"format_version": 99}, f"checkpoint format 99, this version reads {CHECKPOINT_FORMAT}; use the version it came from"),
+        ({"format_version": 99}, f"checkpoint format 99, but this version reads {CHECKPOINT_FORMAT}; use the version it came from"),
         ({"kind": "diffusion"}, r"a checkpoint of main-diffusion.py \(stage 2\), but one of main-vqvae.py \(stage 1\) is needed"),
         ({"novelty": 1}, "parts of the checkpoint are"),
         ({"kind": None}, "not a checkpoint of this project|a checkpoint of None"),
@@ -126,14 +144,18 @@ class Writer:
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    torch.save({"format_version": CHECKPOINT_FORMAT, "kind": "vqvae", "x": Writer(tmp_path / "made")}, tmp_path / "a.pt")
+    torch.save(
+        {"format_version": CHECKPOINT_FORMAT, "kind": "vqvae", "x": Writer(tmp_path / "made")}, tmp_path / "a.pt"
+    )
     with pytest.raises(UserError, match=r"a\.pt: not a readable checkpoint") as error:
         load_checkpoint(tmp_path / "a.pt", "vqvae")
     assert not (tmp_path / "made").exists() and "\n" not in str(error.value)
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_first_reason(tmp_path):
-    with pytest.raises(UserError, match=r"a\.pt: the weights do not fit the model of its settings: .*size mismatch for weight"):
+    with pytest.raises(
+        UserError, match=r"a\.pt: the weights do not fit the model of its settings: .*size mismatch for weight"
+    ):
         load_weights(torch.nn.Linear(2, 2, bias=False), {"weight": torch.zeros(3, 2)}, tmp_path / "a.pt")
 
 
