@@ -198,7 +198,7 @@ HPS_DIFFUSION["folder-small"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     use_checkpoint=False,
     learning_rate=5e-4,
     timestep_sampling="stratified",
-    max_epochs=30,
+    max_epochs=24,
     validation_frequency=3,
 )
 

@@ -18,7 +18,8 @@ from vqvae import VQVAE
 SPECIFIED_VQVAE = dict(
     image_shape=[1, 1024, 768], in_channels=1, hidden_channels=128, res_channels=32, nb_res_layers=2, nb_levels=5,
     scaling_rates=[4, 2, 2, 2, 2], embed_dim=64, nb_entries=512, codebook_decay=0.99, residual_type="rezero",
-    learning_rate=1e-4, batch_size=4, beta=0.25, recon_loss="mse", amp=True, max_epochs=100, noise_level=0.2, nb_workers=4,
+    learning_rate=1e-4, batch_size=4, beta=0.25, recon_loss="mse", amp=True, max_epochs=100, noise_level=0.2,
+    nb_workers=4,
 )  # fmt: skip
 SPECIFIED_DIFFUSION = dict(
     image_shape=[1, 1024, 768], timesteps=1000, beta_schedule="linear", linear_start=0.0015, linear_end=0.0195,

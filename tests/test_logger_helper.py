@@ -43,8 +43,8 @@ from logger import Logger
 
 def make_checkpoint(**changes):
     parts = dict(
-        kind="vqvae", task="phantom", hps=HParams(beta=0.5, scaling_rates=[4, 2]), model={"w": torch.arange(3.0)}, epoch=2,
-        step=7, best=-1.5, training={"rng": rng_state(), "seed": 3}, extra={"first_stage": "abc"},
+        kind="vqvae", task="phantom", hps=HParams(beta=0.5, scaling_rates=[4, 2]), model={"w": torch.arange(3.0)},
+        epoch=2, step=7, best=-1.5, training={"rng": rng_state(), "seed": 3}, extra={"first_stage": "abc"},
     )  # fmt: skip
     return Checkpoint(**parts | changes)
 
@@ -110,8 +110,8 @@ def test_checkpoint_comes_back_as_it_was_saved(tmp_path):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"format_version": 99}, f"checkpoint format 99, but this version reads {CHECKPOINT_FORMAT}; use the version it came from"),
-        ({"kind": "diffusion"}, r"a checkpoint of main-diffusion.py \(stage 2\), but one of main-vqvae.py \(stage 1\) is needed"),
+        ({"format_version": 99}, f"checkpoint format 99, but this version reads {CHECKPOINT_FORMAT}; use the version"),
+        ({"kind": "diffusion"}, r"a checkpoint of main-diffusion.py \(stage 2\), but one of main-vqvae.py"),
         ({"novelty": 1}, "parts of the checkpoint are"),
         ({"kind": None}, "not a checkpoint of this project|a checkpoint of None"),
     ],
@@ -254,7 +254,9 @@ def test_run_is_recorded_with_and_without_git(tmp_path, monkeypatch):
 
 
 def test_settings_come_from_task_checkpoint_and_flags_in_this_order():
-    hps = HPS_VQVAE["phantom"].updated(beta=0.7, hidden_channels=32, max_epochs=9, batch_size=6, mini_batch_size=3)
+    hps = HPS_VQVAE["phantom"].updated(
+        beta=0.7, hidden_channels=32, embed_dim=32, max_epochs=9, batch_size=6, mini_batch_size=3
+    )
     checkpoint = make_checkpoint(hps=hps)
 
     def resolve(**changes):

@@ -25,9 +25,9 @@ from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = {
-    "main-vqvae": "--cpu --hps image_shape=1,64,48 --hps crop_size=32 --hps phantom_counts=4,2,2 --hps crops_per_image=2 "
-    "--batch-size 4 --hps hidden_channels=16 --hps embed_dim=16 --hps nb_entries=16 --hps nb_levels=2 "
-    "--hps scaling_rates=4,2 --hps warmup_steps=1 --hps checkpoint_frequency=1",
+    "main-vqvae": "--cpu --hps image_shape=1,64,48 --hps crop_size=32 --hps phantom_counts=4,2,2 "
+    "--hps crops_per_image=2 --batch-size 4 --hps hidden_channels=16 --hps embed_dim=16 --hps nb_entries=16 "
+    "--hps nb_levels=2 --hps scaling_rates=4,2 --hps warmup_steps=1 --hps checkpoint_frequency=1",
     "main-diffusion": "--cpu --hps crop_size=32 --hps crops_per_image=2 --batch-size 4 --hps in_channels=32 "
     "--hps out_channels=16 --hps model_channels=32 --hps num_head_channels=32 --hps ddim_steps=3 --hps warmup_steps=1 "
     "--hps checkpoint_frequency=1 --hps dropout=0.1",
@@ -62,12 +62,12 @@ def call(script, line):
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with mock.patch.object(sys, "argv", [f"{script}.py", *arguments(script, line)]):
-            try:
-                run_script(module.main)
-            except SystemExit as stop:
-                code = stop.code
+    argv = mock.patch.object(sys, "argv", [f"{script}.py", *arguments(script, line)])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), argv:
+        try:
+            run_script(module.main)
+        except SystemExit as stop:
+            code = stop.code
     return Result(code, out.getvalue(), err.getvalue())
 
 
@@ -143,10 +143,13 @@ def latents(work, vqvae):
 def evaluations(work, vqvae, diffusion):
     """Folder and outcome of an evaluation of either stage."""
     lines = {
-        "main-vqvae": f"--evaluate --no-tqdm --load-path {vqvae} --out {work / 'evaluation-1'}",
-        "main-diffusion": f"--evaluate --no-tqdm --vqvae-path {vqvae} --load-path {diffusion} --out {work / 'evaluation-2'}",
+        "main-vqvae": f"--load-path {vqvae} --out {work / 'evaluation-1'}",
+        "main-diffusion": f"--vqvae-path {vqvae} --load-path {diffusion} --out {work / 'evaluation-2'}",
     }
-    return {script: (Path(line.split()[-1]), shell(script, line)) for script, line in lines.items()}
+    return {
+        script: (Path(line.split()[-1]), shell(script, f"--evaluate --no-tqdm {line}"))
+        for script, line in lines.items()
+    }
 
 
 # --- training and evaluation -----------------------------------------------------------------------------------------
@@ -501,112 +504,112 @@ def pickled_array():
 
 
 REFUSED = """
-main-vqvae      | --task nowhere                                  | argument --task: invalid choice: 'nowhere'
-main-vqvae      | --tasks phantom                                 | unrecognized arguments: --tasks
-main-vqvae      | --batch-size 0                                  | argument --batch-size: must be a whole number
-main-vqvae      | --batch-size two                                | argument --batch-size: must be a whole number
-main-vqvae      | --epochs 0                                      | argument --epochs: must be a whole number of at least 1
-main-vqvae      | --epochs -1                                     | argument --epochs: must be a whole number
-main-vqvae      | --seed -1                                       | argument --seed: must be a whole number
-main-vqvae      | --seed 99999999999999999999999                  | --seed
-main-vqvae      | --num-workers x                                 | argument --num-workers: must be a whole number
-main-vqvae      | --amp --no-amp                                  | not allowed with argument --amp
-main-vqvae      | --evaluate                                      | --evaluate needs --load-path
-main-vqvae      | --task folder                                   | --task folder needs --data-root
-main-vqvae      | --task folder --data-root {missing}             | --data-root {missing}: no such folder
-main-vqvae      | --task cbis-ddsm --data-root {missing}          | {missing}
-main-vqvae      | --task cbis-ddsm --data-root {empty}            | {empty}
-main-vqvae      | --task folder --data-root {empty}               | {empty}: no images in it
-main-vqvae      | --task folder --data-root {two}                 | 2 patients are too few
-main-vqvae      | --task folder --data-root {text}                | .png: not a readable image
-main-vqvae      | --task folder --data-root {text} --num-workers 0 | .png: not a readable image
-main-vqvae      | --task folder --data-root {cut}                 | .png: not a readable image
-main-vqvae      | --task folder --data-root {colour}              | .png: a colour image
-main-vqvae      | --task folder --data-root {dot}                 | .png
-main-vqvae      | --task folder --data-root {unpaired}            | c.png: has no low-dose image
-main-vqvae      | --task folder --data-root {sizes}               | .png: 50 x 50 pixels, but its full-dose pair has 96 x 128
-main-vqvae      | --task folder --data-root {no-column}           | {no-column}/split.csv: has no column 'split'
-main-vqvae      | --task folder --data-root {no-split}            | {no-split}/split.csv: split 'training' is none of
-main-vqvae      | --task folder --data-root {two-splits}          | {two-splits}/split.csv: patient 1 stands in
-main-vqvae      | --task folder --data-root {images} --hps split_csv={missing} | split_csv={missing}: no such file
-main-vqvae      | --task folder --data-root {images} --hps split_csv={garbage} | {garbage}: not a readable CSV
-main-vqvae      | --task folder --data-root {images} --hps patient_pattern=(x) | patient_pattern=(x): its first group
-main-vqvae      | --task folder --data-root {images} --hps patient_pattern=(x  | patient_pattern=(x
-main-vqvae      | --load-path {missing}                           | {missing}: no such checkpoint
-main-vqvae      | --load-path {empty}                             | {empty}: no such checkpoint
-main-vqvae      | --load-path {garbage}                           | {garbage}: not a readable checkpoint
-main-vqvae      | --load-path {void}                              | {void}: not a readable checkpoint
-main-vqvae      | --load-path {code}                              | {code}: not a readable checkpoint
-main-vqvae      | --load-path {foreign}                           | {foreign}: not a checkpoint of this project
-main-vqvae      | --load-path {future}                            | {future}: checkpoint format 2, this version reads 1
-main-vqvae      | --load-path {partial}                           | {partial}: parts of the checkpoint are missing
-main-vqvae      | --load-path {diffusion}                         | {diffusion}: a checkpoint of main-diffusion.py (stage 2)
-main-vqvae      | --load-path {vqvae} --task folder               | {vqvae} was trained on phantom
-main-vqvae      | --load-path {vqvae} --hps hidden_channels=32    | hidden_channels=32: the checkpoint was trained with 16
-main-vqvae      | --out {vqvae}/..                                | {vqvae}
-main-vqvae      | --out {latents}/../vqvae                        | holds a run already
-main-vqvae      | --out {garbage}                                 | --out {garbage}: cannot be made
-main-vqvae      | --hps learning_rat=1                            | --hps learning_rat: no such hyperparameter; did you mean learning_rate?
-main-vqvae      | --hps learning_rate                             | --hps learning_rate: write it as key=value
-main-vqvae      | --hps learning_rate=fast                        | --hps learning_rate=fast: the value must be of type float
-main-vqvae      | --hps learning_rate=-1                          | --hps learning_rate=-1.0: must be greater than 0
-main-vqvae      | --hps learning_rate=nan                         | --hps learning_rate=nan: must be greater than 0
-main-vqvae      | --hps noise_level=inf                           | --hps noise_level=inf
-main-vqvae      | --hps nb_levels=2.5                             | --hps nb_levels=2.5: the value must be of type int
-main-vqvae      | --hps amp=maybe                                 | --hps amp=maybe: the value must be of type bool
-main-vqvae      | --hps image_shape=1,64                          | --hps image_shape=[1, 64]: must be channels, height, width
-main-vqvae      | --hps image_shape=big                           | --hps image_shape=big: the value must be a list
-main-vqvae      | --hps image_shape=3,64,48                       | --hps in_channels=1: image_shape has 3 channels
-main-vqvae      | --hps image_shape=3,64,48 --hps in_channels=3   | image_shape
-main-vqvae      | --hps image_shape=1,16,16 --hps crop_size=0     | image_shape
-main-vqvae      | --hps crop_size=64                              | --hps crop_size=64: larger than image_shape
-main-vqvae      | --hps scaling_rates=4,2,2                       | --hps scaling_rates=[4, 2, 2]: must hold nb_levels=2 rates
-main-vqvae      | --hps embed_dim=32                              | embed_dim
-main-vqvae      | --hps recon_loss=huber                          | --hps recon_loss=huber: must be one of mse, l1
-main-vqvae      | --hps mini_batch_size=3                         | --hps mini_batch_size=3: must divide batch_size 4
-main-vqvae      | --hps model_channels=64                         | --hps model_channels: no such hyperparameter
-main-latents    |                                                 | the following arguments are required: checkpoint
-main-latents    | {diffusion}                                     | {diffusion}: a checkpoint of main-diffusion.py (stage 2)
-main-latents    | {vqvae} --out {latents}                         | --out {latents}: exists already
-main-latents    | {vqvae} --out {garbage}/x                       | --out {garbage}/x: cannot be written
-main-latents    | {vqvae} --realisations 0                        | argument --realisations: must be a whole number
-main-latents    | {vqvae} --task folder                           | --task folder needs --data-root
-main-latents    | {vqvae} --task folder --data-root {no-test} --out x | {no-test}: no images for test
-main-diffusion  |                                                 | the following arguments are required: --vqvae-path
-main-diffusion  | --vqvae-path {missing}                          | {missing}: no such checkpoint
-main-diffusion  | --vqvae-path {diffusion}                        | {diffusion}: a checkpoint of main-diffusion.py (stage 2)
-main-diffusion  | --vqvae-path {vqvae} --evaluate                 | --evaluate needs --load-path
-main-diffusion  | --vqvae-path {vqvae} --load-path {vqvae}        | {vqvae}: a checkpoint of main-vqvae.py (stage 1)
-main-diffusion  | --vqvae-path {wide}                             | --vqvae-path {wide}: its latents have 32 channels
-main-diffusion  | --vqvae-path {other} --load-path {diffusion}    | {diffusion} was trained on another VQ-VAE-2
-main-diffusion  | --vqvae-path {other} --load-path {diffusion} --evaluate | {diffusion} was trained on another VQ-VAE-2
-main-diffusion  | --vqvae-path {vqvae} --load-path {diffusion} --hps model_channels=64 | model_channels=64: the checkpoint was trained with 32
-main-diffusion  | --vqvae-path {other} --latents {latents}        | --latents {latents}: extracted with {vqvae}, not with {other}
-main-diffusion  | --vqvae-path {vqvae} --latents {missing}        | --latents {missing}: no index.json
-main-diffusion  | --vqvae-path {vqvae} --latents {codes}          | --latents {codes}: holds code indices only
-main-diffusion  | --vqvae-path {vqvae} --latents {text-index}     | {text-index}/index.json: damaged
-main-diffusion  | --vqvae-path {vqvae} --latents {list-index}     | {list-index}/index.json: damaged
-main-diffusion  | --vqvae-path {vqvae} --latents {binary-index}   | {binary-index}/index.json: damaged
-main-diffusion  | --vqvae-path {vqvae} --latents {no-splits}      | {no-splits}/index.json: damaged
-main-diffusion  | --vqvae-path {vqvae} --latents {no-digest}      | {no-digest}/index.json: damaged
-main-diffusion  | --vqvae-path {vqvae} --latents {hollow-index}   | {hollow-index}/index.json: damaged
-main-diffusion  | --vqvae-path {vqvae} --latents {new-index}      | {new-index}/index.json: format 9, this version reads 1
-main-diffusion  | --vqvae-path {vqvae} --latents {cut-array}      | {cut-array}/train/clean.npy: not readable
-main-diffusion  | --vqvae-path {vqvae} --latents {text-array}     | {text-array}/train/degraded.npy: not readable
-main-diffusion  | --vqvae-path {vqvae} --latents {pickled-array}  | {pickled-array}/train/clean.npy: not readable
-main-diffusion  | --vqvae-path {vqvae} --latents {short-array}    | {short-array}/validation/clean.npy: shape (1, 16, 16, 12)
-main-diffusion  | --vqvae-path {vqvae} --latents {latents} --hps crop_size=20 | --hps crop_size=20: must be a multiple of 8
-main-diffusion  | --vqvae-path {vqvae} --hps num_head_channels=48 | num_head_channels
-main-diffusion  | --vqvae-path {vqvae} --hps model_channels=40    | --hps model_channels=40: must be a multiple of 32
-main-diffusion  | --vqvae-path {vqvae} --hps in_channels=16       | --hps in_channels=16: must be twice out_channels=16
-main-diffusion  | --vqvae-path {vqvae} --hps attention_levels=2   | --hps attention_levels=[2]: channel_mult has 2 levels
-main-diffusion  | --vqvae-path {vqvae} --hps ddim_steps=1001      | --hps ddim_steps=1001: more than timesteps=1000
-main-diffusion  | --vqvae-path {vqvae} --hps linear_end=1.5       | linear_end
-main-diffusion  | --vqvae-path {vqvae} --hps learning_rate=1e30 --hps log_frequency=1 --epochs 3 | no longer finite
+main-vqvae | --task nowhere | argument --task: invalid choice: 'nowhere'
+main-vqvae | --tasks phantom | unrecognized arguments: --tasks
+main-vqvae | --batch-size 0 | argument --batch-size: must be a whole number
+main-vqvae | --batch-size two | argument --batch-size: must be a whole number
+main-vqvae | --epochs 0 | argument --epochs: must be a whole number of at least 1
+main-vqvae | --epochs -1 | argument --epochs: must be a whole number
+main-vqvae | --seed -1 | argument --seed: must be a whole number
+main-vqvae | --seed 99999999999999999999999 | --seed
+main-vqvae | --num-workers x | argument --num-workers: must be a whole number
+main-vqvae | --amp --no-amp | not allowed with argument --amp
+main-vqvae | --evaluate | --evaluate needs --load-path
+main-vqvae | --task folder | --task folder needs --data-root
+main-vqvae | --task folder --data-root {missing} | --data-root {missing}: no such folder
+main-vqvae | --task cbis-ddsm --data-root {missing} | {missing}
+main-vqvae | --task cbis-ddsm --data-root {empty} | {empty}
+main-vqvae | --task folder --data-root {void} | --data-root {void}: no such folder
+main-vqvae | --task folder --data-root {empty} | {empty}: no images in it
+main-vqvae | --task folder --data-root {two} | 2 patients are too few
+main-vqvae | --task folder --data-root {text} | .png: not a readable image
+main-vqvae | --task folder --data-root {text} --num-workers 0 | .png: not a readable image
+main-vqvae | --task folder --data-root {cut} | .png: not a readable image
+main-vqvae | --task folder --data-root {colour} | .png: a colour image
+main-vqvae | --task folder --data-root {dot} | .png
+main-vqvae | --task folder --data-root {unpaired} | c.png: has no low-dose image
+main-vqvae | --task folder --data-root {sizes} | .png: 50 x 50 pixels, but its full-dose pair has 96 x 128
+main-vqvae | --task folder --data-root {no-column} | {no-column}/split.csv: has no column 'split'
+main-vqvae | --task folder --data-root {no-split} | {no-split}/split.csv: split 'training' is none of
+main-vqvae | --task folder --data-root {two-splits} | {two-splits}/split.csv: patient 1 stands in
+main-vqvae | --task folder --data-root {images} --hps split_csv={missing} | split_csv={missing}: no such file
+main-vqvae | --task folder --data-root {images} --hps split_csv={garbage} | {garbage}: not a readable CSV
+main-vqvae | --task folder --data-root {images} --hps patient_pattern=(x) | patient_pattern=(x): its first group
+main-vqvae | --task folder --data-root {images} --hps patient_pattern=(x | patient_pattern=(x
+main-vqvae | --load-path {missing} | {missing}: no such checkpoint
+main-vqvae | --load-path {empty} | {empty}: no such checkpoint
+main-vqvae | --load-path {garbage} | {garbage}: not a readable checkpoint
+main-vqvae | --load-path {void} | {void}: not a readable checkpoint
+main-vqvae | --load-path {code} | {code}: not a readable checkpoint
+main-vqvae | --load-path {foreign} | {foreign}: not a checkpoint of this project
+main-vqvae | --load-path {future} | {future}: checkpoint format 2, but this version reads 1
+main-vqvae | --load-path {partial} | {partial}: parts of the checkpoint are missing
+main-vqvae | --load-path {diffusion} | {diffusion}: a checkpoint of main-diffusion.py (stage 2)
+main-vqvae | --load-path {vqvae} --task folder | {vqvae} was trained on phantom
+main-vqvae | --load-path {vqvae} --hps hidden_channels=32 | hidden_channels=32: the checkpoint was trained with 16
+main-vqvae | --out {latents}/../vqvae | holds a run already
+main-vqvae | --out {garbage} | --out {garbage}: cannot be made
+main-vqvae | --hps learning_rat=1 | learning_rat: no such hyperparameter; did you mean learning_rate?
+main-vqvae | --hps learning_rate | --hps learning_rate: write it as key=value
+main-vqvae | --hps learning_rate=fast | --hps learning_rate=fast: the value must be of type float
+main-vqvae | --hps learning_rate=-1 | --hps learning_rate=-1.0: must be greater than 0
+main-vqvae | --hps learning_rate=nan | --hps learning_rate=nan: must be greater than 0
+main-vqvae | --hps noise_level=inf | --hps noise_level=inf
+main-vqvae | --hps nb_levels=2.5 | --hps nb_levels=2.5: the value must be of type int
+main-vqvae | --hps amp=maybe | --hps amp=maybe: the value must be of type bool
+main-vqvae | --hps image_shape=1,64 | --hps image_shape=[1, 64]: must be channels, height, width
+main-vqvae | --hps image_shape=big | --hps image_shape=big: the value must be a list
+main-vqvae | --hps image_shape=3,64,48 | --hps in_channels=1: image_shape has 3 channels
+main-vqvae | --hps image_shape=3,64,48 --hps in_channels=3 | image_shape
+main-vqvae | --hps image_shape=1,16,16 --hps crop_size=0 | image_shape
+main-vqvae | --hps crop_size=64 | --hps crop_size=64: larger than image_shape
+main-vqvae | --hps scaling_rates=4,2,2 | --hps scaling_rates=[4, 2, 2]: must hold nb_levels=2 rates
+main-vqvae | --hps embed_dim=32 | embed_dim
+main-vqvae | --hps recon_loss=huber | --hps recon_loss=huber: must be one of mse, l1
+main-vqvae | --hps mini_batch_size=3 | --hps mini_batch_size=3: must divide batch_size 4
+main-vqvae | --hps model_channels=64 | --hps model_channels: no such hyperparameter
+main-latents |  | the following arguments are required: checkpoint
+main-latents | {diffusion} | {diffusion}: a checkpoint of main-diffusion.py (stage 2)
+main-latents | {vqvae} --out {latents} | --out {latents}: exists already
+main-latents | {vqvae} --out {garbage}/x | --out {garbage}/x: cannot be written
+main-latents | {vqvae} --realisations 0 | argument --realisations: must be a whole number
+main-latents | {vqvae} --task folder | --task folder needs --data-root
+main-latents | {vqvae} --task folder --data-root {no-test} --out x | {no-test}: no images for test
+main-diffusion |  | the following arguments are required: --vqvae-path
+main-diffusion | --vqvae-path {missing} | {missing}: no such checkpoint
+main-diffusion | --vqvae-path {diffusion} | {diffusion}: a checkpoint of main-diffusion.py (stage 2)
+main-diffusion | --vqvae-path {vqvae} --evaluate | --evaluate needs --load-path
+main-diffusion | --vqvae-path {vqvae} --load-path {vqvae} | {vqvae}: a checkpoint of main-vqvae.py (stage 1)
+main-diffusion | --vqvae-path {wide} | --vqvae-path {wide}: its latents have 32 channels
+main-diffusion | --vqvae-path {other} --load-path {diffusion} | {diffusion} was trained on another VQ-VAE-2
+main-diffusion | --vqvae-path {other} --load-path {diffusion} --evaluate | {diffusion} was trained on another VQ-VAE-2
+main-diffusion | --vqvae-path {vqvae} --load-path {diffusion} --hps model_channels=64 | was trained with 32
+main-diffusion | --vqvae-path {other} --latents {latents} | {latents}: extracted with {vqvae}, not with {other}
+main-diffusion | --vqvae-path {vqvae} --latents {missing} | --latents {missing}: no index.json
+main-diffusion | --vqvae-path {vqvae} --latents {codes} | --latents {codes}: holds code indices only
+main-diffusion | --vqvae-path {vqvae} --latents {text-index} | {text-index}/index.json: damaged
+main-diffusion | --vqvae-path {vqvae} --latents {list-index} | {list-index}/index.json: damaged
+main-diffusion | --vqvae-path {vqvae} --latents {binary-index} | {binary-index}/index.json: damaged
+main-diffusion | --vqvae-path {vqvae} --latents {no-splits} | {no-splits}/index.json: damaged
+main-diffusion | --vqvae-path {vqvae} --latents {no-digest} | {no-digest}/index.json: damaged
+main-diffusion | --vqvae-path {vqvae} --latents {hollow-index} | {hollow-index}/index.json: damaged
+main-diffusion | --vqvae-path {vqvae} --latents {new-index} | {new-index}/index.json: format 9, this version reads 1
+main-diffusion | --vqvae-path {vqvae} --latents {cut-array} | {cut-array}/train/clean.npy: not readable
+main-diffusion | --vqvae-path {vqvae} --latents {text-array} | {text-array}/train/degraded.npy: not readable
+main-diffusion | --vqvae-path {vqvae} --latents {pickled-array} | {pickled-array}/train/clean.npy: not readable
+main-diffusion | --vqvae-path {vqvae} --latents {short-array} | {short-array}/validation/clean.npy: shape (1, 16,
+main-diffusion | --vqvae-path {vqvae} --latents {latents} --hps crop_size=20 | crop_size=20: must be a multiple of 8
+main-diffusion | --vqvae-path {vqvae} --hps num_head_channels=48 | num_head_channels
+main-diffusion | --vqvae-path {vqvae} --hps model_channels=40 | --hps model_channels=40: must be a multiple of 32
+main-diffusion | --vqvae-path {vqvae} --hps in_channels=16 | --hps in_channels=16: must be twice out_channels=16
+main-diffusion | --vqvae-path {vqvae} --hps attention_levels=2 | --hps attention_levels=[2]: channel_mult has 2 levels
+main-diffusion | --vqvae-path {vqvae} --hps ddim_steps=1001 | --hps ddim_steps=1001: more than timesteps=1000
+main-diffusion | --vqvae-path {vqvae} --hps linear_end=1.5 | linear_end
+main-diffusion | --vqvae-path {vqvae} --hps learning_rate=1e30 --hps log_frequency=1 --epochs 3 | no longer finite
 """
 
 
-@pytest.mark.parametrize("case", [" | ".join(map(str.strip, row.split("|"))) for row in REFUSED.split("\n")[1:-1]])
+@pytest.mark.parametrize("case", REFUSED.split("\n")[1:-1])
 def test_bad_input_gives_one_clear_line_and_exit_status_2(case, files):
     script, line, sentence = (part.format(**files) for part in case.split(" | "))
     result = call(script, f"--no-tqdm {line}")
@@ -616,7 +619,7 @@ def test_bad_input_gives_one_clear_line_and_exit_status_2(case, files):
 
 @pytest.mark.parametrize(
     "line",
-    ["--load-path {code}", "--task folder --data-root {text} --num-workers 1", "--task folder --data-root {void}"],
+    ["--load-path {code}", "--task folder --data-root {text} --num-workers 1", "--task folder --data-root {text}"],
 )
 def test_refusal_reaches_the_shell_without_a_traceback(line, files):
     result = shell("main-vqvae", f"--no-tqdm {line.format(**files)}")
