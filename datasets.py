@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -115,9 +116,12 @@ def make_loader(
     dataset: Dataset, batch_size: int, *, seed: int = 0, shuffle: bool = False, workers: int = 0, pin: bool = False
 ) -> DataLoader:
     """A DataLoader of `Batch` over a data set of this module; its sampler is a `KeyedSampler`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers, cores)
     return DataLoader(
         dataset,
         batch_size=batch_size,
+        generator=seeded_generator("workers", seed),  # else every pass draws a seed from the global generator
         sampler=KeyedSampler(len(dataset), seed, shuffle),
         num_workers=workers,
         collate_fn=Batch.collate,
@@ -156,7 +160,10 @@ def _to_unit_range(image: Image.Image, path: Path) -> np.ndarray:
     if image.mode == "L":
         return np.asarray(image, dtype=np.float32) / 255
     if image.mode.startswith("I"):  # 16 bit, which Pillow opens as I;16 or, for PGM, as I
-        return np.asarray(image).astype(np.float32) / 65535
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError(f"{path}: its values do not fit 16 bits; convert it to 16-bit grayscale")
+        return values.astype(np.float32) / 65535
     raise UserError(f"{path}: pixel format {image.mode} is not 8- or 16-bit grayscale; convert it")
 
 
@@ -291,7 +298,6 @@ class MammogramDataset(Dataset):
             raise IndexError(key.index)
         index = key.index // self.hps.crops_per_image if self.train else key.index
         image, meta = self.prepared(index), self.meta(index, key)
-        meta.info.update(image.info)
         if not self.train:
             return self._sample(image, meta, seeded_generator("noise of", meta.path))
         generator = seeded_generator("sample", self.seed, key.epoch, key.index)
@@ -303,6 +309,7 @@ class MammogramDataset(Dataset):
         return self._sample(image, meta, seeded_generator("realisation", self.seed, realisation, meta.path))
 
     def _sample(self, image: Prepared, meta: Meta, generator: torch.Generator) -> Batch:
+        meta.info.update(image.info)
         degraded = image.degraded
         if degraded is None:
             degraded = simulate_low_dose(image.clean, self.hps.noise_level, generator)
@@ -379,6 +386,8 @@ class RecordDataset(MammogramDataset):
     def prepare(self, index: int) -> Prepared:
         record = self.records[index]
         image = read_image(record.path)
+        if min(image.shape) < 16:
+            raise UserError(f"{record.path}: {image.shape[1]} x {image.shape[0]} pixels are too few; remove it")
         mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
         grid = Grid.fit(image, mask, tuple(self.hps.image_shape[1:]))
         clean = torch.from_numpy(grid.apply(image))[None]
@@ -412,7 +421,10 @@ def patient_of(path: Path, pattern: str = "") -> str:
     breasts of a patient, by pair. Raises UserError where the pattern does not match.
     """
     if pattern:
-        match = re.search(pattern, path.name)
+        try:
+            match = re.search(pattern, path.name)
+        except re.error as error:
+            raise UserError(f"--hps patient_pattern={pattern}: not a regular expression ({error})") from None
         if match is None or not match.groups() or match[1] is None:
             raise UserError(f"--hps patient_pattern={pattern}: its first group matches nothing in {path.name}")
         return match[1]
@@ -487,13 +499,16 @@ def folder_records(root: Path, hps: HParams) -> dict[str, list[Record]]:
         raise UserError(f"{next(iter(low.values()))}: has no full-dose image of the same name in {root / 'full'}")
     split_csv = Path(hps.split_csv) if hps.split_csv else root / "split.csv"
     if hps.split_csv or split_csv.is_file():
-        return _split_by_file(records, split_csv)
+        return split_by_file(records, split_csv)
     of_patient = split_patients([r.patient for r in records], hps.validation_fraction, hps.test_fraction)
     return {split: [r for r in records if of_patient[r.patient] == split] for split in SPLITS}
 
 
-def _split_by_file(records: list[Record], path: Path) -> dict[str, list[Record]]:
-    """Assign records by a CSV with columns file, split and optionally patient; a file may be named without its suffix."""
+def split_by_file(records: list[Record], path: Path) -> dict[str, list[Record]]:
+    """Assign records by a CSV with columns file, split and optionally patient; a file may be named without its suffix.
+
+    Records that are not in it are left out, and the number is printed. Raises UserError where the file does not fit.
+    """
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError:
@@ -506,6 +521,9 @@ def _split_by_file(records: list[Record], path: Path) -> dict[str, list[Record]]
     unknown = sorted(set(table["split"]) - set(SPLITS))
     if unknown:
         raise UserError(f"{path}: split {unknown[0]!r} is none of {', '.join(SPLITS)}")
+    twice = table["file"][table["file"].duplicated()]
+    if len(twice):
+        raise UserError(f"{path}: {twice.iloc[0]} stands in it twice")
     rows = {row["file"]: row for row in table.to_dict("records")}
     splits: dict[str, list[Record]] = {split: [] for split in SPLITS}
     homes: dict[str, str] = {}
@@ -539,6 +557,8 @@ def get_dataset(
     Raises UserError where the data root is missing, or holds no images for the split.
     """
     if task == "phantom":
+        if hps.image_shape[0] != 1 or min(hps.image_shape[1:]) < 32:
+            raise UserError(f"--hps image_shape={hps.image_shape}: phantoms need one channel and sides of at least 32")
         return PhantomDataset(hps, split, seed)
     if task == "cbis-ddsm":
         from datasets_cbis import CBISDDSM  # it builds on this module
@@ -631,8 +651,11 @@ def read_latent_index(root: Path) -> dict:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         version = index["format_version"]
-        index["codes_only"], index["splits"], index["latent_shape"], index["rate"], index["scale"]
-    except (ValueError, KeyError, TypeError):
+        for key in ("codes_only", "latent_shape", "rate", "scale", "first_stage", "checkpoint"):
+            index[key]
+        for entry in index["splits"].values():
+            entry["images"], entry["realisations"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged; extract the latents again") from None
     if version != LATENT_FORMAT:
         raise UserError(f"{path}: format {version}, this version reads {LATENT_FORMAT}; extract the latents again")

@@ -44,7 +44,8 @@ class Evaluation:
                 row[metric] = float(mean.loc[method, metric])
                 row[f"{metric}_std"] = float(std.loc[method, metric])
                 row[f"{metric}_{INPUT.replace(' ', '_')}"] = float(mean.loc[INPUT, metric])
-                row[f"{metric}_gain"] = float(mean.loc[method, metric] - mean.loc[INPUT, metric])
+                value, own = mean.loc[method, metric], mean.loc[INPUT, metric]
+                row[f"{metric}_gain"] = float(value - own) if value != own else 0.0  # noise level 0: inf - inf
             rows[method] = row
         return rows
 

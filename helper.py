@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,8 @@ def non_negative_int(text: str) -> int:
     """An argparse type: a whole number of at least 0."""
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
+    if int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2**63, not {text}")
     return int(text)
 
 
@@ -73,7 +76,7 @@ def base_parser(description: str, tasks: Sequence[str]) -> argparse.ArgumentPars
     parser.add_argument("--data-root", type=Path, help="folder of the data set (default for cbis-ddsm: data/cbis-ddsm)")
     parser.add_argument("--out", type=Path, help="output folder (default: a new one under runs/)")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
-    parser.add_argument("--epochs", type=non_negative_int, help="override max_epochs from hps.py")
+    parser.add_argument("--epochs", type=positive_int, help="override max_epochs from hps.py")
     parser.add_argument("--batch-size", type=positive_int, help="override batch size from hps.py")
     parser.add_argument("--num-workers", type=non_negative_int, help="override nb_workers from hps.py")
     parser.add_argument("--hps", action="append", default=[], metavar="KEY=VALUE", help="override any entry of hps.py")
@@ -270,10 +273,10 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
             f"{path}: a checkpoint of {scripts.get(payload['kind'], payload['kind'])}, but one of {scripts[kind]} is needed here"
         )
     del payload["format_version"]
-    payload["hps"] = HParams(payload["hps"])
     try:
+        payload["hps"] = HParams(payload["hps"])
         return Checkpoint(**payload)
-    except TypeError:
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: parts of the checkpoint are missing; use the one before it") from None
 
 
@@ -329,9 +332,10 @@ def evaluation_folder(args: argparse.Namespace, checkpoint: Path) -> Path | None
 
 def record_run(folder: Path, hps: HParams, seed: int) -> None:
     """Write command, settings, seed, git revision and package versions to `run.json`."""
-    revision = subprocess.run(
-        ["git", "-C", str(_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()  # fmt: skip
+    revision = ""
+    if shutil.which("git"):
+        command = ["git", "-C", str(_ROOT), "rev-parse", "HEAD"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     write_json(
         folder / "run.json",
         {

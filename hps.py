@@ -11,6 +11,7 @@ import copy
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -278,7 +279,7 @@ def check(hps: HParams) -> None:
         if key in hps and hps[key] not in words:
             raise ValueError(f"--hps {key}={hps[key]}: must be one of {', '.join(words)}")
     positive = (
-        "batch_size", "crops_per_image", "log_frequency", "checkpoint_frequency", "image_frequency",
+        "batch_size", "max_epochs", "crops_per_image", "log_frequency", "checkpoint_frequency", "image_frequency",
         "validation_frequency", "learning_rate", "hidden_channels", "res_channels", "nb_levels", "embed_dim",
         "nb_entries", "codebook_batches", "timesteps", "linear_start", "linear_end", "model_channels", "num_res_blocks",
         "num_head_channels", "ddim_steps", "statistics_batches", "in_channels", "out_channels",
@@ -286,7 +287,7 @@ def check(hps: HParams) -> None:
     for key in positive:
         if key in hps and not hps[key] > 0:
             raise ValueError(f"--hps {key}={hps[key]}: must be greater than 0")
-    non_negative = ("mini_batch_size", "crop_size", "nb_workers", "warmup_steps", "nb_res_layers", "max_epochs", "beta",
+    non_negative = ("mini_batch_size", "crop_size", "nb_workers", "warmup_steps", "nb_res_layers", "beta",
                     "grad_clip_norm", "weight_decay", "ddim_eta", "revive_threshold", "noise_level")  # fmt: skip
     for key in non_negative:
         if key in hps and not hps[key] >= 0:
@@ -296,6 +297,11 @@ def check(hps: HParams) -> None:
     for key in fractions:
         if key in hps and not 0 <= hps[key] <= 1:
             raise ValueError(f"--hps {key}={hps[key]}: must lie between 0 and 1")
+    for key, value in hps.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--hps {key}={value}: must be finite")
+    if "linear_end" in hps and not hps.linear_start <= hps.linear_end < 1:
+        raise ValueError(f"--hps linear_end={hps.linear_end}: must lie between linear_start and 1")
     if len(hps.image_shape) != 3 or min(hps.image_shape) < 1:
         raise ValueError(f"--hps image_shape={hps.image_shape}: must be channels, height, width")
     if len(hps.phantom_counts) != 3 or min(hps.phantom_counts) < 1:

@@ -23,6 +23,7 @@ class Logger:
     """
 
     def __init__(self, folder: Path | None, step: int = 0):
+        self.stale = True  # rows on disk may go beyond `step`
         self.path = folder / "log.csv" if folder else None
         self.columns = ["step", "epoch", "split"]
         self.rows: list[dict[str, str]] = []
@@ -44,7 +45,8 @@ class Logger:
             return
         row = {"step": str(step), "epoch": str(epoch), "split": split} | {k: repr(float(v)) for k, v in values.items()}
         new = [name for name in row if name not in self.columns]
-        rewrite = bool(new) or not self.path.is_file() or not self.rows
+        rewrite = bool(new) or not self.path.is_file() or not self.rows or self.stale
+        self.stale = False
         self.columns += new
         self.rows.append(row)
         if rewrite:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datasets import LATENT_FORMAT, SPLITS, Batch, MammogramDataset, get_dataset
+from datasets import LATENT_FORMAT, SPLITS, Batch, MammogramDataset, SampleKey, get_dataset, make_loader
 from helper import (
     UserError,
     base_parser,
@@ -48,8 +48,8 @@ class _Realisations(Dataset):
     def __len__(self) -> int:
         return self.images.image_count() * self.count
 
-    def __getitem__(self, i: int) -> Batch:
-        index, realisation = divmod(i, self.count)
+    def __getitem__(self, key: SampleKey) -> Batch:
+        index, realisation = divmod(key.index, self.count)
         return self.images.whole(index, realisation) if self.images.train else self.images[index]
 
 
@@ -68,9 +68,7 @@ def write_split(
         return arrays[name]
 
     entries = []
-    loader = DataLoader(
-        _Realisations(images, realisations), batch_size=1, num_workers=workers, collate_fn=Batch.collate
-    )
+    loader = make_loader(_Realisations(images, realisations), 1, workers=workers)
     for i, batch in enumerate(tqdm(loader, desc=images.split, disable=not progress, unit="pair")):
         index, realisation = divmod(i, realisations)
         batch = batch.to(device)

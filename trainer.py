@@ -417,10 +417,11 @@ class DiffusionTrainer(Trainer):
         batch = next(iter(self.validation_loader)).to(self.device)
         z, cond = self.encode(batch)
         with self.ema.average_parameters(self.model.model):
-            restored = sample_latents(self.model, self.model.normalize(cond), [batch.meta[0].path], PICTURE_STEPS)
+            steps = min(PICTURE_STEPS, self.hps.timesteps)
+            restored = sample_latents(self.model, self.model.normalize(cond), [batch.meta[0].path], steps)
         clean, low, image = (self.first_stage.decode(v)[0].cpu() for v in (z, cond, self.model.denormalize(restored)))
         mask = torch.ones_like(clean[:1], dtype=torch.bool) if batch.mask is None else batch.mask[0].cpu()
-        return comparison(clean, {"low dose": low, f"restored ({PICTURE_STEPS} steps)": image}, mask, {})
+        return comparison(clean, {"low dose": low, f"restored ({steps} steps)": image}, mask, {})
 
     def extra_state(self) -> dict[str, Any]:
         return {"ema": self.ema.state_dict()}
