@@ -91,10 +91,14 @@ class Batch:
 
 
 class KeyedSampler(Sampler[SampleKey]):
-    """Yields a `SampleKey` for every index of an epoch, in an order that depends on seed and epoch alone."""
+    """Yields a `SampleKey` for every index of an epoch, in an order that depends on seed and epoch alone.
 
-    def __init__(self, length: int, seed: int = 0, shuffle: bool = False):
+    `limit` keeps the first so many of them.
+    """
+
+    def __init__(self, length: int, seed: int = 0, shuffle: bool = False, limit: int | None = None):
         self.length, self.seed, self.shuffle = length, seed, shuffle
+        self.count = length if limit is None else min(limit, length)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -102,31 +106,41 @@ class KeyedSampler(Sampler[SampleKey]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return self.count
 
     def __iter__(self) -> Iterator[SampleKey]:
         order = range(self.length)
         if self.shuffle:
             order = torch.randperm(self.length, generator=seeded_generator("order", self.seed, self.epoch)).tolist()
-        for position, index in enumerate(order):
+        for position, index in enumerate(order[: self.count]):
             yield SampleKey(self.epoch, position, index)
 
 
 def make_loader(
-    dataset: Dataset, batch_size: int, *, seed: int = 0, shuffle: bool = False, workers: int = 0, pin: bool = False
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    shuffle: bool = False,
+    workers: int = 0,
+    pin: bool = False,
+    limit: int | None = None,
 ) -> DataLoader:
-    """A DataLoader of `Batch` over a data set of this module; its sampler is a `KeyedSampler`."""
+    """A DataLoader of `Batch` over a data set of this module; its sampler is a `KeyedSampler`.
+
+    With `limit` it is for one pass over the first so many samples; else its workers live on from epoch to epoch.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(workers, cores)
     return DataLoader(
         dataset,
         batch_size=batch_size,
         generator=seeded_generator("workers", seed),  # else every pass draws a seed from the global generator
-        sampler=KeyedSampler(len(dataset), seed, shuffle),
+        sampler=KeyedSampler(len(dataset), seed, shuffle, limit),
         num_workers=workers,
         collate_fn=Batch.collate,
         pin_memory=pin,
-        persistent_workers=workers > 0,
+        persistent_workers=workers > 0 and limit is None,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,14 @@ class Trainer:
         return {}
 
     # --- the loop ---
+
+    def first_batches(self, count: int) -> Iterable[Batch]:
+        """The first `count` batches of the first epoch, to initialise from."""
+        limit = count * self.mini_batch
+        workers = self.hps.nb_workers
+        return make_loader(
+            self.loader.dataset, self.mini_batch, seed=self.seed, shuffle=True, workers=workers, limit=limit
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -287,8 +295,7 @@ class VQVAETrainer(Trainer):
         return torch.optim.Adam(self.model.parameters(), lr=self.hps.learning_rate, fused=self.device.type == "cuda")
 
     def setup(self) -> None:
-        self.loader.sampler.set_epoch(0)
-        batches = [batch.clean.to(self.device) for batch in itertools.islice(self.loader, self.hps.codebook_batches)]
+        batches = [batch.clean.to(self.device) for batch in self.first_batches(self.hps.codebook_batches)]
         self.model.initialise_codebooks(batches, seeded_generator("codebooks", self.seed))
 
     def loss(self, batch: Batch) -> StepResult:
@@ -323,7 +330,7 @@ class VQVAETrainer(Trainer):
 
     @torch.no_grad()
     def picture(self) -> Tensor:
-        batch = next(iter(self.validation_loader))
+        batch = self.validation_loader.dataset[0]
         clean = batch.clean.to(self.device)
         images = {
             "continuous": self.model(clean, False).reconstruction[0].cpu(),
@@ -362,8 +369,7 @@ class DiffusionTrainer(Trainer):
         return clean, degraded
 
     def setup(self) -> None:
-        self.loader.sampler.set_epoch(0)
-        batches = itertools.islice(self.loader, self.hps.statistics_batches)
+        batches = self.first_batches(self.hps.statistics_batches)
         self.model.measure_statistics(self.encode(batch.to(self.device)) for batch in batches)
 
     def draw_timesteps(self, batch: Batch) -> Tensor:
@@ -414,7 +420,7 @@ class DiffusionTrainer(Trainer):
 
     @torch.no_grad()
     def picture(self) -> Tensor:
-        batch = next(iter(self.validation_loader)).to(self.device)
+        batch = self.validation_loader.dataset[0].to(self.device)
         z, cond = self.encode(batch)
         with self.ema.average_parameters(self.model.model):
             steps = min(PICTURE_STEPS, self.hps.timesteps)
