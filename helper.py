@@ -388,6 +388,11 @@ def resolve_settings(
     """
     source = checkpoint or first_stage
     args.task = args.task or (source.task if source else "phantom")
+    resumes = checkpoint is not None and not getattr(args, "evaluate", True)
+    if resumes and checkpoint.task != args.task:
+        raise UserError(
+            f"--task {args.task}: {args.load_path} was trained on {checkpoint.task}; leave --task out to resume"
+        )
     hps = table[args.task].updated()
     if first_stage is not None and first_stage.task == args.task:
         hps = hps.updated(**{key: first_stage.hps[key] for key in DATA_IDENTITY if key in first_stage.hps})

@@ -12,22 +12,18 @@ from datasets import Batch, LatentDataset, get_dataset
 from diffusion import LatentDiffusion, UNet
 from evaluation import evaluate, write_evaluation
 from helper import (
-    Checkpoint,
     UserError,
     base_parser,
     evaluation_folder,
     get_device,
-    get_parameter_count,
     load_checkpoint,
     load_weights,
-    open_run,
-    record_run,
     resolve_settings,
     run_script,
     weights_digest,
 )
 from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS, HParams
-from trainer import DiffusionTrainer, amp_dtype, sample_latents
+from trainer import DiffusionTrainer, run_training, sample_latents
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
 
@@ -93,49 +89,6 @@ def restore_test_set(
         print(f"evaluation written to {folder}")
 
 
-def train(
-    args: argparse.Namespace,
-    hps: HParams,
-    model: LatentDiffusion,
-    first_stage: VQVAE2Wrapper,
-    device: torch.device,
-    checkpoint: Checkpoint | None,
-) -> None:
-    """Train from the start, or go on from a checkpoint; from images or from extracted latents."""
-    if args.latents:
-        train_set = LatentDataset(args.latents, "train", hps, args.seed)
-        validation_set = LatentDataset(args.latents, "validation", hps, args.seed)
-        train_set.check(weights_digest(first_stage.vqvae), args.vqvae_path)
-    else:
-        train_set = get_dataset(args.task, hps, "train", args.data_root, args.seed)
-        validation_set = get_dataset(args.task, hps, "validation", args.data_root, args.seed)
-    folder = open_run(args, "diffusion", args.load_path)
-    trainer = DiffusionTrainer(
-        args.task,
-        hps,
-        model,
-        device,
-        train_set,
-        validation_set,
-        folder,
-        seed=args.seed,
-        amp=amp_dtype(device, args.amp or (hps.amp and not args.no_amp and device.type == "cuda")),
-        progress=not args.no_tqdm,
-        picture_suffix=".jpg" if args.save_jpg else ".png",
-        first_stage=first_stage,
-        latents=args.latents is not None,
-    )
-    if checkpoint is not None:
-        trainer.resume(checkpoint, args.load_path)
-    if folder is not None:
-        record_run(folder, hps, trainer.seed)
-    print(
-        f"UNet: {get_parameter_count(model.model):,} parameters, {len(train_set)} samples an epoch, {trainer.steps_per_epoch} steps"
-    )
-    trainer.fit()
-    print(f"checkpoints written to {folder}" if folder else "nothing saved (--no-save)")
-
-
 def main() -> None:
     args = parse_arguments()
     if args.evaluate and args.load_path is None:
@@ -165,11 +118,27 @@ def main() -> None:
         load_weights(model.model, ema, args.load_path)
         restore_test_set(args, hps, model, first_stage, device)
         return
-    if checkpoint is not None and checkpoint.task != args.task:
-        raise UserError(
-            f"--task {args.task}: {args.load_path} was trained on {checkpoint.task}; leave --task out to resume"
+    if args.latents:
+        train_set, validation_set = (
+            LatentDataset(args.latents, split, hps, args.seed) for split in ("train", "validation")
         )
-    train(args, hps, model, first_stage, device, checkpoint)
+        train_set.check(weights_digest(vqvae), args.vqvae_path)
+    else:
+        train_set, validation_set = (
+            get_dataset(args.task, hps, split, args.data_root, args.seed) for split in ("train", "validation")
+        )
+    run_training(
+        DiffusionTrainer,
+        args,
+        hps,
+        model,
+        device,
+        train_set,
+        validation_set,
+        checkpoint,
+        first_stage=first_stage,
+        latents=args.latents is not None,
+    )
 
 
 if __name__ == "__main__":

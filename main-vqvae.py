@@ -11,20 +11,16 @@ from torch import Tensor
 from datasets import Batch, get_dataset
 from evaluation import evaluate, write_evaluation
 from helper import (
-    Checkpoint,
     UserError,
     base_parser,
     evaluation_folder,
     get_device,
-    get_parameter_count,
     load_checkpoint,
-    open_run,
-    record_run,
     resolve_settings,
     run_script,
 )
 from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS, HParams
-from trainer import VQVAETrainer, amp_dtype
+from trainer import VQVAETrainer, run_training
 from vqvae import VQVAE, perplexity
 from vqvae2_wrapper import load_vqvae
 
@@ -99,37 +95,6 @@ def evaluate_vqvae(args: argparse.Namespace, hps: HParams, vqvae: VQVAE, device:
         print(f"evaluation written to {folder}")
 
 
-def train(
-    args: argparse.Namespace, hps: HParams, vqvae: VQVAE, device: torch.device, checkpoint: Checkpoint | None
-) -> None:
-    """Train from the start, or go on from a checkpoint."""
-    train_set = get_dataset(args.task, hps, "train", args.data_root, args.seed)
-    validation_set = get_dataset(args.task, hps, "validation", args.data_root, args.seed)
-    folder = open_run(args, "vqvae", args.load_path)
-    trainer = VQVAETrainer(
-        args.task,
-        hps,
-        vqvae,
-        device,
-        train_set,
-        validation_set,
-        folder,
-        seed=args.seed,
-        amp=amp_dtype(device, args.amp or (hps.amp and not args.no_amp and device.type == "cuda")),
-        progress=not args.no_tqdm,
-        picture_suffix=".jpg" if args.save_jpg else ".png",
-    )
-    if checkpoint is not None:
-        trainer.resume(checkpoint, args.load_path)
-    if folder is not None:
-        record_run(folder, hps, trainer.seed)
-    print(
-        f"VQ-VAE-2: {get_parameter_count(vqvae):,} parameters, {len(train_set)} samples an epoch, {trainer.steps_per_epoch} steps"
-    )
-    trainer.fit()
-    print(f"checkpoints written to {folder}" if folder else "nothing saved (--no-save)")
-
-
 def main() -> None:
     args = parse_arguments()
     if args.evaluate and args.load_path is None:
@@ -141,11 +106,10 @@ def main() -> None:
     if args.evaluate:
         evaluate_vqvae(args, hps, load_vqvae(args.load_path)[0], device)
         return
-    if checkpoint is not None and checkpoint.task != args.task:
-        raise UserError(
-            f"--task {args.task}: {args.load_path} was trained on {checkpoint.task}; leave --task out to resume"
-        )
-    train(args, hps, VQVAE(**hps.arguments(VQVAE)), device, checkpoint)
+    train_set, validation_set = (
+        get_dataset(args.task, hps, split, args.data_root, args.seed) for split in ("train", "validation")
+    )
+    run_training(VQVAETrainer, args, hps, VQVAE(**hps.arguments(VQVAE)), device, train_set, validation_set, checkpoint)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,8 +21,11 @@ from evaluation import comparison, save_picture
 from helper import (
     Checkpoint,
     UserError,
+    get_parameter_count,
     load_weights,
+    open_run,
     randn_by_sample,
+    record_run,
     rng_state,
     save_checkpoint,
     seed_of,
@@ -453,3 +457,41 @@ def sample_latents(
         return randn_by_sample(generators, cond.shape[1:], cond.device)
 
     return DDIMSampler(model, spacing).sample(cond, draw(), steps, eta, draw, progress)
+
+
+def run_training(
+    stage: type[Trainer],
+    args: argparse.Namespace,
+    hps: HParams,
+    model: nn.Module,
+    device: torch.device,
+    train_set: Dataset,
+    validation_set: Dataset,
+    checkpoint: Checkpoint | None,
+    **kwargs: Any,
+) -> None:
+    """What a training script does once it has model and data: open the run folder, train from the start or go on from
+    `checkpoint`, and say where the output lies. `kwargs` go to the stage's constructor."""
+    folder = open_run(args, stage.kind, args.load_path)
+    trainer = stage(
+        args.task,
+        hps,
+        model,
+        device,
+        train_set,
+        validation_set,
+        folder,
+        seed=args.seed,
+        amp=amp_dtype(device, args.amp or (hps.amp and not args.no_amp and device.type == "cuda")),
+        progress=not args.no_tqdm,
+        picture_suffix=".jpg" if args.save_jpg else ".png",
+        **kwargs,
+    )
+    if checkpoint is not None:
+        trainer.resume(checkpoint, args.load_path)
+    if folder is not None:
+        record_run(folder, hps, trainer.seed)
+    parameters, samples = get_parameter_count(model), len(train_set)
+    print(f"{parameters:,} parameters; {samples} samples and {trainer.steps_per_epoch} steps an epoch")
+    trainer.fit()
+    print(f"checkpoints written to {folder}" if folder else "nothing saved (--no-save)")
