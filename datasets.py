@@ -19,7 +19,7 @@ from pydicom.pixels import apply_modality_lut
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from helper import UserError, seed_of, seeded_generator
+from helper import DATA_IDENTITY, UserError, seed_of, seeded_generator
 from hps import HParams
 from metrics import breast_mask
 from phantom import generate_phantom
@@ -293,6 +293,19 @@ class MammogramDataset(Dataset):
         """Where image `index` comes from."""
         raise NotImplementedError
 
+    @property
+    def noise(self) -> str:
+        """What degrades the images, in words."""
+        return f"noise level {self.hps.noise_level}"
+
+    def patients(self) -> list[str]:
+        """Whose images these are, each once, in order."""
+        return sorted({self.meta(i, SampleKey(0, i, i)).patient for i in range(self.image_count())})
+
+    def summary(self, name: str) -> str:
+        """How many images of how many patients, in words."""
+        return f"{name}: {self.image_count()} images of {len(self.patients())} patients"
+
     def prepared(self, index: int) -> Prepared:
         """Image `index` on the training grid, from memory where `cache_images` keeps it."""
         if index in self._cache:
@@ -394,6 +407,12 @@ class RecordDataset(MammogramDataset):
         super().__init__(hps, split, seed)
         self.records = list(records)
 
+    @property
+    def noise(self) -> str:
+        """What degrades the images, in words."""
+        real = any(record.degraded for record in self.records)
+        return "real low-dose pairs" if real else super().noise
+
     def image_count(self) -> int:
         return len(self.records)
 
@@ -427,29 +446,36 @@ class RecordDataset(MammogramDataset):
 _VIEW_WORDS = re.compile(r"(?i)(?<![a-z])(left|right|l|r|cc|mlo|ml|lm|xccl|lcc|rcc|lmlo|rmlo|full|low|mask)(?![a-z])")
 
 
-def patient_of(path: Path, pattern: str = "") -> str:
-    """The patient an image belongs to: DICOM PatientID, or what the file name says.
+def patient_of(path: Path, root: Path, pattern: str = "") -> str:
+    """The patient an image below `root` belongs to: DICOM PatientID, or what its name says.
 
-    With `pattern`, the first group of that regular expression on the file name. Without, the name less the words for side
+    With `pattern`, the first group of that regular expression on the path below `root`. Without, the name less the words for side
     and view (LEFT, R, CC, MLO ...); mini-MIAS names (mdb001 ...), where an odd number and the next even one are the two
     breasts of a patient, by pair. Raises UserError where the pattern does not match.
     """
+    name = path.relative_to(root).as_posix()
     if pattern:
         try:
-            match = re.search(pattern, path.name)
+            match = re.search(pattern, name)
         except re.error as error:
             raise UserError(f"--hps patient_pattern={pattern}: not a regular expression ({error})") from None
         if match is None or not match.groups() or match[1] is None:
-            raise UserError(f"--hps patient_pattern={pattern}: its first group matches nothing in {path.name}")
+            raise UserError(f"--hps patient_pattern={pattern}: its first group matches nothing in {name}")
         return match[1]
     if path.suffix.lower() in (".dcm", ".dicom"):
         try:
-            return str(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"]).PatientID)
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
+            if patient := str(header.PatientID or "").strip():
+                return patient
         except Exception:  # noqa: BLE001  an unreadable file is reported when it is loaded; until then its name serves
             pass
     if match := re.fullmatch(r"mdb(\d{3})", path.stem):
         return f"mdb pair {(int(match[1]) + 1) // 2:03d}"
-    return re.sub(r"[\W_]+", " ", _VIEW_WORDS.sub(" ", path.stem.replace("_", " "))).strip() or path.stem
+    # a name that is nothing but a view leaves the patient to the folder above it
+    for part in (path.stem, *reversed(path.relative_to(root).parts[:-1])):
+        if patient := re.sub(r"[\W_]+", " ", _VIEW_WORDS.sub(" ", part.replace("_", " "))).strip():
+            return patient
+    return path.stem
 
 
 def split_patients(patients: Sequence[str], validation: float, test: float) -> dict[str, str]:
@@ -497,20 +523,25 @@ def folder_records(root: Path, hps: HParams) -> dict[str, list[Record]]:
 
     Raises UserError for an empty folder, a pair without its other half, or a split file that does not fit.
     """
-    paired = (root / "full").is_dir() and (root / "low").is_dir()
-    base = root / "full" if paired else root
+    halves = {p.name.lower(): p for p in root.iterdir() if p.is_dir() and p.name.lower() in ("full", "low")}
+    if len(halves) == 1:
+        raise UserError(f"{next(iter(halves.values()))}: stands alone; real pairs need both full/ and low/ in {root}")
+    paired = len(halves) == 2
+    base = halves["full"] if paired else root
     records = []
     low = (
-        {p.relative_to(root / "low").with_suffix("").as_posix(): p for p in find_images(root / "low")} if paired else {}
+        {p.relative_to(halves["low"]).with_suffix("").as_posix(): p for p in find_images(halves["low"])}
+        if paired
+        else {}
     )
     for path in find_images(base):
         name = path.relative_to(base)
         degraded = low.pop(name.with_suffix("").as_posix(), None)
         if paired and degraded is None:
-            raise UserError(f"{path}: has no low-dose image of the same name in {root / 'low'}")
-        records.append(Record(path, name.as_posix(), patient_of(path, hps.patient_pattern), degraded))
+            raise UserError(f"{path}: has no low-dose image of the same name in {halves['low']}")
+        records.append(Record(path, name.as_posix(), patient_of(path, base, hps.patient_pattern), degraded))
     if low:
-        raise UserError(f"{next(iter(low.values()))}: has no full-dose image of the same name in {root / 'full'}")
+        raise UserError(f"{next(iter(low.values()))}: has no full-dose image of the same name in {base}")
     split_csv = Path(hps.split_csv) if hps.split_csv else root / "split.csv"
     if hps.split_csv or split_csv.is_file():
         return split_by_file(records, split_csv)
@@ -529,6 +560,7 @@ def split_by_file(records: list[Record], path: Path) -> dict[str, list[Record]]:
         raise UserError(f"--hps split_csv={path}: no such file") from None
     except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
         raise UserError(f"{path}: not a readable CSV file ({str(error).splitlines()[0]})") from None
+    table = table.apply(lambda column: column.str.strip())
     for column in ("file", "split"):
         if column not in table:
             raise UserError(f"{path}: has no column {column!r}; it needs file and split, and may have patient")
@@ -541,18 +573,21 @@ def split_by_file(records: list[Record], path: Path) -> dict[str, list[Record]]:
     rows = {row["file"]: row for row in table.to_dict("records")}
     splits: dict[str, list[Record]] = {split: [] for split in SPLITS}
     homes: dict[str, str] = {}
-    missing = 0
+    missing, found = 0, set()
     for record in records:
         row = rows.get(record.key) or rows.get(Path(record.key).with_suffix("").as_posix())
         if row is None:
             missing += 1
             continue
+        found.add(row["file"])
         record = replace(record, patient=row.get("patient") or record.patient)
         if homes.setdefault(record.patient, row["split"]) != row["split"]:
             raise UserError(f"{path}: patient {record.patient} stands in {homes[record.patient]} and in {row['split']}")
         splits[row["split"]].append(record)
     if missing:
         print(f"{path}: {missing} of {len(records)} images are not in it and are left out")
+    if absent := sorted(set(rows) - found):
+        print(f"{path}: {len(absent)} of its {len(rows)} rows name no image there is, such as {absent[0]}")
     return splits
 
 
@@ -570,9 +605,11 @@ def get_dataset(
 
     Raises UserError where the data root is missing, or holds no images for the split.
     """
+    if hps.image_shape[0] != 1:
+        raise UserError(f"--hps image_shape={hps.image_shape}: mammograms have one channel")
     if task == "phantom":
-        if hps.image_shape[0] != 1 or min(hps.image_shape[1:]) < 32:
-            raise UserError(f"--hps image_shape={hps.image_shape}: phantoms need one channel and sides of at least 32")
+        if min(hps.image_shape[1:]) < 32:
+            raise UserError(f"--hps image_shape={hps.image_shape}: phantoms need sides of at least 32")
         return PhantomDataset(hps, split, seed)
     if task == "cbis-ddsm":
         from datasets_cbis import CBISDDSM  # it builds on this module
@@ -617,8 +654,23 @@ class LatentDataset(Dataset):
                 f"--hps crop_size={hps.crop_size}: must be a multiple of {self.index['scale']} that fits the latents of {root}"
             )
 
+    def patients(self) -> list[str]:
+        """Whose images these are, each once, in order."""
+        return sorted({image["patient"] for image in self.images})
+
+    def summary(self, name: str) -> str:
+        """How many latents of how many patients, in words."""
+        return f"{name}: {len(self.images)} latents, {self.realisations} noise draws each, of {len(self.patients())} patients"
+
     def check(self, digest: str, path: Path) -> None:
-        """Raises UserError unless the latents come from the first stage with this digest, of checkpoint `path`."""
+        """Raises UserError unless the latents come from the first stage with this digest, of checkpoint `path`, and from
+        the images, split and noise level of the settings."""
+        for key in DATA_IDENTITY:
+            if self.index["hps"].get(key) != self.hps[key]:
+                raise UserError(
+                    f"--latents {self.root}: extracted with {key}={self.index['hps'].get(key)}, but this run has "
+                    f"{self.hps[key]}; extract them again or set --hps {key}"
+                )
         if self.index["first_stage"] != digest:
             raise UserError(
                 f"--latents {self.root}: extracted with {self.index['checkpoint']}, not with {path}; extract them again"
@@ -665,7 +717,7 @@ def read_latent_index(root: Path) -> dict:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         version = index["format_version"]
-        for key in ("codes_only", "latent_shape", "rate", "scale", "first_stage", "checkpoint"):
+        for key in ("codes_only", "latent_shape", "rate", "scale", "first_stage", "checkpoint", "hps"):
             index[key]
         for entry in index["splits"].values():
             entry["images"], entry["realisations"]

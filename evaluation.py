@@ -104,7 +104,7 @@ def evaluate(
         ]
         if picture_folder is not None and i in shown:
             columns = {name: images[name][0] for name in (INPUT, *pictured)}
-            labels = {name: f"{figures[name].psnr_breast:.1f} dB" for name in columns}
+            labels = {name: f"{figures[name].psnr_breast:.1f} dB in the breast" for name in columns}
             picture = comparison(batch.clean[0], columns, mask[0], labels)
             name = Path(meta.path).with_suffix("").as_posix().replace("/", "_")
             save_picture(picture, picture_folder / f"{name}{suffix}")

@@ -47,7 +47,9 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
     def error(self, message: str) -> None:
         """A wrong call: one line on stderr and exit status 2, without the usage block."""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
@@ -71,7 +73,7 @@ def non_negative_int(text: str) -> int:
 
 def base_parser(description: str, tasks: Sequence[str]) -> argparse.ArgumentParser:
     """A parser with the flags that all scripts take."""
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("--task", choices=tasks, help="settings and data set (default: the checkpoint's, else phantom)")
     parser.add_argument("--data-root", type=Path, help="folder of the data set (default for cbis-ddsm: data/cbis-ddsm)")
     parser.add_argument("--out", type=Path, help="output folder (default: a new one under runs/)")
@@ -258,8 +260,9 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a broken file
-        reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(f"{path}: not a readable checkpoint of this project ({reason})") from None
+        raise UserError(
+            f"{path}: not a readable checkpoint of this project ({type(error).__name__}); use the one before it"
+        ) from None
     if not isinstance(payload, dict) or "format_version" not in payload or "kind" not in payload:
         raise UserError(f"{path}: not a checkpoint of this project; train one with main-vqvae.py or main-diffusion.py")
     if payload["format_version"] != CHECKPOINT_FORMAT:
@@ -278,6 +281,19 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
         return Checkpoint(**payload)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: parts of the checkpoint are missing; use the one before it") from None
+
+
+def warn_of_shared_patients(patients: list[str], task: str, *checkpoints: Checkpoint) -> list[str]:
+    """The patients of a test set that a model of the same task was trained on; a line on stderr where there are any."""
+    seen = {p for checkpoint in checkpoints if checkpoint.task == task for p in checkpoint.extra.get("patients", [])}
+    shared = sorted(seen & set(patients))
+    if shared:
+        print(
+            f"warning: {len(shared)} of {len(patients)} test patients were trained on, such as {shared[0]}: "
+            "the figures say nothing about new patients",
+            file=sys.stderr,
+        )
+    return shared
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -327,7 +343,12 @@ def evaluation_folder(args: argparse.Namespace, checkpoint: Path) -> Path | None
     """Where an evaluation goes: --out, else `evaluation` beside the checkpoint; None under --no-save."""
     if args.no_save:
         return None
-    return args.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "evaluation"
+    folder = args.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "evaluation"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be made ({error.strerror}); choose another folder") from None
+    return folder
 
 
 def record_run(folder: Path, hps: HParams, seed: int) -> None:

@@ -44,7 +44,7 @@ class HParams(dict):
 _DATA = HParams(
     image_shape=[1, 1024, 768],  # C, H, W of the training grid: the breast is scaled onto it, never stretched
     noise_level=0.2,  # low-dose degradation: 1000 / noise_level quanta at full scale, electronic sigma 0.05 * noise_level
-    crop_size=0,  # side of the square training crops in pixels, a multiple of the product of scaling_rates; 0: whole images
+    crop_size=0,  # side of the square training crops in pixels, best a multiple of the product of scaling_rates; 0: whole images
     crops_per_image=1,  # crops drawn from each image in an epoch
     breast_fraction=0.5,  # a training crop holds at least this fraction of breast (best of 8 draws)
     flip=True,  # mirror training images left-right at random (the two breasts are mirror images)
@@ -62,7 +62,7 @@ _DATA = HParams(
 # The optimisation loop of either stage.
 _LOOP = HParams(
     batch_size=4,  # samples per optimiser step
-    mini_batch_size=0,  # samples per forward pass; the rest of batch_size is accumulated; 0: the whole batch at once
+    mini_batch_size=0,  # samples per forward pass, the rest of batch_size is accumulated (codebooks learn per pass); 0: all at once
     warmup_steps=100,  # linear learning-rate warm-up
     lr_schedule="cosine",  # to zero at the last step: the last epochs gain most; `constant`: off
     log_frequency=10,  # steps between readings of the loss (each one synchronises with the device)
@@ -292,7 +292,7 @@ def check(hps: HParams) -> None:
     for key in non_negative:
         if key in hps and not hps[key] >= 0:
             raise ValueError(f"--hps {key}={hps[key]}: must not be negative")
-    fractions = ("breast_fraction", "validation_fraction", "test_fraction", "quantize_probability", "codebook_decay",
+    fractions = ("breast_fraction", "validation_fraction", "test_fraction", "quantize_probability", "codebook_decay", "ddim_eta",
                  "ema_decay", "dropout")  # fmt: skip
     for key in fractions:
         if key in hps and not 0 <= hps[key] <= 1:

@@ -12,6 +12,7 @@ from datasets import Batch, LatentDataset, get_dataset
 from diffusion import LatentDiffusion, UNet
 from evaluation import evaluate, write_evaluation
 from helper import (
+    Checkpoint,
     UserError,
     base_parser,
     evaluation_folder,
@@ -20,6 +21,7 @@ from helper import (
     load_weights,
     resolve_settings,
     run_script,
+    warn_of_shared_patients,
     weights_digest,
 )
 from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS, HParams
@@ -47,10 +49,16 @@ def make_diffusion(hps: HParams) -> LatentDiffusion:
 
 
 def restore_test_set(
-    args: argparse.Namespace, hps: HParams, model: LatentDiffusion, first_stage: VQVAE2Wrapper, device: torch.device
+    args: argparse.Namespace,
+    hps: HParams,
+    model: LatentDiffusion,
+    first_stage: VQVAE2Wrapper,
+    checkpoints: tuple[Checkpoint, Checkpoint],
+    device: torch.device,
 ) -> None:
     """Table, files and pictures of the restored test set: DDIM samples, and the mean that one evaluation gives."""
     test_set = get_dataset(args.task, hps, "test", args.data_root, args.seed)
+    shared = warn_of_shared_patients(test_set.patients(), args.task, *checkpoints)
     model, first_stage = model.to(device).eval(), first_stage.to(device)
 
     def restore(batch: Batch, steps: int, eta: float, spacing: str) -> Tensor:
@@ -68,7 +76,15 @@ def restore_test_set(
         restored: lambda batch: restore(batch, hps.ddim_steps, hps.ddim_eta, hps.ddim_spacing),
     }
     folder = evaluation_folder(args, args.load_path)
-    settings = {key: hps[key] for key in ("noise_level", "ddim_steps", "ddim_eta", "ddim_spacing")}
+    note = {
+        "task": args.task,
+        "vqvae": str(args.vqvae_path),
+        "checkpoint": str(args.load_path),
+        "seed": args.seed,
+        "noise": test_set.noise,
+        "test_patients_trained_on": shared,
+        "settings": {key: hps[key] for key in ("ddim_steps", "ddim_eta", "ddim_spacing")},
+    }
     result = evaluate(
         test_set,
         methods,
@@ -76,13 +92,11 @@ def restore_test_set(
         pictured=("autoencoder pass", restored),
         picture_folder=folder,
         suffix=".jpg" if args.save_jpg else ".png",
-        note=lambda: {"settings": settings},
+        note=lambda: note,
         workers=hps.nb_workers,
         progress=not args.no_tqdm,
     )
-    print(
-        f"stage 2 on {len(test_set)} test images of {args.task}, noise level {hps.noise_level}, eta {hps.ddim_eta}, EMA weights"
-    )
+    print(f"stage 2 on {len(test_set)} test images of {args.task}, {test_set.noise}, eta {hps.ddim_eta}, EMA weights")
     print(result.table())
     if folder is not None:
         write_evaluation(result, folder)
@@ -116,7 +130,7 @@ def main() -> None:
         load_weights(model, checkpoint.model, args.load_path)
         ema = {k.removeprefix("averaged.module."): v for k, v in checkpoint.training["ema"].items() if ".module." in k}
         load_weights(model.model, ema, args.load_path)
-        restore_test_set(args, hps, model, first_stage, device)
+        restore_test_set(args, hps, model, first_stage, (vqvae_checkpoint, checkpoint), device)
         return
     if args.latents:
         train_set, validation_set = (

@@ -11,6 +11,7 @@ from torch import Tensor
 from datasets import Batch, get_dataset
 from evaluation import evaluate, write_evaluation
 from helper import (
+    Checkpoint,
     UserError,
     base_parser,
     evaluation_folder,
@@ -18,6 +19,7 @@ from helper import (
     load_checkpoint,
     resolve_settings,
     run_script,
+    warn_of_shared_patients,
 )
 from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS, HParams
 from trainer import VQVAETrainer, run_training
@@ -33,9 +35,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def evaluate_vqvae(args: argparse.Namespace, hps: HParams, vqvae: VQVAE, device: torch.device) -> None:
+def evaluate_vqvae(
+    args: argparse.Namespace, hps: HParams, vqvae: VQVAE, checkpoint: Checkpoint, device: torch.device
+) -> None:
     """Table, files and pictures of reconstructions of the test set, past and through the codebooks."""
     test_set = get_dataset(args.task, hps, "test", args.data_root, args.seed)
+    shared = warn_of_shared_patients(test_set.patients(), args.task, checkpoint)
     vqvae = vqvae.to(device).eval()
     counts = torch.zeros(hps.nb_levels, hps.nb_entries, device=device)
     vectors = [0] * hps.nb_levels
@@ -54,6 +59,10 @@ def evaluate_vqvae(args: argparse.Namespace, hps: HParams, vqvae: VQVAE, device:
 
     def codebooks() -> dict:
         return {
+            "task": args.task,
+            "checkpoint": str(args.load_path),
+            "noise": test_set.noise,
+            "test_patients_trained_on": shared,
             "codebooks": [
                 {
                     "level": i,
@@ -62,7 +71,7 @@ def evaluate_vqvae(args: argparse.Namespace, hps: HParams, vqvae: VQVAE, device:
                     "entries_used": int((row > 0).sum()),
                 }
                 for i, row in enumerate(counts)
-            ]
+            ],
         }
 
     methods = {
@@ -83,7 +92,7 @@ def evaluate_vqvae(args: argparse.Namespace, hps: HParams, vqvae: VQVAE, device:
         workers=hps.nb_workers,
         progress=not args.no_tqdm,
     )
-    print(f"stage 1 on {len(test_set)} test images of {args.task}, noise level {hps.noise_level}")
+    print(f"stage 1 on {len(test_set)} test images of {args.task}, {test_set.noise}")
     print(result.table())
     for book in result.note["codebooks"]:
         print(
@@ -104,7 +113,7 @@ def main() -> None:
     device = get_device(args.cpu)
     torch.manual_seed(args.seed)
     if args.evaluate:
-        evaluate_vqvae(args, hps, load_vqvae(args.load_path)[0], device)
+        evaluate_vqvae(args, hps, *load_vqvae(args.load_path), device)
         return
     train_set, validation_set = (
         get_dataset(args.task, hps, split, args.data_root, args.seed) for split in ("train", "validation")

@@ -8,7 +8,6 @@ Sources: Burgess et al., "Human observer detection experiments with mammograms a
 2131, for the anatomy (skin, gland, ducts, Cooper's ligaments, compressed projection).
 """
 
-import argparse
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,6 +18,8 @@ import torch
 from PIL import Image
 from scipy import fft, ndimage
 from scipy.special import erf, expit
+
+from helper import Parser, UserError, atomic_path, non_negative_int, positive_int, run_script
 
 FILM_HEIGHT_MM = 205.0
 MIN_SIDE = 32
@@ -463,23 +464,27 @@ def draw_sheet(tiles: list[np.ndarray], columns: int = 8) -> np.ndarray:
 
 def main() -> None:
     """Write a contact sheet of phantoms, with as many real mammograms below it if a folder of them is given."""
-    parser = argparse.ArgumentParser(description="Draw a contact sheet of digital breast phantoms.")
+    parser = Parser(description="Draw a contact sheet of digital breast phantoms.")
     parser.add_argument("--sheet", type=Path, required=True, help="PNG file to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--count", type=positive_int, default=24)
     parser.add_argument("--real", type=Path, help="folder of real mammograms (PGM or PNG) to draw below the phantoms")
     args = parser.parse_args()
     tiles = [generate_phantom(args.seed, index).image[0].numpy() for index in range(args.count)]
     sheets = [draw_sheet(tiles)]
     if args.real:
-        paths = sorted(p for p in args.real.iterdir() if p.suffix in (".pgm", ".png"))
+        paths = sorted(args.real.glob("*.[pP][gGnN][mMgG]"))
+        if not paths:
+            raise UserError(f"--real {args.real}: no PGM or PNG files there")
         step = max(1, len(paths) // args.count)
         sheets += [
             np.full((8, sheets[0].shape[1]), 255, np.uint8),
             draw_sheet([_load_real(path, tiles[0].shape) for path in paths[::step][: args.count]]),
         ]
-    Image.fromarray(np.concatenate(sheets)).save(args.sheet)
+    with atomic_path(args.sheet) as temporary:
+        Image.fromarray(np.concatenate(sheets)).save(temporary, format="PNG")
+    print(f"sheet written to {args.sheet}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

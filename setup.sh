@@ -7,7 +7,11 @@ if [ ! -d .venv ]; then
         echo "error: Python 3.10 or newer is needed" >&2
         exit 2
     }
-    "$python" -m venv .venv
+    "$python" -m venv .venv || {
+        rm -rf .venv
+        echo "error: $python cannot make a virtual environment; install its venv package" >&2
+        exit 2
+    }
 fi
 . .venv/bin/activate
 for list in requirements.txt ${extra:-}; do

@@ -135,7 +135,7 @@ class Trainer:
 
     def checkpoint_extra(self) -> dict[str, Any]:
         """What the stage records about the checkpoint itself."""
-        return {}
+        return {"patients": self.loader.dataset.patients()}
 
     # --- the loop ---
 
@@ -197,15 +197,19 @@ class Trainer:
             bar.update()
             if self.step % self.hps.log_frequency == 0 or seen >= samples:
                 values = {name: float(value) for name, value in logs.items()}
-                if not math.isfinite(values["loss"]):
-                    raise UserError(
-                        f"the loss is no longer finite at step {self.step}; lower --hps learning_rate or pass --no-amp"
-                    )
+                self.check_finite(values["loss"])
                 values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
                 self.logger.log("train", self.step, self.epoch + 1, values, echo=seen >= samples)
                 bar.set_postfix(loss=f"{values['loss']:.4g}")
             logs = {}
         bar.close()
+
+    def check_finite(self, value: float) -> None:
+        """Raises UserError where a loss or score is no number any more."""
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is no longer finite at step {self.step}; lower --hps learning_rate or pass --no-amp"
+            )
 
     def optimizer_step(self, total: int) -> None:
         """Clip the accumulated gradients and update the weights; `total` steps make the whole run."""
@@ -227,16 +231,12 @@ class Trainer:
         if last or self.epoch % self.hps.validation_frequency == 0:
             self.model.eval()
             values = self.validate()
+            self.check_finite(values["score"])
             improved = values["score"] < self.best
             self.best = min(self.best, values["score"])
             self.logger.log("validation", self.step, self.epoch, values)
         if self.folder is None:
             return
-        if last or self.epoch % self.hps.image_frequency == 0:
-            self.model.eval()
-            picture = self.picture()
-            save_picture(picture, self.folder / "samples" / f"epoch-{self.epoch:04d}{self.picture_suffix}")
-            self.logger.picture("samples", picture, self.step)
         names = ["last.pt"]
         if self.epoch % self.hps.checkpoint_frequency == 0:
             names.append(f"epoch-{self.epoch:04d}.pt")
@@ -245,6 +245,11 @@ class Trainer:
         checkpoint = self.checkpoint()
         for name in names:
             save_checkpoint(self.folder / name, checkpoint)
+        if last or self.epoch % self.hps.image_frequency == 0:
+            self.model.eval()
+            picture = self.picture()
+            save_picture(picture, self.folder / "samples" / f"epoch-{self.epoch:04d}{self.picture_suffix}")
+            self.logger.picture("samples", picture, self.step)
 
     # --- state ---
 
@@ -273,7 +278,10 @@ class Trainer:
         load_weights(self.model, checkpoint.model, path)
         training = checkpoint.training
         try:
+            own = [{key: group[key] for key in ("weight_decay", "fused")} for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(training["optimizer"])
+            for group, values in zip(self.optimizer.param_groups, own, strict=True):
+                group.update(values)  # the settings and the device of this run, not of the saved one
             if training["scaler"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(training["scaler"])
             set_rng_state(training["rng"])
@@ -429,7 +437,9 @@ class DiffusionTrainer(Trainer):
         with self.ema.average_parameters(self.model.model):
             steps = min(PICTURE_STEPS, self.hps.timesteps)
             restored = sample_latents(self.model, self.model.normalize(cond), [batch.meta[0].path], steps)
-        clean, low, image = (self.first_stage.decode(v)[0].cpu() for v in (z, cond, self.model.denormalize(restored)))
+        shape = None if self.latents else batch.clean.shape[-2:]
+        latents = (z, cond, self.model.denormalize(restored))
+        clean, low, image = (self.first_stage.decode(v, shape=shape)[0].cpu() for v in latents)
         mask = torch.ones_like(clean[:1], dtype=torch.bool) if batch.mask is None else batch.mask[0].cpu()
         return comparison(clean, {"low dose": low, f"restored ({steps} steps)": image}, mask, {})
 
@@ -440,7 +450,7 @@ class DiffusionTrainer(Trainer):
         self.ema.load_state_dict(state["ema"])
 
     def checkpoint_extra(self) -> dict[str, Any]:
-        return {"first_stage": weights_digest(self.first_stage.vqvae)}
+        return super().checkpoint_extra() | {"first_stage": weights_digest(self.first_stage.vqvae)}
 
 
 def sample_latents(
@@ -489,8 +499,12 @@ def run_training(
     )
     if checkpoint is not None:
         trainer.resume(checkpoint, args.load_path)
+        if trainer.seed != args.seed:
+            print(f"--seed: the run goes on with its own seed, {trainer.seed}")
     if folder is not None:
         record_run(folder, hps, trainer.seed)
+    for split, images in (("train", train_set), ("validation", validation_set)):
+        print(images.summary(split))
     parameters, samples = get_parameter_count(model), len(train_set)
     print(f"{parameters:,} parameters; {samples} samples and {trainer.steps_per_epoch} steps an epoch")
     trainer.fit()

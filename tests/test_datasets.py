@@ -336,17 +336,18 @@ def test_16_bit_steps_survive_into_a_sample(tmp_path):
     ],
 )  # fmt: skip
 def test_patient_is_read_off_the_file_name(name, patient):
-    assert patient_of(Path("x") / name) == patient
+    assert patient_of(Path("x") / name, Path("x")) == patient
 
 
 def test_patient_of_a_dicom_file_is_its_tag_and_of_a_pattern_its_first_group(tmp_path):
     write_dicom(tmp_path / "a.dcm", np.zeros((4, 4)), patient="Q7")
-    assert patient_of(tmp_path / "a.dcm") == "Q7"
-    assert patient_of(tmp_path / "missing.dcm") == "missing"
-    assert patient_of(Path("x12-3.png"), r"x(\d+)-") == "12"
+    assert patient_of(tmp_path / "a.dcm", tmp_path) == "Q7"
+    assert patient_of(tmp_path / "missing.dcm", tmp_path) == "missing"
+    assert patient_of(Path("r/x12-3.png"), Path("r"), r"x(\d+)-") == "12"
+    assert patient_of(Path("r/p7/L_CC.png"), Path("r"), r"^p(\d+)/") == "7"
     for pattern in (r"y(\d+)", r"x\d+", r"x(q)?"):
         with pytest.raises(UserError, match="patient_pattern"):
-            patient_of(Path("x12-3.png"), pattern)
+            patient_of(Path("x12-3.png"), Path(), pattern)
 
 
 def test_split_by_patient_is_deterministic_without_overlap_and_never_empty():
@@ -442,3 +443,16 @@ def test_real_mammograms_are_split_as_published_and_load_as_breasts(mammogram_di
     crops = [sets["train"][i] for i in range(0, 16, 4)]
     assert all(crop.clean.shape == (1, 1, 128, 128) for crop in crops)
     assert np.mean([crop.mask.float().mean() for crop in crops]) > hps.breast_fraction
+
+
+@pytest.mark.parametrize("name", ["L_CC.png", "RIGHT-MLO.png", "views/lcc.png"])
+def test_a_name_that_is_only_a_view_leaves_the_patient_to_the_folder(name):
+    root = Path("x")
+    patient = "views" if "/" in name else "patient 07"
+    assert patient_of(root / "patient_07" / name, root) == patient
+
+
+def test_half_of_a_pair_of_folders_is_refused(tmp_path):
+    (tmp_path / "Full").mkdir()
+    with pytest.raises(UserError, match="Full: stands alone"):
+        folder_records(tmp_path, HPS_VQVAE["folder"])

@@ -599,6 +599,7 @@ main-diffusion | --vqvae-path {vqvae} --latents {text-array} | {text-array}/trai
 main-diffusion | --vqvae-path {vqvae} --latents {pickled-array} | {pickled-array}/train/clean.npy: not readable
 main-diffusion | --vqvae-path {vqvae} --latents {short-array} | {short-array}/validation/clean.npy: shape (1, 16,
 main-diffusion | --vqvae-path {vqvae} --latents {latents} --hps crop_size=20 | crop_size=20: must be a multiple of 8
+main-diffusion | --vqvae-path {vqvae} --latents {latents} --hps noise_level=0.4 | extracted with noise_level=0.2
 main-diffusion | --vqvae-path {vqvae} --hps num_head_channels=48 | num_head_channels
 main-diffusion | --vqvae-path {vqvae} --hps model_channels=40 | --hps model_channels=40: must be a multiple of 32
 main-diffusion | --vqvae-path {vqvae} --hps in_channels=16 | --hps in_channels=16: must be twice out_channels=16
@@ -648,3 +649,35 @@ def test_unusual_settings_train_and_evaluate(flags, vqvae, tmp_path):
         f"{flags} --vqvae-path {vqvae} --load-path {tmp_path / 'run'} --evaluate --out {tmp_path / 'e'}",
     )
     json.loads((tmp_path / "e" / "metrics.json").read_text())
+
+
+def test_sides_that_are_no_multiple_of_the_scaling_go_through_both_stages(work):
+    sides = "--hps image_shape=1,50,43 --no-tqdm"
+    succeed("main-vqvae", f"{sides} --epochs 1 --out {work / 'odd-1'}")
+    second = f"--vqvae-path {work / 'odd-1'} --no-tqdm --out {work / 'odd-2'}"
+    succeed("main-diffusion", f"{second} --epochs 1")
+    succeed("main-diffusion", f"{second}/evaluation --load-path {work / 'odd-2'} --evaluate")
+    figures = pd.read_csv(work / "odd-2" / "evaluation" / "metrics.csv")
+    assert len(figures) == 2 and np.isfinite(figures["autoencoder pass psnr_breast"]).all()
+
+
+def test_an_evaluation_that_meets_trained_patients_says_so(work, folder_of_pngs):
+    line = f"--task folder --data-root {folder_of_pngs} --num-workers 0 --no-tqdm"
+    out = succeed("main-vqvae", f"{line} --epochs 1 --out {work / 'seen'}").out
+    assert "train: 4 images of 4 patients" in out and "validation: 1 images of 1 patients" in out
+    clean = call("main-vqvae", f"{line} --load-path {work / 'seen'} --evaluate")
+    mixed = call("main-vqvae", f"{line} --load-path {work / 'seen'} --evaluate --hps test_fraction=0.6")
+    assert (clean.code, clean.err) == (0, "")
+    assert mixed.code == 0 and mixed.err.startswith("warning: ") and "of 4 test patients were trained on" in mixed.err
+    seen = json.loads((work / "seen" / "evaluation" / "metrics.json").read_text())["test_patients_trained_on"]
+    assert 1 <= len(seen) <= 3
+
+
+@pytest.mark.parametrize("flags", ["--count 0", "--seed -1", "--sheet {tmp}/file/x.png", "--real {tmp}/none"])
+def test_the_phantom_sheet_refuses_bad_input_in_one_line(flags, tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, str(ROOT / "phantom.py"), "--sheet", str(tmp_path / "s.png"), "--count", "1"]
+    done = subprocess.run(
+        command + shlex.split(flags.format(tmp=tmp_path)), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
