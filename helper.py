@@ -198,19 +198,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
-    for block in iter(lambda: file.read(1 << 20), b""):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of a model's state, hexadecimal: tells which first stage a latent belongs to."""
     digest = hashlib.sha256()
