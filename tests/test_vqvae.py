@@ -196,7 +196,7 @@ def test_initialise_with_fewer_vectors_than_entries_leaves_each_of_them_an_entry
 def _update_half(rank, folder):
     """Body of one of two processes: an update on its half of the batch."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    case = torch.load(folder / "case.pt")
+    case = torch.load(folder / "case.pt", weights_only=True)
     quantizer = VectorQuantizer(*case["state"]["codebook"].shape, revive_threshold=0)
     quantizer.load_state_dict(case["state"])
     result = quantizer(case["x"][2 * rank : 2 * rank + 2], case["chosen"][2 * rank : 2 * rank + 2])
@@ -211,7 +211,7 @@ def test_two_processes_hold_the_codebook_of_one(tmp_path):
     mp.spawn(_update_half, (tmp_path,), nprocs=2)
     result = quantizer(x, chosen)
     for rank in range(2):
-        state, usage = torch.load(tmp_path / f"{rank}.pt")
+        state, usage = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.allclose(usage, result.perplexity)
         for name, value in quantizer.state_dict().items():
             assert torch.allclose(state[name], value, atol=1e-6), name
