@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets import Batch, MammogramDataset, make_loader
-from helper import atomic_path, format_table, write_json, write_text
+from helper import (
+    Checkpoint,
+    atomic_path,
+    evaluation_folder,
+    format_table,
+    warn_of_shared_patients,
+    write_json,
+    write_text,
+)
+from hps import HParams
 from metrics import ImageMetrics, image_metrics
 
 INPUT = "low dose"
@@ -109,6 +119,52 @@ def evaluate(
             name = Path(meta.path).with_suffix("").as_posix().replace("/", "_")
             save_picture(picture, picture_folder / f"{name}{suffix}")
     return Evaluation(pd.DataFrame(rows), note())
+
+
+def run_evaluation(
+    args: argparse.Namespace,
+    hps: HParams,
+    dataset: MammogramDataset,
+    methods: Mapping[str, Method],
+    device: torch.device,
+    checkpoints: Sequence[Checkpoint],
+    *,
+    title: str,
+    pictured: Sequence[str],
+    note: Callable[[], dict],
+) -> Evaluation:
+    """What an evaluating script does once it has data and methods: measure, print the table under `title`, write the
+    files and say where they lie. A test patient that `checkpoints` were trained on is named."""
+    shared = warn_of_shared_patients(dataset.patients(), args.task, *checkpoints)
+    folder = evaluation_folder(args, args.load_path)
+
+    def provenance() -> dict:
+        return {
+            "task": args.task,
+            "checkpoint": str(args.load_path),
+            "seed": args.seed,
+            "noise": dataset.noise,
+            "test_patients_trained_on": shared,
+            **note(),
+        }
+
+    result = evaluate(
+        dataset,
+        methods,
+        device,
+        pictured=pictured,
+        picture_folder=folder,
+        suffix=".jpg" if args.save_jpg else ".png",
+        note=provenance,
+        workers=hps.nb_workers,
+        progress=not args.no_tqdm,
+    )
+    print(f"{title} on {len(dataset)} test images of {args.task}, {dataset.noise}")
+    print(result.table())
+    if folder is not None:
+        write_evaluation(result, folder)
+        print(f"evaluation written to {folder}")
+    return result
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:

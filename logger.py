@@ -45,7 +45,7 @@ class Logger:
             return
         row = {"step": str(step), "epoch": str(epoch), "split": split} | {k: repr(float(v)) for k, v in values.items()}
         new = [name for name in row if name not in self.columns]
-        rewrite = bool(new) or not self.path.is_file() or not self.rows or self.stale
+        rewrite = self.stale or bool(new) or not self.path.is_file()
         self.stale = False
         self.columns += new
         self.rows.append(row)

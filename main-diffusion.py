@@ -10,18 +10,16 @@ from torch import Tensor
 
 from datasets import Batch, LatentDataset, get_dataset
 from diffusion import LatentDiffusion, UNet
-from evaluation import evaluate, write_evaluation
+from evaluation import run_evaluation
 from helper import (
     Checkpoint,
     UserError,
     base_parser,
-    evaluation_folder,
     get_device,
     load_checkpoint,
     load_weights,
     resolve_settings,
     run_script,
-    warn_of_shared_patients,
     weights_digest,
 )
 from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS, HParams
@@ -58,7 +56,6 @@ def restore_test_set(
 ) -> None:
     """Table, files and pictures of the restored test set: DDIM samples, and the mean that one evaluation gives."""
     test_set = get_dataset(args.task, hps, "test", args.data_root, args.seed)
-    shared = warn_of_shared_patients(test_set.patients(), args.task, *checkpoints)
     model, first_stage = model.to(device).eval(), first_stage.to(device)
 
     def restore(batch: Batch, steps: int, eta: float, spacing: str) -> Tensor:
@@ -75,32 +72,20 @@ def restore_test_set(
         "posterior mean, 1 step": lambda batch: restore(batch, 1, 0.0, "trailing"),
         restored: lambda batch: restore(batch, hps.ddim_steps, hps.ddim_eta, hps.ddim_spacing),
     }
-    folder = evaluation_folder(args, args.load_path)
-    note = {
-        "task": args.task,
-        "vqvae": str(args.vqvae_path),
-        "checkpoint": str(args.load_path),
-        "seed": args.seed,
-        "noise": test_set.noise,
-        "test_patients_trained_on": shared,
-        "settings": {key: hps[key] for key in ("ddim_steps", "ddim_eta", "ddim_spacing")},
-    }
-    result = evaluate(
+    run_evaluation(
+        args,
+        hps,
         test_set,
         methods,
         device,
+        checkpoints,
+        title=f"stage 2 (EMA weights, eta {hps.ddim_eta})",
         pictured=("autoencoder pass", restored),
-        picture_folder=folder,
-        suffix=".jpg" if args.save_jpg else ".png",
-        note=lambda: note,
-        workers=hps.nb_workers,
-        progress=not args.no_tqdm,
+        note=lambda: {
+            "vqvae": str(args.vqvae_path),
+            "settings": {key: hps[key] for key in ("ddim_steps", "ddim_eta", "ddim_spacing")},
+        },
     )
-    print(f"stage 2 on {len(test_set)} test images of {args.task}, {test_set.noise}, eta {hps.ddim_eta}, EMA weights")
-    print(result.table())
-    if folder is not None:
-        write_evaluation(result, folder)
-        print(f"evaluation written to {folder}")
 
 
 def main() -> None:

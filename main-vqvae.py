@@ -9,22 +9,20 @@ import torch
 from torch import Tensor
 
 from datasets import Batch, get_dataset
-from evaluation import evaluate, write_evaluation
+from evaluation import run_evaluation
 from helper import (
     Checkpoint,
     UserError,
     base_parser,
-    evaluation_folder,
     get_device,
     load_checkpoint,
+    load_weights,
     resolve_settings,
     run_script,
-    warn_of_shared_patients,
 )
 from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS, HParams
 from trainer import VQVAETrainer, run_training
 from vqvae import VQVAE, perplexity
-from vqvae2_wrapper import load_vqvae
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,7 +38,6 @@ def evaluate_vqvae(
 ) -> None:
     """Table, files and pictures of reconstructions of the test set, past and through the codebooks."""
     test_set = get_dataset(args.task, hps, "test", args.data_root, args.seed)
-    shared = warn_of_shared_patients(test_set.patients(), args.task, checkpoint)
     vqvae = vqvae.to(device).eval()
     counts = torch.zeros(hps.nb_levels, hps.nb_entries, device=device)
     vectors = [0] * hps.nb_levels
@@ -59,10 +56,6 @@ def evaluate_vqvae(
 
     def codebooks() -> dict:
         return {
-            "task": args.task,
-            "checkpoint": str(args.load_path),
-            "noise": test_set.noise,
-            "test_patients_trained_on": shared,
             "codebooks": [
                 {
                     "level": i,
@@ -80,28 +73,22 @@ def evaluate_vqvae(
         "low dose, continuous": lambda batch: reconstruct(batch.degraded, False),
         "low dose, quantised": lambda batch: reconstruct(batch.degraded, True),
     }
-    folder = evaluation_folder(args, args.load_path)
-    result = evaluate(
+    result = run_evaluation(
+        args,
+        hps,
         test_set,
         methods,
         device,
+        [checkpoint],
+        title="stage 1",
         pictured=("clean, continuous", "clean, quantised"),
-        picture_folder=folder,
-        suffix=".jpg" if args.save_jpg else ".png",
         note=codebooks,
-        workers=hps.nb_workers,
-        progress=not args.no_tqdm,
     )
-    print(f"stage 1 on {len(test_set)} test images of {args.task}, {test_set.noise}")
-    print(result.table())
     for book in result.note["codebooks"]:
         print(
             f"codebook {book['level']}: perplexity {book['perplexity']:.1f}, "
             f"{book['entries_used']} of {hps.nb_entries} entries used by {book['vectors']} vectors"
         )
-    if folder is not None:
-        write_evaluation(result, folder)
-        print(f"evaluation written to {folder}")
 
 
 def main() -> None:
@@ -112,13 +99,15 @@ def main() -> None:
     hps = resolve_settings(args, HPS_VQVAE, checkpoint=checkpoint, architecture=ARCHITECTURE_VQVAE)
     device = get_device(args.cpu)
     torch.manual_seed(args.seed)
+    vqvae = VQVAE(**hps.arguments(VQVAE))
     if args.evaluate:
-        evaluate_vqvae(args, hps, *load_vqvae(args.load_path), device)
+        load_weights(vqvae, checkpoint.model, args.load_path)
+        evaluate_vqvae(args, hps, vqvae, checkpoint, device)
         return
     train_set, validation_set = (
         get_dataset(args.task, hps, split, args.data_root, args.seed) for split in ("train", "validation")
     )
-    run_training(VQVAETrainer, args, hps, VQVAE(**hps.arguments(VQVAE)), device, train_set, validation_set, checkpoint)
+    run_training(VQVAETrainer, args, hps, vqvae, device, train_set, validation_set, checkpoint)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -372,6 +373,11 @@ class DiffusionTrainer(Trainer):
             parameters, lr=self.hps.learning_rate, weight_decay=self.hps.weight_decay, fused=self.device.type == "cuda"
         )
 
+    @functools.cached_property
+    def first_stage_digest(self) -> str:
+        """Digest of the first stage, which is frozen: one reading serves every checkpoint."""
+        return weights_digest(self.first_stage.vqvae)
+
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Clean and degraded first-stage latents of a batch on the device, in float32 also under autocast."""
         if self.latents:
@@ -450,7 +456,7 @@ class DiffusionTrainer(Trainer):
         self.ema.load_state_dict(state["ema"])
 
     def checkpoint_extra(self) -> dict[str, Any]:
-        return super().checkpoint_extra() | {"first_stage": weights_digest(self.first_stage.vqvae)}
+        return super().checkpoint_extra() | {"first_stage": self.first_stage_digest}
 
 
 def sample_latents(
