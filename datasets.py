@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import bisect
 import json
 import os
@@ -9,24 +10,23 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pydicom
 import torch
-from PIL import Image
-from pydicom.pixels import apply_modality_lut
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from helper import DATA_IDENTITY, UserError, seed_of, seeded_generator
 from hps import HParams
-from metrics import breast_mask
+from images import find_images, is_dicom
 from phantom import generate_phantom
+from prepared import Prepared, Record, prepare_record
 from preprocessing.degrade import simulate_low_dose
 
 SPLITS = ("train", "validation", "test")
-IMAGE_SUFFIXES = (".pgm", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
 LATENT_FORMAT = 1  # raised when the layout of a latent data set changes
 
 
@@ -144,127 +144,7 @@ def make_loader(
     )
 
 
-# --- reading and geometry --------------------------------------------------------------------------------------------
-
-
-def read_image(path: Path) -> np.ndarray:
-    """Read a grayscale mammogram as (H, W) float32 in [0, 1]: DICOM, PNG or TIFF of 8 or 16 bit, JPEG, PGM.
-
-    DICOM values go through the modality LUT, not through a VOI window (which is for viewing and cannot be undone), are
-    divided by what the stored bits can hold, and MONOCHROME1 is inverted. Raises UserError naming the file.
-    """
-    try:
-        if path.suffix.lower() in (".dcm", ".dicom"):
-            return _read_dicom(path)
-        with Image.open(path) as image:
-            return _to_unit_range(image, path)
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001  decoders raise many kinds for a broken file
-        reason = str(error).split("\n")[0][:120] or type(error).__name__
-        raise UserError(f"{path}: not a readable image ({reason}); remove or replace it") from None
-
-
-def _to_unit_range(image: Image.Image, path: Path) -> np.ndarray:
-    if image.mode in ("RGB", "RGBA", "LA"):
-        channels = np.asarray(image.convert("RGB"))
-        if (channels != channels[..., :1]).any():
-            raise UserError(f"{path}: a colour image; mammograms are grayscale, remove it or convert it")
-        return channels[..., 0].astype(np.float32) / 255
-    if image.mode == "L":
-        return np.asarray(image, dtype=np.float32) / 255
-    if image.mode.startswith("I"):  # 16 bit, which Pillow opens as I;16 or, for PGM, as I
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise UserError(f"{path}: its values do not fit 16 bits; convert it to 16-bit grayscale")
-        return values.astype(np.float32) / 65535
-    raise UserError(f"{path}: pixel format {image.mode} is not 8- or 16-bit grayscale; convert it")
-
-
-def _read_dicom(path: Path) -> np.ndarray:
-    dataset = pydicom.dcmread(path)
-    if int(dataset.get("NumberOfFrames", 1) or 1) > 1 or int(dataset.get("SamplesPerPixel", 1)) > 1:
-        raise UserError(f"{path}: a multi-frame or colour DICOM; only single grayscale images can be read")
-    values = apply_modality_lut(dataset.pixel_array, dataset).astype(np.float32)
-    if "ModalityLUTSequence" in dataset:
-        low, high = 0, 2 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
-    else:
-        offset = 2 ** (dataset.BitsStored - 1) if dataset.get("PixelRepresentation") else 0
-        slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
-        low, high = sorted(slope * v + intercept for v in (-offset, 2**dataset.BitsStored - 1 - offset))
-    unit = ((values - low) / (high - low)).clip(0, 1).astype(np.float32)
-    return 1 - unit if dataset.get("PhotometricInterpretation") == "MONOCHROME1" else unit
-
-
-def _border(profile: np.ndarray, spare: int) -> int:
-    """How many lines of film border a profile of mean intensities, from the edge inwards, begins with; at most 2 * spare.
-
-    Lines whose mean is more than 15 % off that of the lines behind belong to the border, and so does one line more.
-    """
-    reference = float(np.median(profile[2 * spare : 4 * spare])) if len(profile) > 4 * spare else 0.0
-    off = np.flatnonzero(np.abs(profile[: 2 * spare] - reference) > 0.15 * reference)
-    return int(off[-1]) + 2 if reference and len(off) else 0
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How an image lies on the training grid: a box of it, scaled by one factor, with background on the far side."""
-
-    box: tuple[int, int, int, int]  # top, left, bottom, right in the image's own pixels
-    size: tuple[int, int]  # height, width of the scaled box
-    offset: tuple[int, int]  # row, column of its top left corner on the grid
-    shape: tuple[int, int]  # height, width of the grid
-
-    @classmethod
-    def fit(cls, image: np.ndarray, mask: np.ndarray, shape: tuple[int, int], margin: float = 0.02) -> Grid:
-        """Fit the bounding box of the breast of an image (H, W) with its mask (H, W) into `shape`.
-
-        The box keeps `margin` of its longer side around the skin and loses the film's border where that cuts the breast.
-        The breast is scaled, never stretched; spare columns go to the side away from the chest wall, spare rows to both.
-        """
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-        spare = max(1, round(margin * max(bottom - top, right - left)))
-        middle = (left + right) // 2
-        wall_left = mask[:, left:middle].sum() > mask[:, middle:right].sum()
-        means = [np.where(mask, image, 0).sum(axis) / mask.sum(axis).clip(1) for axis in (1, 0)]
-        # the breast is cut off by the film where its mask ends in a wide straight edge: at the chest wall always
-        wide = 0.2 * (right - left)
-        top_cut, bottom_cut = mask[top + 1].sum() > wide, mask[bottom - 2].sum() > wide
-        top = top + _border(means[0][top:bottom], spare) if top_cut else max(0, top - spare)
-        bottom = bottom - _border(means[0][top:bottom][::-1], spare) if bottom_cut else min(len(mask), bottom + spare)
-        if wall_left:
-            left, right = left + _border(means[1][left:right], spare), min(mask.shape[1], right + spare)
-        else:
-            left, right = max(0, left - spare), right - _border(means[1][left:right][::-1], spare)
-        height, width = bottom - top, right - left
-        factor = min(shape[0] / height, shape[1] / width)
-        size = min(shape[0], max(1, round(height * factor))), min(shape[1], max(1, round(width * factor)))
-        offset = (shape[0] - size[0]) // 2, 0 if wall_left else shape[1] - size[1]
-        return cls(tuple(int(v) for v in (top, left, bottom, right)), size, offset, tuple(shape))
-
-    def apply(self, image: np.ndarray) -> np.ndarray:
-        """Bring an image (H, W) onto the grid: antialiased bilinear scaling, background 0."""
-        top, left, bottom, right = self.box
-        box = Image.fromarray(np.ascontiguousarray(image[top:bottom, left:right], dtype=np.float32))
-        scaled = np.asarray(box.resize(self.size[::-1], Image.Resampling.BILINEAR))
-        grid = np.zeros(self.shape, dtype=np.float32)
-        row, column = self.offset
-        grid[row : row + self.size[0], column : column + self.size[1]] = scaled.clip(0, 1)
-        return grid
-
-
 # --- data sets of images ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An image on the training grid."""
-
-    clean: Tensor  # (C, H, W) in [0, 1]
-    mask: Tensor  # (1, H, W) bool, True in the breast
-    degraded: Tensor | None = None  # (C, H, W): a real low-dose image in place of the simulation
-    info: dict = field(default_factory=dict)
 
 
 class MammogramDataset(Dataset):
@@ -389,17 +269,6 @@ class PhantomDataset(MammogramDataset):
         return Meta(name, key, patient=name)
 
 
-@dataclass(frozen=True)
-class Record:
-    """One image of a data set on disk."""
-
-    path: Path  # full-dose image
-    key: str  # path relative to the data root, with forward slashes
-    patient: str
-    degraded: Path | None = None  # its low-dose pair, where there is one
-    info: dict = field(default_factory=dict)
-
-
 class RecordDataset(MammogramDataset):
     """Images on disk, each brought onto the training grid by its breast mask."""
 
@@ -417,23 +286,7 @@ class RecordDataset(MammogramDataset):
         return len(self.records)
 
     def prepare(self, index: int) -> Prepared:
-        record = self.records[index]
-        image = read_image(record.path)
-        if min(image.shape) < 16:
-            raise UserError(f"{record.path}: {image.shape[1]} x {image.shape[0]} pixels are too few; remove it")
-        mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
-        grid = Grid.fit(image, mask, tuple(self.hps.image_shape[1:]))
-        clean = torch.from_numpy(grid.apply(image))[None]
-        degraded = None
-        if record.degraded is not None:
-            low = read_image(record.degraded)
-            if low.shape != image.shape:
-                raise UserError(
-                    f"{record.degraded}: {low.shape[1]} x {low.shape[0]} pixels, "
-                    f"but its full-dose pair has {image.shape[1]} x {image.shape[0]}"
-                )
-            degraded = torch.from_numpy(grid.apply(low))[None]
-        return Prepared(clean, breast_mask(clean), degraded, {"grid": grid})
+        return prepare_record(self.records[index], self.hps.image_shape)
 
     def meta(self, index: int, key: SampleKey) -> Meta:
         record = self.records[index]
@@ -462,7 +315,7 @@ def patient_of(path: Path, root: Path, pattern: str = "") -> str:
         if match is None or not match.groups() or match[1] is None:
             raise UserError(f"--hps patient_pattern={pattern}: its first group matches nothing in {name}")
         return match[1]
-    if path.suffix.lower() in (".dcm", ".dicom"):
+    if is_dicom(path):
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
             if patient := str(header.PatientID or "").strip():
@@ -502,20 +355,6 @@ def _check_root(root: Path | None, task: str) -> Path:
     if not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder")
     return root
-
-
-def find_images(root: Path) -> list[Path]:
-    """Image files below `root` in a fixed order, hidden ones left out. Raises UserError where there are none."""
-    images = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
-    if not images:
-        raise UserError(f"{root}: no images in it; looked for {', '.join(IMAGE_SUFFIXES)}")
-    return images
 
 
 def folder_records(root: Path, hps: HParams) -> dict[str, list[Record]]:
@@ -591,36 +430,49 @@ def split_by_file(records: list[Record], path: Path) -> dict[str, list[Record]]:
     return splits
 
 
-class FolderDataset(RecordDataset):
-    """A folder of mammograms of any kind, split by patient; see `folder_records`."""
+def get_datasets(
+    task: str,
+    hps: HParams,
+    splits: Sequence[str],
+    data_root: Path | None = None,
+    seed: int = 0,
+    *,
+    strict: bool = False,
+) -> list[MammogramDataset]:
+    """The images of some of a task's splits: "train", "validation", "test"; the disk is looked through once.
 
-    def __init__(self, root: Path, hps: HParams, split: str, seed: int = 0):
-        super().__init__(folder_records(root, hps)[split], hps, split, seed)
-
-
-def get_dataset(
-    task: str, hps: HParams, split: str = "train", data_root: Path | None = None, seed: int = 0
-) -> MammogramDataset:
-    """The images of a task's split: "train", "validation" or "test".
-
-    Raises UserError where the data root is missing, or holds no images for the split.
+    With `strict` a missing image of cbis-ddsm is an error. Raises UserError where the data root is missing, or holds no
+    images for a split.
     """
     if hps.image_shape[0] != 1:
         raise UserError(f"--hps image_shape={hps.image_shape}: mammograms have one channel")
     if task == "phantom":
         if min(hps.image_shape[1:]) < 32:
             raise UserError(f"--hps image_shape={hps.image_shape}: phantoms need sides of at least 32")
-        return PhantomDataset(hps, split, seed)
+        return [PhantomDataset(hps, split, seed) for split in splits]
     if task == "cbis-ddsm":
-        from datasets_cbis import CBISDDSM  # it builds on this module
+        from datasets_cbis import cbis_records  # it builds on this module
 
         data_root = data_root or Path("data/cbis-ddsm")
-        dataset = CBISDDSM(data_root, hps, split, seed)
+        records = cbis_records(data_root, hps, strict)
     else:
-        dataset = FolderDataset(_check_root(data_root, task), hps, split, seed)
-    if not dataset.records:
-        raise UserError(f"{data_root}: no images for {split}; see split_csv and the fractions in hps.py")
-    return dataset
+        records = folder_records(_check_root(data_root, task), hps)
+    for split in splits:
+        if not records[split]:
+            raise UserError(f"{data_root}: no images for {split}; see split_csv and the fractions in hps.py")
+    return [RecordDataset(records[split], hps, split, seed) for split in splits]
+
+
+def get_dataset(
+    task: str, hps: HParams, split: str = "train", data_root: Path | None = None, seed: int = 0, **options: Any
+) -> MammogramDataset:
+    """The images of one split; see `get_datasets`, which also takes the `options`."""
+    return get_datasets(task, hps, [split], data_root, seed, **options)[0]
+
+
+def load_datasets(args: argparse.Namespace, hps: HParams, *splits: str) -> list[MammogramDataset]:
+    """The splits that a script needs of the data that its flags name; see `get_datasets`."""
+    return get_datasets(args.task, hps, splits, args.data_root, args.seed, strict=args.strict)
 
 
 # --- latents ---------------------------------------------------------------------------------------------------------

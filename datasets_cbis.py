@@ -14,9 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from datasets import Record, RecordDataset
+from datasets import RecordDataset
 from helper import UserError, seed_of
 from hps import HParams
+from prepared import Record
 
 KINDS = ("calc", "mass")
 HALVES = ("train", "test")
@@ -67,8 +68,8 @@ class View:
 class CBISDDSM(RecordDataset):
     """CBIS-DDSM dataset class with paired degradation; see `cbis_records` for the splits and what is raised."""
 
-    def __init__(self, root: Path, hps: HParams, split: str, seed: int = 0):
-        records = cbis_records(Path(root), hps).get(split, [])  # super refuses an unknown split
+    def __init__(self, root: Path, hps: HParams, split: str, seed: int = 0, strict: bool = False):
+        records = cbis_records(Path(root), hps, strict).get(split, [])  # super refuses an unknown split
         super().__init__(records, hps, split, seed)
 
 

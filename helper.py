@@ -76,6 +76,7 @@ def base_parser(description: str, tasks: Sequence[str]) -> argparse.ArgumentPars
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("--task", choices=tasks, help="settings and data set (default: the checkpoint's, else phantom)")
     parser.add_argument("--data-root", type=Path, help="folder of the data set (default for cbis-ddsm: data/cbis-ddsm)")
+    parser.add_argument("--strict", action="store_true", help="cbis-ddsm: a missing image is an error, not a note")
     parser.add_argument("--out", type=Path, help="output folder (default: a new one under runs/)")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--epochs", type=positive_int, help="override max_epochs from hps.py")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datasets import Batch, LatentDataset, get_dataset
+from datasets import Batch, LatentDataset, load_datasets
 from diffusion import LatentDiffusion, UNet
 from evaluation import run_evaluation
 from helper import (
@@ -55,7 +55,7 @@ def restore_test_set(
     device: torch.device,
 ) -> None:
     """Table, files and pictures of the restored test set: DDIM samples, and the mean that one evaluation gives."""
-    test_set = get_dataset(args.task, hps, "test", args.data_root, args.seed)
+    (test_set,) = load_datasets(args, hps, "test")
     model, first_stage = model.to(device).eval(), first_stage.to(device)
 
     def restore(batch: Batch, steps: int, eta: float, spacing: str) -> Tensor:
@@ -123,9 +123,7 @@ def main() -> None:
         )
         train_set.check(weights_digest(vqvae), args.vqvae_path)
     else:
-        train_set, validation_set = (
-            get_dataset(args.task, hps, split, args.data_root, args.seed) for split in ("train", "validation")
-        )
+        train_set, validation_set = load_datasets(args, hps, "train", "validation")
     run_training(
         DiffusionTrainer,
         args,

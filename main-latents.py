@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datasets import LATENT_FORMAT, SPLITS, Batch, MammogramDataset, SampleKey, get_dataset, make_loader
+from datasets import LATENT_FORMAT, SPLITS, Batch, MammogramDataset, SampleKey, load_datasets, make_loader
 from helper import (
     UserError,
     base_parser,
@@ -99,7 +99,7 @@ def main() -> None:
     hps = resolve_settings(args, HPS_VQVAE, checkpoint=checkpoint, architecture=ARCHITECTURE_VQVAE)
     if hps.nb_entries > 2**16:
         raise UserError(f"{args.checkpoint}: {hps.nb_entries} codebook entries do not fit into 16-bit indices")
-    images = {split: get_dataset(args.task, hps, split, args.data_root, args.seed) for split in SPLITS}
+    images = dict(zip(SPLITS, load_datasets(args, hps, *SPLITS), strict=True))
     device = get_device(args.cpu)
     first_stage = VQVAE2Wrapper(vqvae.eval()).to(device)
     height, width = hps.image_shape[1:]

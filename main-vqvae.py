@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datasets import Batch, get_dataset
+from datasets import Batch, load_datasets
 from evaluation import run_evaluation
 from helper import (
     Checkpoint,
@@ -37,7 +37,7 @@ def evaluate_vqvae(
     args: argparse.Namespace, hps: HParams, vqvae: VQVAE, checkpoint: Checkpoint, device: torch.device
 ) -> None:
     """Table, files and pictures of reconstructions of the test set, past and through the codebooks."""
-    test_set = get_dataset(args.task, hps, "test", args.data_root, args.seed)
+    (test_set,) = load_datasets(args, hps, "test")
     vqvae = vqvae.to(device).eval()
     counts = torch.zeros(hps.nb_levels, hps.nb_entries, device=device)
     vectors = [0] * hps.nb_levels
@@ -104,9 +104,7 @@ def main() -> None:
         load_weights(vqvae, checkpoint.model, args.load_path)
         evaluate_vqvae(args, hps, vqvae, checkpoint, device)
         return
-    train_set, validation_set = (
-        get_dataset(args.task, hps, split, args.data_root, args.seed) for split in ("train", "validation")
-    )
+    train_set, validation_set = load_datasets(args, hps, "train", "validation")
     run_training(VQVAETrainer, args, hps, vqvae, device, train_set, validation_set, checkpoint)
 
 

@@ -14,23 +14,22 @@ from pydicom.uid import ExplicitVRLittleEndian
 from datasets import (
     SPLITS,
     Batch,
-    Grid,
     KeyedSampler,
     Meta,
     SampleKey,
     draw_crop,
-    find_images,
     folder_records,
     get_dataset,
     make_loader,
     patient_of,
-    read_image,
     split_patients,
 )  # fmt: skip
 from helper import UserError, seeded_generator
 from hps import HPS_DIFFUSION, HPS_VQVAE
+from images import find_images, read_image
 from metrics import breast_mask
 from phantom import generate_phantom
+from prepared import Grid
 
 MINI_MIAS = Path(__file__).resolve().parents[1] / "preprocessing" / "splits" / "mini-mias.csv"
 SETTINGS = HPS_VQVAE["phantom"].updated(
@@ -216,7 +215,7 @@ def test_jpeg_and_gray_rgb_are_read_and_an_alpha_channel_is_left_out(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "b.png"), smooth.astype(np.float32) / 255)
 
 
-@pytest.mark.parametrize("mode", ["P", "1", "F", "CMYK"])
+@pytest.mark.parametrize("mode", ["1", "F", "CMYK"])
 def test_other_pixel_formats_are_refused(tmp_path, mode):
     path = tmp_path / ("a.png" if mode in "P1" else "a.tif")
     Image.new(mode, (8, 8)).save(path)
@@ -405,8 +404,8 @@ def test_real_pairs_take_the_place_of_the_simulation(tmp_path):
             full, low = (read_image(tmp_path / half / names[index]) for half in ("full", "low"))
             batch = images.whole(i, 0) if split == "train" else images[i]
             grid = images.prepared(i).info["grid"]
-            np.testing.assert_array_equal(batch.clean[0, 0], grid.apply(full))
-            np.testing.assert_array_equal(batch.degraded[0, 0], grid.apply(low))
+            np.testing.assert_allclose(batch.clean[0, 0], grid.apply(full), rtol=0, atol=0.51 / 65535)
+            np.testing.assert_allclose(batch.degraded[0, 0], grid.apply(low), rtol=0, atol=0.51 / 65535)
 
 
 @pytest.mark.parametrize("extra, missing", [("full/x.png", "low"), ("low/x.png", "full")])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from datasets import read_image
+from images import read_image
 from metrics import breast_mask, image_metrics, otsu_threshold
 from phantom import generate_phantom
 

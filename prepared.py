@@ -1,0 +1,134 @@
+"""From a mammogram's file to the training grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from helper import UserError
+from images import read_image
+from metrics import breast_mask
+
+LEVELS = 2**16 - 1  # prepared images are rounded to 16 bits, so that one from the cache is the one decoded anew
+
+
+def _border(profile: np.ndarray, spare: int) -> int:
+    """How many lines of film border a profile of mean intensities, from the edge inwards, begins with; at most 2 * spare.
+
+    Lines whose mean is more than 15 % off that of the lines behind belong to the border, and so does one line more.
+    """
+    reference = float(np.median(profile[2 * spare : 4 * spare])) if len(profile) > 4 * spare else 0.0
+    off = np.flatnonzero(np.abs(profile[: 2 * spare] - reference) > 0.15 * reference)
+    return int(off[-1]) + 2 if reference and len(off) else 0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How an image lies on the training grid: a box of it, scaled by one factor, with background on the far side."""
+
+    box: tuple[int, int, int, int]  # top, left, bottom, right in the image's own pixels
+    size: tuple[int, int]  # height, width of the scaled box
+    offset: tuple[int, int]  # row, column of its top left corner on the grid
+    shape: tuple[int, int]  # height, width of the grid
+
+    @classmethod
+    def fit(cls, image: np.ndarray, mask: np.ndarray, shape: tuple[int, int], margin: float = 0.02) -> Grid:
+        """Fit the bounding box of the breast of an image (H, W) with its mask (H, W) into `shape`.
+
+        The box keeps `margin` of its longer side around the skin and loses the film's border where that cuts the breast.
+        The breast is scaled, never stretched; spare columns go to the side away from the chest wall, spare rows to both.
+        """
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+        spare = max(1, round(margin * max(bottom - top, right - left)))
+        middle = (left + right) // 2
+        wall_left = mask[:, left:middle].sum() > mask[:, middle:right].sum()
+        means = [np.where(mask, image, 0).sum(axis) / mask.sum(axis).clip(1) for axis in (1, 0)]
+        # the breast is cut off by the film where its mask ends in a wide straight edge: at the chest wall always
+        wide = 0.2 * (right - left)
+        top_cut, bottom_cut = mask[top + 1].sum() > wide, mask[bottom - 2].sum() > wide
+        top = top + _border(means[0][top:bottom], spare) if top_cut else max(0, top - spare)
+        bottom = bottom - _border(means[0][top:bottom][::-1], spare) if bottom_cut else min(len(mask), bottom + spare)
+        if wall_left:
+            left, right = left + _border(means[1][left:right], spare), min(mask.shape[1], right + spare)
+        else:
+            left, right = max(0, left - spare), right - _border(means[1][left:right][::-1], spare)
+        height, width = bottom - top, right - left
+        factor = min(shape[0] / height, shape[1] / width)
+        size = min(shape[0], max(1, round(height * factor))), min(shape[1], max(1, round(width * factor)))
+        offset = (shape[0] - size[0]) // 2, 0 if wall_left else shape[1] - size[1]
+        return cls(tuple(int(v) for v in (top, left, bottom, right)), size, offset, tuple(shape))
+
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """Bring an image (H, W) onto the grid: antialiased bilinear scaling, background 0."""
+        top, left, bottom, right = self.box
+        box = Image.fromarray(np.ascontiguousarray(image[top:bottom, left:right], dtype=np.float32))
+        scaled = np.asarray(box.resize(self.size[::-1], Image.Resampling.BILINEAR))
+        grid = np.zeros(self.shape, dtype=np.float32)
+        row, column = self.offset
+        grid[row : row + self.size[0], column : column + self.size[1]] = scaled.clip(0, 1)
+        return grid
+
+    def undo(self, grid: np.ndarray, image: np.ndarray) -> np.ndarray:
+        """Bring what lies on the grid (H, W) back to its box in a copy of `image`, its own pixels: bicubic scaling."""
+        top, left, bottom, right = self.box
+        row, column = self.offset
+        box = Image.fromarray(np.ascontiguousarray(grid[row : row + self.size[0], column : column + self.size[1]]))
+        scaled = np.asarray(box.resize((right - left, bottom - top), Image.Resampling.BICUBIC))
+        result = image.copy()
+        result[top:bottom, left:right] = scaled.clip(0, 1)
+        return result
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a data set on disk."""
+
+    path: Path  # full-dose image
+    key: str  # path relative to the data root, with forward slashes
+    patient: str
+    degraded: Path | None = None  # its low-dose pair, where there is one
+    info: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image on the training grid."""
+
+    clean: Tensor  # (C, H, W) in [0, 1]
+    mask: Tensor  # (1, H, W) bool, True in the breast
+    degraded: Tensor | None = None  # (C, H, W): a real low-dose image in place of the simulation
+    info: dict = field(default_factory=dict)
+
+
+def prepare_record(record: Record, image_shape: Sequence[int]) -> Prepared:
+    """A record's image, and its low-dose pair where it has one, on the training grid of `image_shape` (C, H, W).
+
+    Raises UserError naming the file that cannot be read, is too small, or does not fit its pair.
+    """
+    image = read_image(record.path)
+    if min(image.shape) < 16:
+        raise UserError(f"{record.path}: {image.shape[1]} x {image.shape[0]} pixels are too few; remove it")
+    mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
+    grid = Grid.fit(image, mask, tuple(image_shape[1:]))
+    clean = _rounded(grid.apply(image))
+    degraded = None
+    if record.degraded is not None:
+        low = read_image(record.degraded)
+        if low.shape != image.shape:
+            raise UserError(
+                f"{record.degraded}: {low.shape[1]} x {low.shape[0]} pixels, "
+                f"but its full-dose pair has {image.shape[1]} x {image.shape[0]}"
+            )
+        degraded = _rounded(grid.apply(low))
+    return Prepared(clean, breast_mask(clean), degraded, {"grid": grid})
+
+
+def _rounded(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.rint(image * np.float32(LEVELS)) / np.float32(LEVELS))[None]
