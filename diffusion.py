@@ -8,9 +8,11 @@ preconditioned output, stands around it in `LatentDiffusion`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+from helper import seeded_generator
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -447,6 +451,57 @@ class DDIMSampler:
             prediction = self.model.predict(x, torch.full((len(x),), t, device=x.device), cond)
             x = self.step(x, prediction, abars[i], previous[i], eta, draw() if eta > 0 else None)
         return x
+
+
+@dataclass(frozen=True)
+class NoiseField:
+    """Unit Gaussian noise over an unbounded lattice of latents, keyed by `key` and by position.
+
+    A latent's noise is the same in whichever window or tile it is drawn, and no other image's.
+    """
+
+    key: tuple[object, ...]
+    channels: int
+
+    BLOCK: ClassVar[int] = 32  # side of the squares that are drawn at once
+
+    def window(self, draw: int, top: int, left: int, height: int, width: int, device: torch.device) -> Tensor:
+        """Draw number `draw` of rows top..top + height and columns left..left + width: (channels, height, width)."""
+        block = self.BLOCK
+        rows, columns = (range(at // block, -(-(at + side) // block)) for at, side in ((top, height), (left, width)))
+        lattice = torch.cat([torch.cat([self._block(draw, r, c, device) for c in columns], 2) for r in rows], 1)
+        top, left = top - rows[0] * block, left - columns[0] * block
+        return lattice[:, top : top + height, left : left + width]
+
+    def _block(self, draw: int, row: int, column: int, device: torch.device) -> Tensor:
+        generator = seeded_generator("noise field", *self.key, draw, row, column, device=device)
+        return torch.randn(self.channels, self.BLOCK, self.BLOCK, generator=generator, device=device)
+
+
+def sample_latents(
+    model: LatentDiffusion,
+    cond: Tensor,
+    fields: Sequence[NoiseField],
+    steps: int,
+    eta: float = 0.0,
+    spacing: str = "leading",
+    *,
+    origin: tuple[int, int] = (0, 0),
+    first_draw: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """DDIM samples of normalised latents given normalised conditioning latents (N, C, H, W), one noise field an image.
+
+    `origin` is the place of the latents' first row and column on the field; sample k of an image has its own draws with
+    `first_draw` = k * (steps + 1).
+    """
+    draws = itertools.count(first_draw)
+
+    def draw() -> Tensor:
+        number = next(draws)
+        return torch.stack([field.window(number, *origin, *cond.shape[-2:], cond.device) for field in fields])
+
+    return DDIMSampler(model, spacing).sample(cond, draw(), steps, eta, draw, progress)
 
 
 class LitEma(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from metrics import ImageMetrics, image_metrics
 
 INPUT = "low dose"
 METRICS = tuple(field.name for field in dataclasses.fields(ImageMetrics))
+OVERVIEW = (1024, 768)  # height and width to which pictures of larger images are reduced
 ERROR_RANGE = 0.05  # errors are drawn from black (-0.05) over grey (0) to white (+0.05)
 
 # A method maps a batch of images to (N, C, H, W) images to be compared with `batch.clean`.
@@ -182,10 +184,11 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def _close_up(clean: Tensor, mask: Tensor) -> tuple[int, int, int]:
-    """Row, column and side of the square inside the breast with the most fine structure, a quarter of the shorter side."""
+def _close_up(clean: Tensor, mask: Tensor, largest: int) -> tuple[int, int, int]:
+    """Row, column and side of the square inside the breast with the most fine structure, a quarter of the shorter side, at
+    most `largest`."""
     height, width = clean.shape[-2:]
-    side = min(max(16, min(height, width) // 4), height, width)
+    side = min(max(16, min(height, width) // 4), height, width, largest)
     stride = max(1, side // 8)
     image, inside = clean.mean(0)[None, None].float(), mask[None].float()
     detail = (image - F.avg_pool2d(image, 9, 1, 4, count_include_pad=False)).square()
@@ -197,21 +200,24 @@ def _close_up(clean: Tensor, mask: Tensor) -> tuple[int, int, int]:
     return best // columns * stride, best % columns * stride, side
 
 
-def comparison(clean: Tensor, images: Mapping[str, Tensor], mask: Tensor, labels: Mapping[str, str]) -> Tensor:
+def comparison(
+    clean: Tensor, images: Mapping[str, Tensor], mask: Tensor, labels: Mapping[str, str], reference: str = "clean"
+) -> Tensor:
     """Side by side, (3, H', W') uint8: clean, the images, and the errors of the first and the last of them.
 
-    All are (C, H, W) in [0, 1]. Below each stands a close-up of the part with the most fine structure,
-    windowed by the clean image's range there, alike in all columns.
+    All are (C, H, W) in [0, 1]; `reference` names the clean one. Below each stands a close-up of the part with the most fine
+    structure, windowed by the clean image's range there, alike in all columns. Large images are reduced, close-ups never.
     """
-    columns = [("clean", clean.mean(0), "")]
+    columns = [(reference, clean.mean(0), "")]
     columns += [(name, image.mean(0), labels.get(name, "")) for name, image in images.items()]
     ends = list(dict.fromkeys([next(iter(images)), list(images)[-1]]))
-    errors = [(f"{name} - clean", (images[name] - clean).mean(0), f"+-{ERROR_RANGE}") for name in ends]
-    row, column, side = _close_up(clean, mask)
+    errors = [(f"{name} - {reference}", (images[name] - clean).mean(0), f"+-{ERROR_RANGE}") for name in ends]
+    reduced = math.ceil(max(side / limit for side, limit in zip(clean.shape[-2:], OVERVIEW, strict=True)))
+    height, width = (-(-side // reduced) for side in clean.shape[-2:])
+    row, column, side = _close_up(clean, mask, max(192, width))
     window = clean[..., row : row + side, column : column + side].mean(0)
     low, high = torch.quantile(window.flatten().float(), torch.tensor([0.005, 0.995])).tolist()
     high = max(high, low + 0.02)
-    height, width = clean.shape[-2:]
     zoom, title, gap = max(192, width), 34, 6
     enlarge = max(1, zoom // side)
     zoom = enlarge * side
@@ -229,10 +235,10 @@ def comparison(clean: Tensor, images: Mapping[str, Tensor], mask: Tensor, labels
             image, part = (0.5 + v / (2 * ERROR_RANGE) for v in (image, part))
         else:
             part = (part - low) / (high - low)
-        canvas.paste(_grey(image), (left, title))
+        canvas.paste(_grey(image).reduce(reduced), (left, title))
         canvas.paste(_grey(part).resize((zoom, zoom), Image.Resampling.NEAREST), (left, title + height + gap))
-        box = [left + column, title + row, left + column + side - 1, title + row + side - 1]
-        draw.rectangle(box, outline=(255, 200, 0))
+        box = [left + column // reduced, title + row // reduced]
+        draw.rectangle([*box, box[0] + side // reduced - 1, box[1] + side // reduced - 1], outline=(255, 200, 0))
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 

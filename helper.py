@@ -83,13 +83,18 @@ def base_parser(description: str, tasks: Sequence[str]) -> argparse.ArgumentPars
     parser.add_argument("--batch-size", type=positive_int, help="override batch size from hps.py")
     parser.add_argument("--num-workers", type=non_negative_int, help="override nb_workers from hps.py")
     parser.add_argument("--hps", action="append", default=[], metavar="KEY=VALUE", help="override any entry of hps.py")
-    parser.add_argument("--cpu", action="store_true", help="disable GPU, run on CPU")
-    parser.add_argument("--no-tqdm", action="store_true", help="disable progress bars")
+    device_arguments(parser)
     parser.add_argument("--no-save", action="store_true", help="disable saving checkpoints and images")
     amp = parser.add_mutually_exclusive_group()
     amp.add_argument("--no-amp", action="store_true", help="disable Automatic Mixed Precision")
     amp.add_argument("--amp", action="store_true", help="mixed precision on the CPU too (bfloat16)")
     return parser
+
+
+def device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --cpu and --no-tqdm."""
+    parser.add_argument("--cpu", action="store_true", help="disable GPU, run on CPU")
+    parser.add_argument("--no-tqdm", action="store_true", help="disable progress bars")
 
 
 # --- devices and numbers ---------------------------------------------------------------------------------------------
@@ -236,8 +241,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         torch.save(payload, temporary)
 
 
-def load_checkpoint(path: Path, kind: str) -> Checkpoint:
-    """Read a checkpoint of the given kind onto the CPU.
+def load_checkpoint(path: Path, kind: str, *, lazily: bool = False) -> Checkpoint:
+    """Read a checkpoint of the given kind onto the CPU; `lazily` leaves on disk what nobody looks at.
 
     Raises UserError, naming the file, where it is missing, unreadable, of another kind or of another format version.
     """
@@ -246,7 +251,7 @@ def load_checkpoint(path: Path, kind: str) -> Checkpoint:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; name a .pt file or a run folder that holds last.pt")
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a broken file
         raise UserError(
             f"{path}: not a readable checkpoint of this project ({type(error).__name__}); use the one before it"
@@ -339,14 +344,14 @@ def evaluation_folder(args: argparse.Namespace, checkpoint: Path) -> Path | None
     return folder
 
 
-def record_run(folder: Path, hps: HParams, seed: int) -> None:
-    """Write command, settings, seed, git revision and package versions to `run.json`."""
+def record_run(folder: Path, hps: HParams, seed: int, name: str = "run.json", **more: Any) -> None:
+    """Write command, settings, seed, git revision, package versions and what is `more` to the file `name`."""
     revision = ""
     if shutil.which("git"):
         command = ["git", "-C", str(_ROOT), "rev-parse", "HEAD"]
         revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     write_json(
-        folder / "run.json",
+        folder / name,
         {
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "hps": dict(hps),
@@ -357,6 +362,7 @@ def record_run(folder: Path, hps: HParams, seed: int) -> None:
             "numpy": np.__version__,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
             "started": datetime.datetime.now().isoformat(timespec="seconds"),
+            **more,
         },
     )
 

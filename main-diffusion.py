@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from datasets import Batch, LatentDataset, load_datasets
-from diffusion import LatentDiffusion, UNet
+from diffusion import LatentDiffusion
 from evaluation import run_evaluation
 from helper import (
     Checkpoint,
@@ -17,13 +18,14 @@ from helper import (
     base_parser,
     get_device,
     load_checkpoint,
-    load_weights,
     resolve_settings,
     run_script,
     weights_digest,
 )
 from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS, HParams
-from trainer import DiffusionTrainer, run_training, sample_latents
+from preprocessing.degrade import NoiseModel
+from restoration import Restorer, check_first_stage, load_averages, make_diffusion
+from trainer import DiffusionTrainer, run_training
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
 
@@ -39,13 +41,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_diffusion(hps: HParams) -> LatentDiffusion:
-    """The UNet and the diffusion around it that the settings describe."""
-    return LatentDiffusion(
-        UNet(**hps.arguments(UNet)), latent_channels=hps.out_channels, **hps.arguments(LatentDiffusion)
-    )
-
-
 def restore_test_set(
     args: argparse.Namespace,
     hps: HParams,
@@ -56,21 +51,28 @@ def restore_test_set(
 ) -> None:
     """Table, files and pictures of the restored test set: DDIM samples, and the mean that one evaluation gives."""
     (test_set,) = load_datasets(args, hps, "test")
-    model, first_stage = model.to(device).eval(), first_stage.to(device)
+    sampler = Restorer(
+        first_stage.to(device),
+        model.to(device).eval(),
+        NoiseModel.from_level(hps.noise_level),
+        tuple(hps.image_shape[1:]),
+        steps=hps.ddim_steps,
+        eta=hps.ddim_eta,
+        spacing=hps.ddim_spacing,
+        seed=args.seed,
+    )
+    mean = replace(sampler, steps=1, eta=0.0)
 
-    def restore(batch: Batch, steps: int, eta: float, spacing: str) -> Tensor:
-        cond = model.normalize(first_stage.encode(batch.degraded))
-        names = [meta.path for meta in batch.meta]
-        z = sample_latents(model, cond, names, steps, eta, spacing, args.seed, progress=not args.no_tqdm)
-        return first_stage.decode(model.denormalize(z), shape=batch.clean.shape[-2:])
+    def restore(restorer: Restorer, batch: Batch) -> Tensor:
+        return restorer.restore(batch.degraded, [meta.path for meta in batch.meta], progress=not args.no_tqdm)
 
     restored = f"restored, DDIM {hps.ddim_steps}"
     methods = {
         "autoencoder pass": lambda batch: first_stage.decode(
             first_stage.encode(batch.degraded), shape=batch.clean.shape[-2:]
         ),
-        "posterior mean, 1 step": lambda batch: restore(batch, 1, 0.0, "trailing"),
-        restored: lambda batch: restore(batch, hps.ddim_steps, hps.ddim_eta, hps.ddim_spacing),
+        "posterior mean, 1 step": lambda batch: restore(mean, batch),
+        restored: lambda batch: restore(sampler, batch),
     }
     run_evaluation(
         args,
@@ -104,17 +106,13 @@ def main() -> None:
             f"task {args.task} takes {hps.out_channels}; pass that task's checkpoint, or "
             f"--hps in_channels={2 * first_stage.latent_channels} --hps out_channels={first_stage.latent_channels}"
         )
-    if checkpoint is not None and checkpoint.extra.get("first_stage") != weights_digest(vqvae):
-        raise UserError(
-            f"--vqvae-path {args.vqvae_path}: {args.load_path} was trained on another VQ-VAE-2; pass that one"
-        )
+    if checkpoint is not None:
+        check_first_stage(checkpoint, args.load_path, weights_digest(vqvae), args.vqvae_path)
     device = get_device(args.cpu)
     torch.manual_seed(args.seed)
     model = make_diffusion(hps)
     if args.evaluate:
-        load_weights(model, checkpoint.model, args.load_path)
-        ema = {k.removeprefix("averaged.module."): v for k, v in checkpoint.training["ema"].items() if ".module." in k}
-        load_weights(model.model, ema, args.load_path)
+        load_averages(model, checkpoint, args.load_path)
         restore_test_set(args, hps, model, first_stage, (vqvae_checkpoint, checkpoint), device)
         return
     if args.latents:

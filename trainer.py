@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from datasets import Batch, make_loader
-from diffusion import DDIMSampler, LatentDiffusion, LitEma
+from diffusion import LatentDiffusion, LitEma, NoiseField, sample_latents
 from evaluation import comparison, save_picture
 from helper import (
     Checkpoint,
@@ -442,7 +442,8 @@ class DiffusionTrainer(Trainer):
         z, cond = self.encode(batch)
         with self.ema.average_parameters(self.model.model):
             steps = min(PICTURE_STEPS, self.hps.timesteps)
-            restored = sample_latents(self.model, self.model.normalize(cond), [batch.meta[0].path], steps)
+            field = NoiseField(("picture", batch.meta[0].path), cond.shape[1])
+            restored = sample_latents(self.model, self.model.normalize(cond), [field], steps)
         shape = None if self.latents else batch.clean.shape[-2:]
         latents = (z, cond, self.model.denormalize(restored))
         clean, low, image = (self.first_stage.decode(v, shape=shape)[0].cpu() for v in latents)
@@ -457,22 +458,6 @@ class DiffusionTrainer(Trainer):
 
     def checkpoint_extra(self) -> dict[str, Any]:
         return super().checkpoint_extra() | {"first_stage": self.first_stage_digest}
-
-
-def sample_latents(
-    model: LatentDiffusion, cond: Tensor, names: list[str], steps: int, eta: float = 0.0, spacing: str = "leading",
-    seed: int = 0, progress: bool = False,
-) -> Tensor:  # fmt: skip
-    """DDIM samples of normalised latents given normalised conditioning latents (N, C, H, W).
-
-    The noise of each image is keyed by `seed` and its name, so it does not depend on its batch.
-    """
-    generators = [seeded_generator("sample of", seed, name, device=cond.device) for name in names]
-
-    def draw() -> Tensor:
-        return randn_by_sample(generators, cond.shape[1:], cond.device)
-
-    return DDIMSampler(model, spacing).sample(cond, draw(), steps, eta, draw, progress)
 
 
 def run_training(

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from datasets import SampleKey, get_dataset
-from diffusion import LatentDiffusion, UNet
+from diffusion import LatentDiffusion, NoiseField, UNet, sample_latents
 from helper import UserError, load_checkpoint
 from hps import HPS_DIFFUSION, HPS_VQVAE
-from trainer import DiffusionTrainer, VQVAETrainer, amp_dtype, learning_rate, sample_latents
+from trainer import DiffusionTrainer, VQVAETrainer, amp_dtype, learning_rate
 from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper
 
@@ -229,17 +229,17 @@ def test_stage_2_training_restores_better_than_the_degraded_latent():
     clean, cond = (trainer.model.normalize(z) for z in trainer.encode(batch))
     with trainer.ema.average_parameters(trainer.model.model):
         trainer.model.eval()
-        restored = sample_latents(trainer.model, cond, ["a"], 1, spacing="trailing")
+        restored = sample_latents(trainer.model, cond, [NoiseField(("a",), 16)], 1, spacing="trailing")
     assert (restored - clean).square().mean() < 0.9 * (cond - clean).square().mean()
 
 
-def test_samples_depend_on_name_and_seed_not_on_the_batch():
+def test_samples_depend_on_their_noise_field_and_draws_not_on_the_batch():
     model = stage_2().model.eval()
     torch.nn.init.normal_(model.model.out[2].weight, std=0.1)
     cond = torch.randn(2, 16, 8, 8)
-    both = sample_latents(model, cond, ["a", "b"], 3, eta=1.0, seed=1)
-    torch.testing.assert_close(
-        sample_latents(model, cond[1:], ["b"], 3, eta=1.0, seed=1), both[1:], atol=1e-4, rtol=1e-4
-    )
-    for name, seed in (("c", 1), ("b", 2)):
-        assert (sample_latents(model, cond[1:], [name], 3, eta=1.0, seed=seed) - both[1:]).abs().max() > 0.01
+    a, b, other = (NoiseField((1, name), 16) for name in "abc")
+    both = sample_latents(model, cond, [a, b], 3, eta=1.0)
+    alone = sample_latents(model, cond[1:], [b], 3, eta=1.0)
+    torch.testing.assert_close(alone, both[1:], atol=1e-4, rtol=1e-4)
+    for field, options in ((other, {}), (b, {"first_draw": 4}), (b, {"origin": (0, 8)})):
+        assert (sample_latents(model, cond[1:], [field], 3, eta=1.0, **options) - both[1:]).abs().max() > 0.01

@@ -1,0 +1,325 @@
+"""Restore mammograms with a trained model: files or folders of DICOM, PNG, JPEG, TIFF and PGM, at their own size and depth."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from evaluation import INPUT, METRICS, Evaluation, comparison, save_picture, write_evaluation
+from helper import (
+    Parser,
+    UserError,
+    device_arguments,
+    format_table,
+    get_device,
+    non_negative_int,
+    positive_int,
+    record_run,
+    run_script,
+    seeded_generator,
+    write_text,
+)
+from images import find_images, is_dicom, is_restored, read_mammogram
+from metrics import breast_mask, image_metrics
+from prepared import Grid
+from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.estimate import estimate_noise, level_at
+from restoration import Restoration, Restorer, restore_image
+
+RESEARCH_USE = "research use only: a restored image is an estimate, not fit for diagnosis"
+RECORD = "restore.json"  # in the output folder: how its images were made
+UNTOUCHED = 0.2  # mean share of the correction below which an image counts as left alone
+TABLE_ROWS = 16  # images that the table on the screen lists at most
+
+
+def noise_level(text: str) -> float:
+    """An argparse type: a noise level of at least 0."""
+    try:
+        level = float(text)
+        NoiseModel.from_level(level)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}") from None
+    return level
+
+
+def noise_level_or_word(text: str) -> float | str:
+    """An argparse type: a noise level, or one of two words."""
+    if text in ("auto", "trained"):
+        return text
+    try:
+        return noise_level(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be auto, trained or a number of at least 0, not {text!r}") from None
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=f"{__doc__} For {RESEARCH_USE}.", allow_abbrev=False)
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, metavar="INPUT", help="image files, or folders searched for them"
+    )
+    parser.add_argument("--vqvae-path", type=Path, required=True, help="path to pre-trained VQ-VAE-2 checkpoint")
+    parser.add_argument("--load-path", type=Path, required=True, help="path to the diffusion checkpoint trained on it")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; the inputs' tree is kept below it")
+    parser.add_argument(
+        "--noise-level",
+        type=noise_level_or_word,
+        help="noise of the inputs: a level; auto: estimated from each image (default, or that of --degrade); "
+        "trained: as the model was trained, whatever it is",
+    )
+    parser.add_argument(
+        "--degrade",
+        type=noise_level,
+        metavar="NOISE_LEVEL",
+        help="simulate a low dose of full-dose inputs first, and report PSNR and SSIM against them",
+    )
+    parser.add_argument(
+        "--resize", action="store_true", help="work on the training grid, not at the image's own pixels"
+    )
+    parser.add_argument("--tile", type=positive_int, help="side of the tiles in pixels (default: the training grid's)")
+    parser.add_argument(
+        "--steps",
+        type=positive_int,
+        help="network evaluations a sample (default: 1, the posterior mean; with --samples the checkpoint's DDIM steps)",
+    )
+    parser.add_argument("--samples", type=positive_int, default=1, help="DDIM samples to average (default: 1)")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("--compare", action="store_true", help="write a side-by-side PNG beside each restored image")
+    device_arguments(parser)
+    return parser.parse_args()
+
+
+# --- what goes where -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """An image to restore."""
+
+    source: Path
+    name: str  # path below the inputs' common folder, with forward slashes
+    target: Path  # what is written
+
+
+def plan(inputs: list[Path], out: Path) -> list[Job]:
+    """The images of files and folders, each once, and where they go: the tree below the inputs' common folder is kept.
+
+    Pictures become PNG, DICOM stays DICOM; where two would come to the same name, what changes keeps its suffix too. What
+    lies in `out` is no input. Raises UserError for an input that does not exist, a folder without images, or a target that
+    is an input or not of this script's making.
+    """
+    for path in inputs:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+    base = Path(os.path.commonpath([(p if p.is_dir() else p.parent).resolve() for p in inputs]))
+    sources: dict[Path, Path] = {}
+    for path in inputs:
+        found = find_images(path) if path.is_dir() else [path]
+        if path.is_dir():
+            found = [p for p in found if not p.resolve().is_relative_to(out.resolve())]
+        if not found:
+            raise UserError(f"{path}: nothing but earlier output in it; name a folder of mammograms")
+        for source in found:
+            sources.setdefault(source.resolve(), source)
+    names = {place: _below(source.absolute(), base) for place, source in sources.items()}
+    suffixes = {place: ".dcm" if is_dicom(place) else ".png" for place in sources}
+    plain = {place: _stem(name) + suffixes[place] for place, name in names.items()}
+    taken = Counter(plain.values())
+    jobs, writers = [], dict[Path, Path]()
+    for place, source in sources.items():
+        below = plain[place]
+        if taken[below] > 1 and below != names[place]:
+            below = names[place] + suffixes[place]
+        job = Job(source, names[place], out / below)
+        other = writers.setdefault(job.target, source)
+        if other is not source:
+            raise UserError(f"{source}: would be written to {job.target}, as {other}; restore them into two folders")
+        if job.target.resolve() in sources:
+            raise UserError(f"--out: {job.target} is an input and is not overwritten; choose another folder")
+        if job.target.exists() and not is_restored(job.target):
+            raise UserError(f"--out: {job.target} is no restored image and is not overwritten; choose another folder")
+        jobs.append(job)
+    return jobs
+
+
+def _below(path: Path, base: Path) -> str:
+    path = Path(os.path.normpath(path))
+    # a link to a folder may lead elsewhere
+    return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.name
+
+
+def _stem(name: str) -> str:
+    suffix = Path(name).suffix[1:]
+    # digits after a dot are part of a UID, which DICOM files without a suffix are called
+    return name if not suffix or suffix.isdigit() else str(Path(name).with_suffix(""))
+
+
+# --- one image -------------------------------------------------------------------------------------------------------
+
+
+def restore_job(job: Job, restorer: Restorer, args: argparse.Namespace) -> list[dict]:
+    """Restore and write one image; returns its rows of the table: one, or with --degrade one a method.
+
+    Raises UserError naming the file.
+    """
+    mammogram = read_mammogram(job.source)
+    if min(mammogram.pixels.shape) < 16:
+        height, width = mammogram.pixels.shape
+        raise UserError(f"{job.source}: {width} x {height} pixels are too few; leave it out")
+    image, grid = mammogram.pixels, None
+    if args.resize:
+        mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
+        grid = Grid.fit(image, mask, restorer.shape)
+        image = grid.apply(image)
+    name = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()  # whatever the file is called
+    reference = image
+    if args.degrade is not None:
+        generator = seeded_generator("degrade", args.seed, name)
+        image = simulate_low_dose(torch.from_numpy(reference), args.degrade, generator).numpy()
+    mask = breast_mask(torch.from_numpy(reference)[None])
+    noise = known_noise(args, image, mask[0].numpy())
+    result = restore_image(restorer, image, noise, name, tile=args.tile or 0, progress=not args.no_tqdm)
+    pixels = result.pixels if grid is None else grid.undo(result.pixels, mammogram.pixels)
+    description = f"{describe(args, restorer, noise)}; {RESEARCH_USE}"
+    mammogram.write(job.target, pixels, description)
+    height, width = mammogram.pixels.shape
+    row = {
+        "path": job.name,
+        "output": job.target.relative_to(args.out).as_posix(),
+        "width": width,
+        "height": height,
+        "bits": mammogram.bits,
+        "quanta": None if noise is None else noise.quanta,
+        "sigma": None if noise is None else noise.sigma,
+        "level": None if noise is None else level_at(noise, float(image[mask[0].numpy()].mean())),
+        "factor": result.factor,
+        "strength": result.strength,
+    }
+    if args.compare:
+        picture = compare(reference, image, result, mask, args)
+        save_picture(picture, job.target.with_suffix(".compare.png"))
+    if args.degrade is None:
+        return [row]
+    clean = torch.from_numpy(reference)[None]
+    figures = {
+        method: image_metrics(torch.from_numpy(values)[None], clean, mask)
+        for method, values in ((INPUT, image), ("restored", result.pixels))
+    }
+    return [row | {"patient": "", "method": m, **dataclasses.asdict(figure)} for m, figure in figures.items()]
+
+
+def known_noise(args: argparse.Namespace, image: np.ndarray, mask: np.ndarray) -> NoiseModel | None:
+    """The noise that an image suffers from; None where it is not to be matched."""
+    level = args.noise_level if args.noise_level is not None else args.degrade
+    if level == "trained":
+        return None
+    return estimate_noise(image, mask) if level in (None, "auto") else NoiseModel.from_level(level)
+
+
+def describe(args: argparse.Namespace, restorer: Restorer, noise: NoiseModel | None) -> str:
+    """How an image is restored, in words."""
+    parts = [restorer.name]
+    if args.degrade is not None:
+        parts.append(f"from a simulated low dose of noise level {args.degrade:g}")
+    if noise is not None:
+        how = "estimated" if args.noise_level == "auto" or args.noise_level is args.degrade is None else "given"
+        parts.append(f"noise {how} as {noise.quanta:.0f} quanta at full scale and sigma {noise.sigma:.5f}")
+    evaluations = "1 evaluation" if restorer.steps == 1 else f"{restorer.steps} DDIM steps"
+    parts.append(f"{evaluations}, mean of {restorer.samples} samples" if restorer.samples > 1 else evaluations)
+    if args.resize:
+        parts.append(f"on a grid of {restorer.shape[1]} x {restorer.shape[0]}")
+    return "; ".join([*parts, f"seed {args.seed}"])
+
+
+def compare(
+    reference: np.ndarray, image: np.ndarray, result: Restoration, mask: torch.Tensor, args: argparse.Namespace
+) -> torch.Tensor:
+    """The side-by-side picture: input and restored, or with --degrade clean, low dose and restored; and the differences."""
+    clean, low, restored = (torch.from_numpy(v)[None] for v in (reference, image, result.pixels))
+    if args.degrade is None:
+        return comparison(clean, {"restored": restored}, mask, {}, reference="input")
+    images = {INPUT: low, "restored": restored}
+    labels = {
+        name: f"{image_metrics(picture, clean, mask).psnr_breast:.1f} dB in the breast"
+        for name, picture in images.items()
+    }
+    return comparison(clean, images, mask, labels)
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+def report(rows: list[dict], args: argparse.Namespace) -> None:
+    """Write the tables and print them; with --degrade the figures stand beside the input's."""
+    images = pd.DataFrame(rows).drop_duplicates("path")
+    own = list(images.columns[: list(images.columns).index("strength") + 1])
+    write_text(args.out / "restore.csv", images[own].to_csv(index=False, lineterminator="\n"))
+    lines = [
+        [
+            row["path"],
+            f"{row['width']} x {row['height']}",
+            row["bits"],
+            "as trained" if pd.isna(row["level"]) else f"{row['level']:.3f}",
+            f"{row['strength']:.2f}",
+        ]
+        for row in images.head(TABLE_ROWS).to_dict("records")
+    ]
+    untouched = [row["path"] for row in images.to_dict("records") if row["strength"] < UNTOUCHED]
+    print(format_table(["image", "size", "bits", "noise level", "correction applied"], lines))
+    if len(images) > TABLE_ROWS:
+        print(f"... and {len(images) - TABLE_ROWS} more in {args.out / 'restore.csv'}")
+    if untouched and args.noise_level in (None, "auto"):
+        print(
+            f"{len(untouched)} images look free of noise and are as good as untouched; noise that was resized or compressed "
+            "as JPEG does not show: give its --noise-level if you know it"
+        )
+    if args.degrade is not None:
+        table = pd.DataFrame(rows)
+        result = Evaluation(table[["path", "patient", "method", *METRICS]], {"noise_level": args.degrade})
+        write_evaluation(result, args.out)
+        print(f"\n{len(images)} images, low dose of noise level {args.degrade:g} simulated")
+        print(result.table())
+
+
+def main() -> None:
+    args = parse_arguments()
+    print(RESEARCH_USE)
+    jobs = plan(args.inputs, args.out)
+    restorer = Restorer.load(
+        args.vqvae_path, args.load_path, get_device(args.cpu), steps=args.steps, samples=args.samples, seed=args.seed
+    )
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from None
+    rows: list[dict] = []
+    failures: list[str] = []
+    for job in tqdm(jobs, desc="restore", unit="image", disable=args.no_tqdm):
+        try:
+            rows += restore_job(job, restorer, args)
+        except UserError as error:
+            if len(jobs) == 1:
+                raise
+            failures.append(str(error))
+    if rows:
+        report(rows, args)
+        record_run(args.out, restorer.hps, args.seed, RECORD, model=restorer.name, failures=failures)
+        print(f"{len({row['path'] for row in rows})} images restored into {args.out}")
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_script(main)

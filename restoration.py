@@ -1,0 +1,297 @@
+"""Restoring mammograms of any size and noise: the two trained stages, tile by tile, and what fits them to the input."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion import LatentDiffusion, NoiseField, UNet, sample_latents
+from helper import Checkpoint, UserError, load_checkpoint, load_weights, weights_digest
+from hps import HParams
+from metrics import breast_mask
+from preprocessing.degrade import NoiseModel
+from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
+
+PEAK_QUANTILE = 0.999  # of the breast's intensities: brought to full scale at most
+GUARD_WIDTH = 4.0  # pixels; sigma of the window in which a correction is weighed against the noise
+GUARD_SIGMAS = 6.0  # standard deviations; a correction fades out over the last of them
+
+
+# --- the trained model -----------------------------------------------------------------------------------------------
+
+
+def make_diffusion(hps: HParams) -> LatentDiffusion:
+    """The UNet and the diffusion around it that the settings describe."""
+    return LatentDiffusion(
+        UNet(**hps.arguments(UNet)), latent_channels=hps.out_channels, **hps.arguments(LatentDiffusion)
+    )
+
+
+def check_first_stage(checkpoint: Checkpoint, path: Path, digest: str, vqvae_path: Path) -> None:
+    """Raises UserError unless the diffusion checkpoint at `path` was trained on the first stage with this digest."""
+    if checkpoint.extra.get("first_stage") != digest:
+        raise UserError(f"--vqvae-path {vqvae_path}: {path} was trained on another VQ-VAE-2; pass that one")
+
+
+def load_averages(model: LatentDiffusion, checkpoint: Checkpoint, path: Path) -> None:
+    """Load a diffusion checkpoint with the EMA of its weights in place of the weights; raises UserError where they do not fit."""
+    load_weights(model, checkpoint.model, path)
+    prefix = "averaged.module."
+    try:
+        ema = {key.removeprefix(prefix): v for key, v in checkpoint.training["ema"].items() if key.startswith(prefix)}
+    except (KeyError, AttributeError):
+        raise UserError(f"{path}: holds no EMA weights; use the checkpoint before it") from None
+    load_weights(model.model, ema, path)
+
+
+@dataclass
+class Restorer:
+    """Both trained stages: degraded images in, restored ones out."""
+
+    first_stage: VQVAE2Wrapper
+    model: LatentDiffusion  # with the averaged weights
+    noise: NoiseModel  # what degraded the images that it was trained on
+    shape: tuple[int, int]  # height and width of the training grid
+    steps: int = 1  # network evaluations a sample; 1: the posterior mean, from timestep T - 1
+    eta: float = 0.0
+    spacing: str = "leading"
+    samples: int = 1  # samples averaged
+    seed: int = 0
+    name: str = ""  # of the model, for a derived image's description
+    hps: HParams = dataclasses.field(default_factory=HParams)  # of the diffusion checkpoint
+
+    @classmethod
+    def load(
+        cls,
+        vqvae_path: Path,
+        load_path: Path,
+        device: torch.device,
+        *,
+        steps: int | None = None,
+        samples: int = 1,
+        seed: int = 0,
+    ) -> Restorer:
+        """The stages of two checkpoints, on `device`.
+
+        `steps` None is 1, or the checkpoint's where `samples` are averaged. Raises UserError where the checkpoints cannot
+        be read or do not belong together, or for steps that the model does not have.
+        """
+        vqvae, _ = load_vqvae(vqvae_path)
+        digest = weights_digest(vqvae)
+        checkpoint = load_checkpoint(load_path, "diffusion", lazily=True)
+        check_first_stage(checkpoint, load_path, digest, vqvae_path)
+        hps = checkpoint.hps
+        model = make_diffusion(hps)
+        load_averages(model, checkpoint, load_path)
+        if steps is None:
+            steps = 1 if samples == 1 else hps.ddim_steps
+        if steps > hps.timesteps:
+            raise UserError(f"--steps {steps}: the model has {hps.timesteps} timesteps; pass at most as many")
+        if samples > 1 and steps == 1:
+            raise UserError(
+                f"--samples {samples}: one step gives the mean of all samples already; pass --steps 2 or more"
+            )
+        name = f"VQ-VAE-2 {digest[:8]}, latent diffusion {weights_digest(model)[:8]}"
+        return cls(
+            VQVAE2Wrapper(vqvae).to(device),
+            model.to(device).eval(),
+            NoiseModel.from_level(hps.noise_level),
+            tuple(hps.image_shape[1:]),
+            steps=steps,
+            eta=hps.ddim_eta,
+            spacing=hps.ddim_spacing,
+            samples=samples,
+            seed=seed,
+            name=name,
+            hps=hps,
+        )
+
+    @property
+    def scale(self) -> int:
+        """Tiles start at multiples of so many pixels, that every level sees them as it sees the whole image."""
+        return math.lcm(self.first_stage.vqvae.scale, self.first_stage.vqvae.scaling_rates[0] * self.model.model.stride)
+
+    @torch.no_grad()
+    def restore(
+        self, degraded: Tensor, names: Sequence[str], *, origin: tuple[int, int] = (0, 0), progress: bool = False
+    ) -> Tensor:
+        """Restore images (N, C, H, W) in [0, 1], of the noise that the model knows, as they stand; returns the like.
+
+        `names` key the sampler's noise, `origin` is the place in pixels of the images' first row and column on it.
+        """
+        rate = self.first_stage.vqvae.scaling_rates[0]
+        cond = self.model.normalize(self.first_stage.encode(degraded))
+        fields = [NoiseField((self.seed, name), cond.shape[1]) for name in names]
+        spacing = "trailing" if self.steps == 1 else self.spacing
+        total = torch.zeros_like(degraded)
+        for sample in range(self.samples):
+            z = sample_latents(
+                self.model, cond, fields, self.steps, self.eta, spacing, origin=(origin[0] // rate, origin[1] // rate),
+                first_draw=sample * (self.steps + 1), progress=progress,
+            )  # fmt: skip
+            total += self.first_stage.decode(self.model.denormalize(z), shape=degraded.shape[-2:])
+        return total / self.samples
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """A tile's extent along one axis, and its share in every pixel of it."""
+
+    start: int
+    weights: Tensor  # (length,); over all tiles they add up to 1 at every pixel
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.weights)
+
+
+def tile_spans(size: int, tile: int, overlap: int, multiple: int) -> list[Span]:
+    """Cut `size` pixels into spans of `tile` that start at multiples of `multiple` and share at least `overlap`.
+
+    A quarter of an overlap at either end of it has no weight: it is there for the network to look at. Between the two the
+    weights cross over smoothly. `size` and `tile` must be multiples of `multiple`, `overlap` at most half of `tile`; one
+    span covers a `size` of at most `tile`. Raises ValueError otherwise.
+    """
+    if size % multiple or tile % multiple or not 4 <= overlap <= tile // 2:
+        raise ValueError(f"a tile of {tile} with an overlap of {overlap} does not suit {size} in steps of {multiple}")
+    if size <= tile:
+        return [Span(0, torch.ones(size))]
+    count = math.ceil((size - tile) / (tile - overlap))
+    starts = [0, size]
+    while max(b - a for a, b in itertools.pairwise(starts)) > tile - overlap:  # rounding can cost some of an overlap
+        count += 1
+        starts = [round_down(i * (size - tile) / (count - 1), multiple) for i in range(count)]
+    weights = torch.zeros(count, size, dtype=torch.float64)
+    weights[0, : starts[0] + tile] = 1
+    for i in range(1, count):
+        low, high = starts[i], starts[i - 1] + tile
+        margin = (high - low) // 4
+        at = torch.arange(low + margin, high - margin, dtype=torch.float64)
+        ramp = torch.sin((at + 0.5 - low - margin) / (high - low - 2 * margin) * (math.pi / 2)) ** 2
+        rise = torch.cat([torch.zeros(margin), ramp, torch.ones(margin)]).double()
+        weights[i, low : starts[i] + tile] = 1
+        weights[i, low:high] = rise
+        # what a third tile holds here already is shared out alike
+        weights[:i, low:high] *= 1 - rise
+        weights[:i, high:] = 0
+    return [Span(start, weights[i, start : start + tile].float()) for i, start in enumerate(starts)]
+
+
+def round_down(value: float, multiple: int) -> int:
+    """The greatest multiple of `multiple` that is not above `value`."""
+    return int(value // multiple) * multiple
+
+
+# Restores a tile (1, C, h, w) whose first pixel is at (row, column) of the image.
+TileFunction = Callable[[Tensor, tuple[int, int]], Tensor]
+
+
+def restore_in_tiles(
+    image: Tensor, function: TileFunction, tile: tuple[int, int], multiple: int, *, progress: bool = False
+) -> Tensor:
+    """Apply `function` to overlapping tiles of an image (1, C, H, W) and blend what it returns without seams.
+
+    Where `function` at a pixel depends on less than a quarter of the overlap around it, the result is that of the whole
+    image. The overlap is a quarter of the tile, sides that are no multiple of `multiple` are padded by their border pixels.
+    """
+    height, width = image.shape[-2:]
+    padded = torch.nn.functional.pad(image, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+    rows, columns = (
+        tile_spans(size, side, max(4, side // 4), multiple) for size, side in zip(padded.shape[-2:], tile, strict=True)
+    )
+    result = torch.zeros_like(padded)
+    bar = tqdm(total=len(rows) * len(columns), desc="tiles", unit="tile", leave=False, disable=not progress)
+    for row in rows:
+        for column in columns:
+            window = ..., slice(row.start, row.stop), slice(column.start, column.stop)
+            share = row.weights[:, None] * column.weights
+            result[window] += function(padded[window], (row.start, column.start)) * share
+            bar.update()
+    bar.close()
+    return result[..., :height, :width]
+
+
+# --- an image of its own noise ---------------------------------------------------------------------------------------
+
+
+def matching_factor(noise: NoiseModel, known: NoiseModel, intensity: float) -> float:
+    """The factor a that gives an image the noise that the model knows: a^2 Var[y | x] = Var_known[y | a x] at x = `intensity`.
+
+    Levels of `preprocessing/degrade.py` are matched at every x alike: level s times s_known / s is level s_known. Infinite
+    where the image has no noise.
+    """
+    own = noise.variance(torch.tensor(intensity, dtype=torch.float64)).item()
+    if own <= 0:
+        return math.inf
+    linear = intensity / known.quanta
+    return (linear + math.sqrt(linear**2 + 4 * own * known.sigma**2)) / (2 * own)
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """A restored image, and how it was come by."""
+
+    pixels: np.ndarray  # (H, W) float32 in [0, 1]
+    factor: float  # what the input was multiplied by to have the noise that the model knows
+    strength: float  # mean share of the model's correction that was applied, inside the breast
+
+
+def restore_image(
+    restorer: Restorer, image: np.ndarray, noise: NoiseModel | None, name: str, *, tile: int = 0, progress: bool = False
+) -> Restoration:
+    """Restore an image (H, W) in [0, 1] at its own size, given the noise it suffers from.
+
+    The image is multiplied so that its noise is what the model knows, but not past full scale, restored, and divided again.
+    The correction is then cut to what the noise can explain (`explained_share`), which is what restores an image that is
+    cleaner than the model can be told. `noise` None takes the image as the model knows it. `tile` is the side of the tiles,
+    0 the training grid's sides.
+    """
+    mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
+    factor = 1.0
+    if noise is not None:
+        factor = matching_factor(noise, restorer.noise, float(image[mask].mean()))
+        if math.isinf(factor):
+            return Restoration(image.copy(), factor, 0.0)
+        factor = min(factor, max(1.0, 1.0 / max(float(np.quantile(image[mask], PEAK_QUANTILE)), 1e-6)))
+    device = restorer.model.alphas_cumprod.device
+
+    def function(part: Tensor, origin: tuple[int, int]) -> Tensor:
+        return restorer.restore(part.to(device), [name], origin=origin).cpu()
+
+    multiple = restorer.scale
+    sides = (tile, tile) if tile else restorer.shape
+    tiles = tuple(max(2, math.ceil(side / multiple)) * multiple for side in sides)
+    scaled = torch.from_numpy(image * np.float32(factor))[None, None]
+    restored = restore_in_tiles(scaled, function, tiles, multiple, progress=progress)[0, 0].numpy() / np.float32(factor)
+    if noise is None:
+        return Restoration(restored.clip(0, 1), factor, 1.0)
+    share = explained_share(image - restored, noise.variance(torch.from_numpy(restored.clip(0, 1))).numpy())
+    pixels = (image + share * (restored - image)).clip(0, 1).astype(np.float32)
+    return Restoration(pixels, factor, float(share[mask].mean()))
+
+
+def explained_share(correction: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """The share, in [0, 1], of a correction (H, W) that noise of `variance` (H, W) can explain.
+
+    Around every pixel the energy of what is left of it is at most the noise's, and no pixel moves by more than
+    `GUARD_SIGMAS` standard deviations: what stands out more, such as a calcification, is no noise and stays as measured.
+    """
+    energy = ndimage.gaussian_filter(correction**2, GUARD_WIDTH, mode="nearest")
+    noise = ndimage.gaussian_filter(variance, GUARD_WIDTH, mode="nearest")
+    tiny = np.finfo(np.float32).tiny
+    share = (noise / np.maximum(energy, tiny)).clip(0, 1)
+    deviations = np.abs(correction) / np.sqrt(np.maximum(variance, tiny))
+    return (share * (GUARD_SIGMAS - deviations).clip(0, 1)).astype(np.float32)
