@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,20 +11,31 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+from pydicom.config import disable_value_validation
+from pydicom.dataset import FileMetaDataset
+from pydicom.errors import InvalidDicomError
+from pydicom.multival import MultiValue
 from pydicom.pixels import apply_modality_lut, get_decoder
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
 
 from helper import UserError, atomic_path
 
 IMAGE_SUFFIXES = (".pgm", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
 SOFTWARE = "Low-dose mammography restoration"  # marks what `Mammogram.write` wrote
-_PHOTOMETRIC_TAG, _BITS_TAG = 262, 258  # TIFF 6.0
-_LUT_TAGS = ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType")
-# What holds no longer once the pixels are others: thumbnails and signatures.
-_STALE_TAGS = ("IconImageSequence", "MACParametersSequence", "DigitalSignaturesSequence")
-_SIGNED_VALUES = ("SmallestImagePixelValue", "LargestImagePixelValue")
+_PHOTOMETRIC_TAG, _BITS_TAG, _ORIENTATION_TAG, _RESOLUTION_TAG = 262, 258, 274, 282  # TIFF 6.0
+# What holds no longer once the pixels are others: thumbnails, signatures, and where compressed frames begin.
+_STALE_TAGS = (
+    "IconImageSequence", "MACParametersSequence", "DigitalSignaturesSequence", "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths",
+)  # fmt: skip
+# What speaks of stored values that have since gone through a modality LUT.
+_LUT_TAGS = (
+    "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType", "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+)  # fmt: skip
+_EXTREMES = ("SmallestImagePixelValue", "LargestImagePixelValue")
 
 
 @dataclass(frozen=True)
@@ -51,9 +63,9 @@ class Mammogram:
         if pixels.shape != self.pixels.shape:
             raise ValueError(f"pixels must be {self.pixels.shape}, not {pixels.shape}")
         if self.header is not None:
-            derived = self._derived(pixels, description)
+            content = self._dicom(pixels, description)
             with atomic_path(path) as temporary:
-                derived.save_as(temporary, enforce_file_format=True)
+                temporary.write_bytes(content)
             return
         values = np.rint(pixels.astype(np.float64).clip(0, 1) * (2**self.bits - 1))
         text = PngInfo()
@@ -63,14 +75,31 @@ class Mammogram:
         with atomic_path(path) as temporary:
             picture.save(temporary, format="PNG", pnginfo=text, **self.carried)
 
+    def _dicom(self, pixels: np.ndarray, description: str) -> bytes:
+        buffer = io.BytesIO()
+        try:
+            with disable_value_validation(), warnings.catch_warnings():  # what a header has wrong stays as it is
+                warnings.simplefilter("ignore")
+                self._derived(pixels, description).save_as(buffer, enforce_file_format=True)
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001  pydicom raises many kinds for a header that is not as it should be
+            raise UserError(
+                f"{self.path}: cannot be written back as DICOM ({_reason(error)}); repair or convert it"
+            ) from None
+        return buffer.getvalue()
+
     def _derived(self, pixels: np.ndarray, description: str) -> pydicom.Dataset:
         source = self.header
+        meta = source.file_meta
+        if not meta.get("TransferSyntaxUID", ExplicitVRLittleEndian).is_little_endian:
+            raise UserError(
+                f"{self.path}: big-endian DICOM, which is read but not written; convert it with dcmconv +te first"
+            )
         derived = copy.deepcopy(source)
         scaling = _Scaling.of(source)
-        unit = 1 - pixels if _is_inverted(source) else pixels
-        values = np.rint(scaling.stored(unit.astype(np.float64).clip(0, 1)))
-        kind = ("i" if scaling.signed else "u") + ("1" if scaling.bits <= 8 else "2")
-        values = values.clip(*scaling.limits).astype(kind)
+        unit = pixels.astype(np.float64)
+        values = scaling.stored(1 - unit if _is_inverted(source) else unit)
         if self.padding is not None and not scaling.from_lut:
             values[self.padding] = source.pixel_array[self.padding]
         for tag in (*_STALE_TAGS, *(_LUT_TAGS if scaling.from_lut else ())):
@@ -78,31 +107,43 @@ class Mammogram:
                 delattr(derived, tag)
         photometric = str(source.get("PhotometricInterpretation", "MONOCHROME2"))
         derived.set_pixel_data(values, photometric, scaling.bits, generate_instance_uid=False)
-        for tag, value in zip(_SIGNED_VALUES, (values.min(), values.max()), strict=True):
+        for tag, value in zip(_EXTREMES, (values.min(), values.max()), strict=True):
             if tag in derived:
-                derived[tag].value = int(value)
-        derived.SOPInstanceUID = generate_uid(entropy_srcs=[str(source.get("SOPInstanceUID", self.path)), description])
-        series = str(source.get("SeriesInstanceUID", self.path.parent))
-        derived.SeriesInstanceUID = generate_uid(entropy_srcs=[series, description, "series"])
+                derived.add_new(tag, "SS" if scaling.signed else "US", int(value))
+        place = self.path.resolve()
+        own, series = source.get("SOPInstanceUID") or place, source.get("SeriesInstanceUID") or place.parent
+        derived.SOPInstanceUID = generate_uid(entropy_srcs=[str(own), description])
+        derived.SeriesInstanceUID = generate_uid(entropy_srcs=[str(series), description, "series"])
+        derived.SOPClassUID = source.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")
+        derived.file_meta = FileMetaDataset()  # whose further entries tell who wrote the file: pydicom's
+        derived.file_meta.MediaStorageSOPClassUID = derived.SOPClassUID
         derived.file_meta.MediaStorageSOPInstanceUID = derived.SOPInstanceUID
         derived.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        kinds = source.get("ImageType", [])
-        derived.ImageType = ["DERIVED", "SECONDARY", *list(kinds)[2:]]
+        derived.preamble = bytes(128)
+        derived.ImageType = ["DERIVED", "SECONDARY", *_values(source, "ImageType")[2:]]
         derived.DerivationDescription = f"{SOFTWARE}: {description}"[:1024]
-        if "SOPInstanceUID" in source and "SOPClassUID" in source:
-            derived.SourceImageSequence = [_reference(source)]
+        if source.get("SOPInstanceUID"):
+            derived.SourceImageSequence = [_reference(derived.SOPClassUID, source.SOPInstanceUID)]
         label = str(source.get("SeriesDescription", "") or "").strip()
         derived.SeriesDescription = f"{label[:55]} restored".strip()
         return derived
 
 
-def _reference(source: pydicom.Dataset) -> pydicom.Dataset:
+def _values(header: pydicom.Dataset, tag: str) -> list:
+    """The values of an element, of which there may be none, one or many."""
+    value = header.get(tag)
+    if value is None or value == "":
+        return []
+    return list(value) if isinstance(value, MultiValue) else [value]
+
+
+def _reference(sop_class: str, instance: str) -> pydicom.Dataset:
     """An item of SourceImageSequence: PS3.3 C.7.6.1, with code 121322 of PS3.16 CID 7202."""
     purpose = pydicom.Dataset()
     purpose.CodeValue, purpose.CodingSchemeDesignator = "121322", "DCM"
     purpose.CodeMeaning = "Source image for image processing operation"
     item = pydicom.Dataset()
-    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = source.SOPClassUID, source.SOPInstanceUID
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, instance
     item.PurposeOfReferenceCodeSequence = [purpose]
     return item
 
@@ -121,11 +162,14 @@ def is_restored(path: Path) -> bool:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, by its suffix or, where it has none, by the mark at byte 128."""
+    """Whether a file is DICOM, by its suffix or, where that tells nothing, by the mark at byte 128."""
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return path.suffix.lower() in (".dcm", ".dicom")
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def find_images(root: Path) -> list[Path]:
@@ -136,7 +180,7 @@ def find_images(root: Path) -> list[Path]:
     images = sorted(
         path
         for path in root.rglob("*")
-        if path.is_file()
+        if _is_file(path)
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
         and (path.suffix.lower() in IMAGE_SUFFIXES or _is_bare_dicom(path))
     )
@@ -145,14 +189,16 @@ def find_images(root: Path) -> list[Path]:
     return images
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a folder may be listed but not looked into
+        return False
+
+
 def _is_bare_dicom(path: Path) -> bool:
     # UIDs, which DICOM files without a suffix are often called, have dots
-    if path.suffix.lstrip(".") and not path.suffix[1:].isdigit():
-        return False
-    try:
-        return is_dicom(path)
-    except OSError:
-        return False
+    return (not path.suffix.lstrip(".") or path.suffix[1:].isdigit()) and is_dicom(path)
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -175,9 +221,15 @@ def read_mammogram(path: Path) -> Mammogram:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except (InvalidDicomError, UnidentifiedImageError) as error:
+        lack = "no DICOM header" if isinstance(error, InvalidDicomError) else "of no known format"
+        raise UserError(f"{path}: not a readable image ({lack}); remove or replace it") from None
     except Exception as error:  # noqa: BLE001  decoders raise many kinds for a broken file
-        reason = str(error).split("\n")[0][:120] or type(error).__name__
-        raise UserError(f"{path}: not a readable image ({reason}); remove or replace it") from None
+        raise UserError(f"{path}: not a readable image ({_reason(error)}); remove or replace it") from None
+
+
+def _reason(error: Exception) -> str:
+    return str(error).split("\n")[0][:120] or type(error).__name__
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -186,25 +238,39 @@ def read_mammogram(path: Path) -> Mammogram:
 def _read_picture(path: Path) -> Mammogram:
     if path.stat().st_size == 0:
         raise UserError(f"{path}: not a readable image (the file is empty); remove or replace it")
-    with Image.open(path) as image:
+    # by its name Pillow would map the file, and scramble a TIFF that is to be turned
+    with path.open("rb") as file, Image.open(file) as image:
         if getattr(image, "n_frames", 1) > 1:
             raise UserError(f"{path}: holds {image.n_frames} pages; only single images can be read")
         values, bits, full_scale = _grayscale(image, path)
-        pixels = values.astype(np.float32) / full_scale
         if image.mode.startswith("I") and image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC_TAG) == 0:
-            pixels = 1 - pixels  # white is zero; Pillow inverts that at 8 bits only
-        carried = {"dpi": image.info["dpi"]} if "dpi" in image.info else {}
-        exif = image.getexif()
-        if exif.get(0x0112, 1) != 1:  # the pixels stay as they lie; viewers turn both files alike
-            turned = Image.Exif()
-            turned[0x0112] = exif[0x0112]
-            carried["exif"] = turned
+            values = full_scale - values  # white is zero; Pillow inverts that at 8 bits only
+        pixels = values.astype(np.float32) / full_scale
+        carried = _carried(image)
     return Mammogram(path, pixels, bits, carried=carried)
+
+
+def _carried(image: Image.Image) -> dict[str, Any]:
+    carried, exif = {}, image.getexif()
+    dpi = tuple(float(value) for value in image.info.get("dpi", ()))
+    # where TIFF or EXIF are silent Pillow makes a figure up
+    stated = image.format == "PNG" or image.info.get("jfif_unit") or _RESOLUTION_TAG in exif
+    if dpi and stated and all(1 <= value <= 1e6 for value in dpi):
+        carried["dpi"] = dpi
+    if exif.get(_ORIENTATION_TAG) in range(2, 9):  # the pixels stay as they lie; viewers turn both files alike
+        turned = Image.Exif()
+        turned[_ORIENTATION_TAG] = exif[_ORIENTATION_TAG]
+        carried["exif"] = turned
+    return carried
 
 
 def _grayscale(image: Image.Image, path: Path) -> tuple[np.ndarray, int, int]:
     """Values (H, W), bits of the file to write, and the value of full scale."""
     if image.mode in ("RGB", "RGBA", "LA", "P"):
+        layout = image.tile[0].args if image.tile else ""
+        layout, *rest = (layout,) if isinstance(layout, str) else layout
+        if ";16" in str(layout) or (image.format == "PPM" and rest and rest[0] > 255):
+            raise UserError(f"{path}: several channels of 16 bits, of which 8 would be lost; convert it to grayscale")
         channels = np.asarray(image.convert("RGB"))
         if (channels != channels[..., :1]).any():
             raise UserError(f"{path}: a colour image; mammograms are grayscale, remove it or convert it")
@@ -229,18 +295,16 @@ class _Scaling:
 
     bits: int
     signed: bool
-    slope: float = 1.0
-    intercept: float = 0.0
+    falling: bool = False  # modality values fall as stored ones rise
     from_lut: bool = False  # values have gone through a modality LUT: a derived image stores what it gave
 
     @classmethod
     def of(cls, header: pydicom.Dataset) -> _Scaling:
-        if "ModalityLUTSequence" in header:
+        if header.get("ModalityLUTSequence"):
             return cls(int(header.ModalityLUTSequence[0].LUTDescriptor[2]), False, from_lut=True)
-        slope, intercept = (
-            float(header.get(tag, default)) for tag, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))
-        )
-        return cls(int(header.BitsStored), bool(header.get("PixelRepresentation", 0)), slope or 1.0, intercept)
+        # how steep the line is cancels out
+        falling = float(header.get("RescaleSlope") or 1) < 0
+        return cls(int(header.BitsStored), bool(header.get("PixelRepresentation", 0)), falling)
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -248,21 +312,18 @@ class _Scaling:
         offset = 2 ** (self.bits - 1) if self.signed else 0
         return -offset, 2**self.bits - 1 - offset
 
-    @property
-    def range(self) -> tuple[float, float]:
-        """Least and greatest modality value."""
-        low, high = sorted(self.slope * value + self.intercept for value in self.limits)
-        return low, high
-
     def unit(self, values: np.ndarray) -> np.ndarray:
-        """Modality values to [0, 1]."""
-        low, high = self.range
-        return ((values - low) / (high - low)).clip(0, 1).astype(np.float32)
+        """Stored values, or those of the modality LUT, to [0, 1]."""
+        low, high = self.limits
+        unit = ((values.astype(np.float64) - low) / (high - low)).clip(0, 1)
+        return 1 - unit if self.falling else unit
 
     def stored(self, unit: np.ndarray) -> np.ndarray:
-        """[0, 1] to values to store, before rounding."""
-        low, high = self.range
-        return (low + unit * (high - low) - self.intercept) / self.slope
+        """[0, 1] to values to store."""
+        low, high = self.limits
+        unit = 1 - unit if self.falling else unit
+        kind = ("i" if self.signed else "u") + ("1" if self.bits <= 8 else "2")
+        return np.rint(low + unit.clip(0, 1) * (high - low)).astype(kind)
 
 
 def _is_inverted(header: pydicom.Dataset) -> bool:
@@ -278,37 +339,50 @@ def _read_dicom(path: Path) -> Mammogram:
     if header.get("PhotometricInterpretation", "MONOCHROME2") not in ("MONOCHROME1", "MONOCHROME2"):
         raise UserError(f"{path}: a {header.PhotometricInterpretation} DICOM; only single grayscale images can be read")
     if "PixelData" not in header:
-        raise UserError(f"{path}: a DICOM file without pixel data; remove or replace it")
-    _check_decoder(path, header)
-    stored = header.pixel_array
+        raise UserError(f"{path}: a DICOM file cut short or without pixel data; remove or replace it")
     scaling = _Scaling.of(header)
-    unit = scaling.unit(apply_modality_lut(stored, header).astype(np.float32))
-    if _is_inverted(header):
-        unit = 1 - unit
+    if not 1 <= scaling.bits <= 16 or int(header.get("HighBit", header.BitsStored - 1)) != header.BitsStored - 1:
+        raise UserError(
+            f"{path}: {header.BitsStored} bits with high bit {header.get('HighBit')}; only up to 16, from bit 0 on, can be read"
+        )
+    stored = _decode(path, header)
+    unit = scaling.unit(_through_lut(stored, header) if scaling.from_lut else stored)
+    unit = (1 - unit if _is_inverted(header) else unit).astype(np.float32)
     padding = _padding(header, stored)
     if padding is not None:
         unit[padding] = 0
     return Mammogram(path, unit, scaling.bits, header, padding)
 
 
+def _through_lut(stored: np.ndarray, header: pydicom.Dataset) -> np.ndarray:
+    lut = copy.deepcopy(header.ModalityLUTSequence[0])
+    # how wide its values are, not how wide their words: pydicom takes the one for the other
+    lut.LUTDescriptor[2] = 8 if lut.LUTDescriptor[2] <= 8 else 16
+    table = pydicom.Dataset()
+    table.ModalityLUTSequence = [lut]
+    return apply_modality_lut(stored, table)
+
+
 def _padding(header: pydicom.Dataset, stored: np.ndarray) -> np.ndarray | None:
     """Where the stored values are padding (PS3.3 C.7.5.1.1.2); None where the file has no such value."""
     if header.get("PixelPaddingValue") is None:
         return None
-    ends = int(header.PixelPaddingValue), int(header.get("PixelPaddingRangeLimit", header.PixelPaddingValue))
-    return (stored >= min(ends)) & (stored <= max(ends))
+    value = int(header.PixelPaddingValue)
+    limit = header.get("PixelPaddingRangeLimit")
+    ends = np.array([value, value if limit is None else int(limit)]).astype(stored.dtype)  # some write -1 as 65535
+    return (stored >= ends.min()) & (stored <= ends.max())
 
 
-def _check_decoder(path: Path, header: pydicom.Dataset) -> None:
-    """Raises UserError, naming the package to install, for a compression that nothing installed can undo."""
+def _decode(path: Path, header: pydicom.Dataset) -> np.ndarray:
+    """The stored values (H, W). Raises UserError, naming the package to install, for what nothing installed decompresses."""
     syntax = header.file_meta.get("TransferSyntaxUID", ExplicitVRLittleEndian)
-    if not syntax.is_compressed:
-        return
-    package = "pylibjpeg-libjpeg"
+    if not syntax.is_compressed or syntax == RLELossless:
+        return header.pixel_array
+    wanted = "pylibjpeg pylibjpeg-libjpeg"
     if "2000" in syntax.name:
-        package = "pylibjpeg-openjpeg"
+        wanted = "pylibjpeg pylibjpeg-openjpeg"
     elif "JPEG-LS" in syntax.name:
-        package = "pyjpegls"
+        wanted = "pyjpegls"
     try:
         available = get_decoder(syntax).is_available
     except NotImplementedError:
@@ -316,5 +390,11 @@ def _check_decoder(path: Path, header: pydicom.Dataset) -> None:
             f"{path}: {syntax.name} is a compression that cannot be read; convert it to uncompressed DICOM"
         ) from None
     if not available:
-        wanted = package if package == "pyjpegls" else f"pylibjpeg {package}"
         raise UserError(f"{path}: compressed as {syntax.name}, whose decoder is not installed; pip install {wanted}")
+    try:
+        return header.pixel_array
+    except Exception:  # noqa: BLE001  Pillow decodes some images of a kind and not others
+        raise UserError(
+            f"{path}: compressed as {syntax.name}, which the decoders here fail on; replace it if it is damaged, "
+            f"else pip install {wanted}"
+        ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import math
 import os
 import sys
 from collections import Counter
@@ -39,18 +40,21 @@ from restoration import Restoration, Restorer, restore_image
 
 RESEARCH_USE = "research use only: a restored image is an estimate, not fit for diagnosis"
 RECORD = "restore.json"  # in the output folder: how its images were made
+TABLES = ("restore.csv", "metrics.csv", "metrics.json", "table.txt")  # what else `report` writes there
 UNTOUCHED = 0.2  # mean share of the correction below which an image counts as left alone
+LEVELS = 1e-6, 1000.0  # least and greatest noise level: beyond them single precision, and the quanta, run out
 TABLE_ROWS = 16  # images that the table on the screen lists at most
 
 
 def noise_level(text: str) -> float:
-    """An argparse type: a noise level of at least 0."""
+    """An argparse type: a noise level, 0 for none."""
     try:
         level = float(text)
-        NoiseModel.from_level(level)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}") from None
-    return level
+        level = math.nan
+    if level == 0 or LEVELS[0] <= level <= LEVELS[1]:
+        return level
+    raise argparse.ArgumentTypeError(f"must be 0 or a number from {LEVELS[0]:g} to {LEVELS[1]:g}, not {text!r}")
 
 
 def noise_level_or_word(text: str) -> float | str:
@@ -59,8 +63,8 @@ def noise_level_or_word(text: str) -> float | str:
         return text
     try:
         return noise_level(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"must be auto, trained or a number of at least 0, not {text!r}") from None
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(str(error).replace("must be", "must be auto, trained,")) from None
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -86,7 +90,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resize", action="store_true", help="work on the training grid, not at the image's own pixels"
     )
-    parser.add_argument("--tile", type=positive_int, help="side of the tiles in pixels (default: the training grid's)")
+    parser.add_argument(
+        "--tile", type=positive_int, help="side of the tiles in pixels (default: what the model was trained on)"
+    )
     parser.add_argument(
         "--steps",
         type=positive_int,
@@ -109,29 +115,34 @@ class Job:
     source: Path
     name: str  # path below the inputs' common folder, with forward slashes
     target: Path  # what is written
+    picture: Path  # what --compare writes beside it
 
 
-def plan(inputs: list[Path], out: Path) -> list[Job]:
+def plan(inputs: list[Path], out: Path, *, pictures: bool = False) -> list[Job]:
     """The images of files and folders, each once, and where they go: the tree below the inputs' common folder is kept.
 
     Pictures become PNG, DICOM stays DICOM; where two would come to the same name, what changes keeps its suffix too. What
-    lies in `out` is no input. Raises UserError for an input that does not exist, a folder without images, or a target that
-    is an input or not of this script's making.
+    lies in `out` is no input. Raises UserError for an input that does not exist, a folder without images, or a target, with
+    `pictures` a side-by-side picture too, that is an input or not of this script's making.
     """
     for path in inputs:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-    base = Path(os.path.commonpath([(p if p.is_dir() else p.parent).resolve() for p in inputs]))
+    roots = [(path if path.is_dir() else path.parent).resolve() for path in inputs]
+    base = os.path.commonpath(roots)
     sources: dict[Path, Path] = {}
-    for path in inputs:
+    names: dict[Path, str] = {}
+    for path, root in zip(inputs, roots, strict=True):
         found = find_images(path) if path.is_dir() else [path]
         if path.is_dir():
             found = [p for p in found if not p.resolve().is_relative_to(out.resolve())]
         if not found:
             raise UserError(f"{path}: nothing but earlier output in it; name a folder of mammograms")
         for source in found:
+            # the name that a link has here, not that of what it leads to
+            name = root / (source.relative_to(path) if path.is_dir() else source.name)
+            names.setdefault(source.resolve(), name.relative_to(base).as_posix())
             sources.setdefault(source.resolve(), source)
-    names = {place: _below(source.absolute(), base) for place, source in sources.items()}
     suffixes = {place: ".dcm" if is_dicom(place) else ".png" for place in sources}
     plain = {place: _stem(name) + suffixes[place] for place, name in names.items()}
     taken = Counter(plain.values())
@@ -140,22 +151,18 @@ def plan(inputs: list[Path], out: Path) -> list[Job]:
         below = plain[place]
         if taken[below] > 1 and below != names[place]:
             below = names[place] + suffixes[place]
-        job = Job(source, names[place], out / below)
-        other = writers.setdefault(job.target, source)
-        if other is not source:
-            raise UserError(f"{source}: would be written to {job.target}, as {other}; restore them into two folders")
-        if job.target.resolve() in sources:
-            raise UserError(f"--out: {job.target} is an input and is not overwritten; choose another folder")
-        if job.target.exists() and not is_restored(job.target):
-            raise UserError(f"--out: {job.target} is no restored image and is not overwritten; choose another folder")
+        job = Job(source, names[place], out / below, out / f"{below.removesuffix('.png')}.compare.png")
+        known = job.target.exists() and is_restored(job.target)
+        for target in (job.target, job.picture) if pictures else (job.target,):
+            other = writers.setdefault(target, source)
+            if other is not source:
+                raise UserError(f"{source}: would be written to {target}, as {other}; restore them into two folders")
+            if target.resolve() in sources:
+                raise UserError(f"--out: {target} is an input and is not overwritten; choose another folder")
+            if target.exists() and not known:
+                raise UserError(f"--out: {target} is no restored image and is not overwritten; choose another folder")
         jobs.append(job)
     return jobs
-
-
-def _below(path: Path, base: Path) -> str:
-    path = Path(os.path.normpath(path))
-    # a link to a folder may lead elsewhere
-    return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.name
 
 
 def _stem(name: str) -> str:
@@ -194,8 +201,8 @@ def restore_job(job: Job, restorer: Restorer, args: argparse.Namespace) -> list[
     mammogram.write(job.target, pixels, description)
     height, width = mammogram.pixels.shape
     row = {
-        "path": job.name,
-        "output": job.target.relative_to(args.out).as_posix(),
+        "path": printable(job.name),
+        "output": printable(job.target.relative_to(args.out).as_posix()),
         "width": width,
         "height": height,
         "bits": mammogram.bits,
@@ -207,7 +214,7 @@ def restore_job(job: Job, restorer: Restorer, args: argparse.Namespace) -> list[
     }
     if args.compare:
         picture = compare(reference, image, result, mask, args)
-        save_picture(picture, job.target.with_suffix(".compare.png"))
+        save_picture(picture, job.picture)
     if args.degrade is None:
         return [row]
     clean = torch.from_numpy(reference)[None]
@@ -259,6 +266,11 @@ def compare(
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
+def printable(name: str) -> str:
+    """A file's name for a table; what is not Unicode in it is replaced."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def report(rows: list[dict], args: argparse.Namespace) -> None:
     """Write the tables and print them; with --degrade the figures stand beside the input's."""
     images = pd.DataFrame(rows).drop_duplicates("path")
@@ -294,12 +306,20 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_arguments()
     print(RESEARCH_USE)
-    jobs = plan(args.inputs, args.out)
+    try:
+        jobs = plan(args.inputs, args.out, pictures=args.compare)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be looked at ({error.strerror}); leave it out") from None
+    foreign = [name for name in TABLES if (args.out / name).exists() and not (args.out / RECORD).exists()]
+    if foreign:
+        raise UserError(f"--out: {args.out / foreign[0]} is not of this script's making; choose another folder")
     restorer = Restorer.load(
         args.vqvae_path, args.load_path, get_device(args.cpu), steps=args.steps, samples=args.samples, seed=args.seed
     )
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        if not os.access(args.out, os.W_OK):
+            raise UserError(f"--out {args.out}: may not be written to; choose another folder")
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from None
     rows: list[dict] = []
@@ -312,8 +332,8 @@ def main() -> None:
                 raise
             failures.append(str(error))
     if rows:
-        report(rows, args)
         record_run(args.out, restorer.hps, args.seed, RECORD, model=restorer.name, failures=failures)
+        report(rows, args)
         print(f"{len({row['path'] for row in rows})} images restored into {args.out}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Puts the repository root on the path and finds the real mammograms."""
+"""Puts the repository root on the path, finds the real mammograms, and trains a small model of either stage."""
 
 import os
 import sys
@@ -8,6 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts import shell, succeed  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def mammogram_dir():
@@ -16,3 +18,42 @@ def mammogram_dir():
     if not folder:
         pytest.skip("MAMMOGRAM_DIR names no folder of real mammograms")
     return Path(folder)
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """What a script writes by default lands here."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("scripts")
+
+
+@pytest.fixture(scope="session")
+def stage_1(work):
+    return work / "vqvae", shell("main-vqvae", f"--task phantom --epochs 1 --no-tqdm --out {work / 'vqvae'}")
+
+
+@pytest.fixture(scope="session")
+def vqvae(stage_1):
+    return stage_1[0] / "last.pt"
+
+
+@pytest.fixture(scope="session")
+def stage_2(work, vqvae):
+    line = f"--task phantom --vqvae-path {vqvae} --epochs 1 --no-tqdm --out {work / 'diffusion'}"
+    return work / "diffusion", shell("main-diffusion", line)
+
+
+@pytest.fixture(scope="session")
+def diffusion(stage_2):
+    return stage_2[0] / "last.pt"
+
+
+@pytest.fixture(scope="session")
+def other_vqvae(work):
+    """A first stage of other weights."""
+    succeed("main-vqvae", f"--seed 1 --epochs 1 --no-tqdm --out {work / 'other'}")
+    return work / "other" / "last.pt"

@@ -1,80 +1,27 @@
 """The three scripts from the shell: what they write, what they refuse, and that a run can be repeated and resumed."""
 
-import contextlib
-import importlib.util
 import io
 import json
 import math
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from scripts import ROOT, call, shell, succeed, written
 
 from datasets import SPLITS, LatentDataset, get_dataset
-from helper import CHECKPOINT_FORMAT, load_checkpoint, run_script, weights_digest
+from helper import CHECKPOINT_FORMAT, load_checkpoint, weights_digest
 from phantom import generate_phantom
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
-ROOT = Path(__file__).resolve().parents[1]
-FLAGS = {
-    "main-vqvae": "--cpu --hps image_shape=1,64,48 --hps crop_size=32 --hps phantom_counts=4,2,2 "
-    "--hps crops_per_image=2 --batch-size 4 --hps hidden_channels=16 --hps embed_dim=16 --hps nb_entries=16 "
-    "--hps nb_levels=2 --hps scaling_rates=4,2 --hps warmup_steps=1 --hps checkpoint_frequency=1",
-    "main-diffusion": "--cpu --hps crop_size=32 --hps crops_per_image=2 --batch-size 4 --hps in_channels=32 "
-    "--hps out_channels=16 --hps model_channels=32 --hps num_head_channels=32 --hps ddim_steps=3 --hps warmup_steps=1 "
-    "--hps checkpoint_frequency=1 --hps dropout=0.1",
-    "main-latents": "--cpu",
-}
 STAGES = ("main-vqvae", "main-diffusion")
-
-
-@dataclass
-class Result:
-    """What a call of a script leaves behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-def arguments(script, line):
-    return shlex.split(f"{FLAGS[script]} {line}")
-
-
-def shell(script, line):
-    """Run a script as a process of its own."""
-    command = [sys.executable, str(ROOT / f"{script}.py"), *arguments(script, line)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-def call(script, line):
-    """Run a script in this process; an exception that the script does not turn into an exit status goes through."""
-    spec = importlib.util.spec_from_file_location(script.replace("-", "_"), ROOT / f"{script}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    argv = mock.patch.object(sys, "argv", [f"{script}.py", *arguments(script, line)])
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), argv:
-        try:
-            run_script(module.main)
-        except SystemExit as stop:
-            code = stop.code
-    return Result(code, out.getvalue(), err.getvalue())
-
-
-def succeed(script, line):
-    result = call(script, line)
-    assert result.code == 0, result.err
-    return result
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def load(path):
@@ -94,42 +41,6 @@ def assert_same(a, b, where="checkpoint"):
             assert_same(x, y, f"{where}[{i}]")
     else:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
-
-
-def written(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """What a script writes by default lands here."""
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="session")
-def work(tmp_path_factory):
-    return tmp_path_factory.mktemp("scripts")
-
-
-@pytest.fixture(scope="session")
-def stage_1(work):
-    return work / "vqvae", shell("main-vqvae", f"--task phantom --epochs 1 --no-tqdm --out {work / 'vqvae'}")
-
-
-@pytest.fixture(scope="session")
-def vqvae(stage_1):
-    return stage_1[0] / "last.pt"
-
-
-@pytest.fixture(scope="session")
-def stage_2(work, vqvae):
-    line = f"--task phantom --vqvae-path {vqvae} --epochs 1 --no-tqdm --out {work / 'diffusion'}"
-    return work / "diffusion", shell("main-diffusion", line)
-
-
-@pytest.fixture(scope="session")
-def diffusion(stage_2):
-    return stage_2[0] / "last.pt"
 
 
 @pytest.fixture(scope="session")
@@ -414,7 +325,7 @@ def folder_of_pngs(work):
 
 
 @pytest.fixture(scope="session")
-def files(work, vqvae, diffusion, latents, folder_of_pngs):
+def files(work, vqvae, other_vqvae, diffusion, latents, folder_of_pngs):
     """Names of good and bad files, as they stand in the calls below."""
     bad = work / "bad"
     bad.mkdir()
@@ -429,9 +340,8 @@ def files(work, vqvae, diffusion, latents, folder_of_pngs):
     torch.save({"weight": torch.zeros(2)}, paths["foreign"])
     torch.save({"format_version": CHECKPOINT_FORMAT + 1, "kind": "vqvae"}, paths["future"])
     torch.save({"format_version": CHECKPOINT_FORMAT, "kind": "vqvae"}, paths["partial"])
-    for name, flags in (("other", "--seed 1"), ("wide", "--hps hidden_channels=32")):
-        paths[name] = work / name / "last.pt"
-        succeed("main-vqvae", f"{flags} --epochs 1 --out {work / name}")
+    paths |= {"other": other_vqvae, "wide": work / "wide" / "last.pt"}
+    succeed("main-vqvae", f"--hps hidden_channels=32 --epochs 1 --out {work / 'wide'}")
     paths["codes"] = work / "codes"
     succeed("main-latents", f"{vqvae} --codes-only --out {paths['codes']}")
 
