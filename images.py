@@ -13,7 +13,6 @@ import numpy as np
 import pydicom
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
-from pydicom.config import disable_value_validation
 from pydicom.dataset import FileMetaDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
@@ -78,8 +77,8 @@ class Mammogram:
     def _dicom(self, pixels: np.ndarray, description: str) -> bytes:
         buffer = io.BytesIO()
         try:
-            with disable_value_validation(), warnings.catch_warnings():  # what a header has wrong stays as it is
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what a header has wrong stays as it is
                 self._derived(pixels, description).save_as(buffer, enforce_file_format=True)
         except UserError:
             raise
@@ -115,16 +114,14 @@ class Mammogram:
         derived.SOPInstanceUID = generate_uid(entropy_srcs=[str(own), description])
         derived.SeriesInstanceUID = generate_uid(entropy_srcs=[str(series), description, "series"])
         derived.SOPClassUID = source.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")
-        derived.file_meta = FileMetaDataset()  # whose further entries tell who wrote the file: pydicom's
-        derived.file_meta.MediaStorageSOPClassUID = derived.SOPClassUID
-        derived.file_meta.MediaStorageSOPInstanceUID = derived.SOPInstanceUID
+        derived.file_meta = FileMetaDataset()  # pydicom adds the identifiers, and that it wrote the file
         derived.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         derived.preamble = bytes(128)
         derived.ImageType = ["DERIVED", "SECONDARY", *_values(source, "ImageType")[2:]]
         derived.DerivationDescription = f"{SOFTWARE}: {description}"[:1024]
         if source.get("SOPInstanceUID"):
             derived.SourceImageSequence = [_reference(derived.SOPClassUID, source.SOPInstanceUID)]
-        label = str(source.get("SeriesDescription", "") or "").strip()
+        label = str(source.get("SeriesDescription") or "")
         derived.SeriesDescription = f"{label[:55]} restored".strip()
         return derived
 

@@ -116,6 +116,7 @@ PICTURES = {
     "8-bit TIFF": (lambda p: tiff_file(p / "a.tif", V8.tobytes(), 8), V8, 255, 8),
     "12-bit TIFF": (lambda p: tiff_file(p / "a.tif", packed_12_bit(V12), 12), V12, 4095, 16),
     "16-bit TIFF": (lambda p: tiff_file(p / "a.tif", V16.tobytes(), 16), V16, 65535, 16),
+    "32-bit TIFF": (lambda p: tiff_file(p / "a.tif", V16.astype("<u4").tobytes(), 32), V16, 65535, 16),
     "big-endian TIFF": (lambda p: tiff_file(p / "a.tif", V16.astype(">u2").tobytes(), 16, order=">"), V16, 65535, 16),
     "white is zero at 8 bits": (
         lambda p: tiff_file(p / "a.tif", (255 - V8).tobytes(), 8, white_is_zero=True), V8, 255, 8),
@@ -320,8 +321,6 @@ DICOMS = {
     "negative padding": (
         S12, {"PixelPaddingValue": -2048, "PixelPaddingRangeLimit": -1000},
         lambda v: np.where(v <= -1000, 0, (v + 2048) / 4095)),
-    "negative padding as unsigned": (
-        S16, {"bits": 16, "PixelPaddingValue": -32768}, lambda v: (v + 32768) / 65535),
     "empty padding": (V12, {"PixelPaddingValue": None}, lambda v: v / 4095),
     "empty modality LUT": (V12, {"ModalityLUTSequence": []}, lambda v: v / 4095),
     "implicit VR": (V12, {"syntax": ImplicitVRLittleEndian, "PixelPaddingValue": 0}, lambda v: v / 4095),
@@ -371,6 +370,16 @@ def test_restored_pixels_are_rounded_clipped_and_turned_around_and_padding_stays
     assert pydicom.dcmread(restored(signed)[0]).SmallestImagePixelValue == -2048
 
 
+def test_negative_padding_that_is_written_as_unsigned_is_found(tmp_path):
+    path = dicom_file(tmp_path / "a.dcm", S16, bits=16)
+    dataset = pydicom.dcmread(path)
+    dataset.add_new("PixelPaddingValue", "US", 65536 + int(S16[2, 2]))
+    dataset.save_as(path)
+    expected = np.where(S16 == S16[2, 2], 0, (S16 + 32768) / 65535)
+    np.testing.assert_allclose(read_image(path), expected, rtol=0, atol=6e-8)
+    np.testing.assert_array_equal(pydicom.dcmread(restored(path)[0]).pixel_array, S16)
+
+
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("bits", [8, 10, 16])
 def test_values_go_through_the_modality_lut_once(bits, signed, tmp_path):
@@ -378,6 +387,7 @@ def test_values_go_through_the_modality_lut_once(bits, signed, tmp_path):
     source = dicom_file(
         tmp_path / "a.dcm", values, ModalityLUTSequence=lut(bits, first, vr="SS" if signed else "US"),
         PixelPaddingValue=first, PixelPaddingRangeLimit=first, SmallestImagePixelValue=first,
+        LargestImagePixelValue=first, RescaleType="OD",
     )  # fmt: skip
     target, mammogram = restored(source)
     through = (2**bits - 1) - (V12.astype(int) >> 12 - min(bits, 12))
@@ -386,9 +396,11 @@ def test_values_go_through_the_modality_lut_once(bits, signed, tmp_path):
     written = pydicom.dcmread(target)
     np.testing.assert_array_equal(written.pixel_array, np.where(V12 == 0, 0, through))
     assert (written.BitsStored, written.PixelRepresentation, mammogram.bits) == (bits, 0, bits)
-    assert written.SmallestImagePixelValue == 0
+    assert (written.SmallestImagePixelValue, written.LargestImagePixelValue) == (0, written.pixel_array.max())
     # they spoke of values before the LUT
-    assert not {"ModalityLUTSequence", "PixelPaddingValue", "PixelPaddingRangeLimit"} & set(written.dir())
+    assert not {"ModalityLUTSequence", "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleType"} & set(
+        written.dir()
+    )
     np.testing.assert_array_equal(read_image(target), mammogram.pixels)
     assert "ModalityLUTSequence" in mammogram.header  # another file can be written
 
@@ -449,13 +461,14 @@ def test_a_compression_that_cannot_be_undone_names_the_package(syntax, sentence,
         )
     with pytest.raises(UserError) as error:
         read_mammogram(path)
-    assert str(error.value).startswith(f"{path}: ") and sentence in str(error.value)
+    assert str(error.value).startswith(f"{path}: ") and sentence in str(error.value) and "\n" not in str(error.value)
 
 
 LONG = "x" * 60
 
 
 def test_a_derived_dicom_tells_its_origin_and_keeps_patient_study_and_view(tmp_path):
+    stale = ("IconImageSequence", "MACParametersSequence", "DigitalSignaturesSequence")
     thumbnail = Dataset()
     thumbnail.Rows = 1
     tags = {
@@ -465,7 +478,7 @@ def test_a_derived_dicom_tells_its_origin_and_keeps_patient_study_and_view(tmp_p
         "WindowWidth": [4000, 2000], "FrameOfReferenceUID": "1.9", "SOPClassUID": MAMMOGRAPHY, "Modality": "MG",
     }  # fmt: skip
     source = dicom_file(
-        tmp_path / "a.dcm", SeriesDescription=LONG, IconImageSequence=[thumbnail], **tags,
+        tmp_path / "a.dcm", SeriesDescription=LONG, **dict.fromkeys(stale, [thumbnail]), **tags,
         ImageType=["ORIGINAL", "PRIMARY", "", "THIRD"],
     )  # fmt: skip
     raw = source.read_bytes()
@@ -476,7 +489,7 @@ def test_a_derived_dicom_tells_its_origin_and_keeps_patient_study_and_view(tmp_p
         assert after[name] == before[name], name
     assert after.ImageType == ["DERIVED", "SECONDARY", "", "THIRD"]
     assert after.DerivationDescription == f"{images.SOFTWARE}: the model"
-    assert after.SeriesDescription == f"{LONG[:55]} restored" and "IconImageSequence" not in after
+    assert after.SeriesDescription == f"{LONG[:55]} restored" and not set(stale) & set(after.dir())
     reference = after.SourceImageSequence[0]
     assert (reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID) == (MAMMOGRAPHY, "1.2.3.4")
     assert reference.PurposeOfReferenceCodeSequence[0].CodeValue == "121322"
@@ -521,6 +534,7 @@ def test_identifiers_are_valid_and_depend_on_source_and_description_alone(tmp_pa
     assert identifiers(two)[0] != first[0] and identifiers(two)[1] == first[1]
     assert identifiers(other)[1] != first[1]
     assert not set(identifiers(one, "another model")) & set(first)
+    assert len(set(identifiers(dicom_file(tmp_path / "4.dcm", SOPInstanceUID="1.2.3")))) == 2  # the series' own
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -570,7 +584,7 @@ def test_what_cannot_be_written_is_said_in_one_line_and_leaves_nothing(make, sen
     np.testing.assert_array_equal(read_image(path), np.float32(V12 / 4095))
     with pytest.raises(UserError) as error:
         restored(path)
-    assert str(error.value).startswith(f"{path}: ") and sentence in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{path}: {sentence}") and "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -675,6 +689,17 @@ def test_whatever_cannot_be_read_is_not_restored(tmp_path):
     dicom_file(tmp_path / "other.dcm", DerivationDescription="something else")
     for name in ("text.png", "text.dcm", "folder.png", "other.png", "other.dcm", "missing.png"):
         assert not is_restored(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name, reason", [("a.png", "of no known format"), ("a", "of no known format"), ("a.dcm", "no DICOM header")]
+)
+def test_a_file_that_is_empty_or_of_another_kind_is_called_that(name, reason, tmp_path):
+    path = tmp_path / name
+    for text, said in (("no image", reason), ("", "the file is empty")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=rf"^{path}: not a readable image \({said}\); remove or replace it$"):
+            read_mammogram(path)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.dcm", "a"])
