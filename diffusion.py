@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from helper import seeded_generator
 
+WHITENED_LIMIT = 4.0  # standard deviations; what the network sees of the whitened conditioning latent
+
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Sinusoidal embedding of timesteps (N,) as (N, dim): cosines, then sines (Vaswani et al., 2017, section 3.5)."""
@@ -39,17 +41,50 @@ def _zero(module: nn.Module) -> nn.Module:
     return module
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation (Wu and He, 2018) of (N, C, H, W) that measures, on larger maps, around every position.
+
+    A network trained on crops has never seen the statistics of a whole image, and one bright speck there changes all of
+    it. With `window` set, in evaluation mode, mean and variance are those of the square of that side around a position,
+    moved to lie inside the map: on a crop of that side they are the crop's own (Chu et al., 2022, arXiv:2112.04491).
+    """
+
+    window = 0  # side in positions; 0: the whole map
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (min(self.window or side, side) for side in x.shape[-2:])
+        if self.training or (height, width) == x.shape[-2:]:
+            return super().forward(x)
+        groups = x.unflatten(1, (self.num_groups, -1))
+        mean = _window_mean(groups.mean(2), height, width)
+        variance = (_window_mean(groups.square().mean(2), height, width) - mean.square()).clamp(min=0)
+        scale = (variance + self.eps).rsqrt()
+        normalised = ((groups - mean.to(x.dtype)[:, :, None]) * scale.to(x.dtype)[:, :, None]).flatten(1, 2)
+        return normalised * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def _window_mean(x: Tensor, height: int, width: int) -> Tensor:
+    """Means of (N, C, H, W) over windows of `height` x `width` around every position, moved to lie inside, in float64."""
+    sums = F.pad(
+        x.double().cumsum(-1).cumsum(-2), (1, 0, 1, 0)
+    )  # float32 would lose the small difference of large sums
+    sums = sums[..., height:, :] - sums[..., :-height, :]
+    means = (sums[..., width:] - sums[..., :-width]) / (height * width)
+    before = (width - 1) // 2, (height - 1) // 2
+    return F.pad(means, (before[0], width - 1 - before[0], before[1], height - 1 - before[1]), mode="replicate")
+
+
 class ResBlock(nn.Module):
     """GroupNorm-SiLU-conv twice, the timestep embedding added between; (N, C_in, H, W) to (N, C_out, H, W)."""
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int, dropout: float):
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels),
+            GroupNorm(32, out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
             _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -70,18 +105,17 @@ class AttentionBlock(nn.Module):
         if channels % num_head_channels:
             raise ValueError(f"num_head_channels {num_head_channels} does not divide {channels} channels")
         self.head_channels = num_head_channels
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = GroupNorm(32, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = _zero(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        x = x.reshape(n, c, h * w)
         # (N, heads, 3, D, L) to three (N, heads, L, D); contiguous, or the fused kernels are passed over
-        qkv = self.qkv(self.norm(x)).view(n, -1, 3, self.head_channels, h * w)
+        qkv = self.qkv(self.norm(x).reshape(n, c, h * w)).view(n, -1, 3, self.head_channels, h * w)
         q, k, v = (part.transpose(-1, -2).contiguous() for part in qkv.unbind(2))
         out = F.scaled_dot_product_attention(q, k, v)
-        return (x + self.proj_out(out.transpose(-1, -2).reshape(n, c, h * w))).view(n, c, h, w)
+        return x + self.proj_out(out.transpose(-1, -2).reshape(n, c, h * w)).view(n, c, h, w)
 
 
 class Downsample(nn.Module):
@@ -162,8 +196,22 @@ class UNet(nn.Module):
                     layers.append(Upsample(channels))
                 self.output_blocks.append(nn.ModuleList(layers))
         self.out = nn.Sequential(
-            nn.GroupNorm(32, channels), nn.SiLU(), _zero(nn.Conv2d(channels, out_channels, 3, padding=1))
+            GroupNorm(32, channels), nn.SiLU(), _zero(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
+
+    def normalize_within(self, window: int) -> None:
+        """Let every `GroupNorm` measure, in evaluation, over windows of `window` latents; 0: over the whole map."""
+        level = 0
+        for blocks in (self.input_blocks, [self.middle_block], self.output_blocks, [nn.ModuleList([self.out])]):
+            for layers in blocks:
+                for layer in layers:
+                    if isinstance(layer, Upsample):
+                        level -= 1
+                    for module in layer.modules():
+                        if isinstance(module, GroupNorm):
+                            module.window = -(-window // 2**level)
+                    if isinstance(layer, Downsample):
+                        level += 1
 
     def _run(self, layers: nn.ModuleList, h: Tensor, emb: Tensor) -> Tensor:
         for layer in layers:
@@ -224,9 +272,9 @@ class LatentDiffusion(nn.Module):
     The degraded latent c is concatenated to the noisy one. With `precondition="conditioning"` the network F stands between
     an input and an output transform, in the spirit of Karras et al. (2022, arXiv:2206.00364), eq. 7. It sees c whitened,
     (C + s^2)^(-1/2) c with C the covariance of clean latents and s the rms of the degradation, and what x_t says beyond c,
-    (x_t - sqrt(abar_t) c) / sqrt(abar_t s^2 + 1 - abar_t), both of unit variance. It predicts the degradation in units of s:
-    x_start = c - s F, hence eps = (x_t - sqrt(abar_t) x_start) / sqrt(1 - abar_t): it adds to the noise that c implies. With
-    "none" it sees x_t and c and predicts eps, v or x_start itself.
+    (x_t - sqrt(abar_t) c) / sqrt(abar_t s^2 + 1 - abar_t), both of unit variance, the former clamped. It predicts the
+    degradation in units of s: x_start = c - s F, hence eps = (x_t - sqrt(abar_t) x_start) / sqrt(1 - abar_t): it adds to the
+    noise that c implies. With "none" it sees x_t and c and predicts eps, v or x_start itself.
 
     `loss_weighting` multiplies L_simple (Hang et al., 2023, arXiv:2303.09556): "latent" gives every t the same weight in
     the error of the clean latent, over s^2 (for eps: 1 / SNR); "min_snr" gives it the weight min(SNR, 5); "none" is L_simple.
@@ -323,7 +371,8 @@ class LatentDiffusion(nn.Module):
         if self.precondition == "conditioning":
             abar = _at(self.alphas_cumprod, t)
             x = (x - abar.sqrt() * cond) / (abar * self.degradation_scale**2 + 1 - abar).sqrt()
-            cond = F.conv2d(cond, self.whitening[:, :, None, None])
+            # unclamped, one bright speck or film edge shifts the GroupNorm statistics, and with them the whole image
+            cond = F.conv2d(cond, self.whitening[:, :, None, None]).clamp(-WHITENED_LIMIT, WHITENED_LIMIT)
         return self.model(torch.cat([x, cond], dim=1), t).float()
 
     def _x_start(self, output: Tensor, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from helper import (
     weights_digest,
 )
 from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS, HParams
-from preprocessing.degrade import NoiseModel
 from restoration import Restorer, check_first_stage, load_averages, make_diffusion
 from trainer import DiffusionTrainer, run_training
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
@@ -51,17 +50,8 @@ def restore_test_set(
 ) -> None:
     """Table, files and pictures of the restored test set: DDIM samples, and the mean that one evaluation gives."""
     (test_set,) = load_datasets(args, hps, "test")
-    sampler = Restorer(
-        first_stage.to(device),
-        model.to(device).eval(),
-        NoiseModel.from_level(hps.noise_level),
-        tuple(hps.image_shape[1:]),
-        steps=hps.ddim_steps,
-        eta=hps.ddim_eta,
-        spacing=hps.ddim_spacing,
-        seed=args.seed,
-    )
-    mean = replace(sampler, steps=1, eta=0.0)
+    sampler = Restorer(first_stage.to(device), model.to(device), hps, hps.ddim_steps, seed=args.seed)
+    mean = replace(sampler, steps=1)
 
     def restore(restorer: Restorer, batch: Batch) -> Tensor:
         return restorer.restore(batch.degraded, [meta.path for meta in batch.meta], progress=not args.no_tqdm)

@@ -22,6 +22,7 @@ from metrics import breast_mask
 from preprocessing.degrade import NoiseModel
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
+TILE_CROPS = 4  # sides of training crops that make the side of a tile
 PEAK_QUANTILE = 0.999  # of the breast's intensities: brought to full scale at most
 GUARD_WIDTH = 4.0  # pixels; sigma of the window in which a correction is weighed against the noise
 GUARD_SIGMAS = 6.0  # standard deviations; a correction fades out over the last of them
@@ -60,15 +61,14 @@ class Restorer:
 
     first_stage: VQVAE2Wrapper
     model: LatentDiffusion  # with the averaged weights
-    noise: NoiseModel  # what degraded the images that it was trained on
-    shape: tuple[int, int]  # height and width of the training grid
+    hps: HParams  # of the diffusion checkpoint
     steps: int = 1  # network evaluations a sample; 1: the posterior mean, from timestep T - 1
-    eta: float = 0.0
-    spacing: str = "leading"
     samples: int = 1  # samples averaged
     seed: int = 0
     name: str = ""  # of the model, for a derived image's description
-    hps: HParams = dataclasses.field(default_factory=HParams)  # of the diffusion checkpoint
+
+    def __post_init__(self):
+        self.model.eval().model.normalize_within(self.hps.crop_size // self.first_stage.vqvae.scaling_rates[0])
 
     @classmethod
     def load(
@@ -102,19 +102,28 @@ class Restorer:
                 f"--samples {samples}: one step gives the mean of all samples already; pass --steps 2 or more"
             )
         name = f"VQ-VAE-2 {digest[:8]}, latent diffusion {weights_digest(model)[:8]}"
-        return cls(
-            VQVAE2Wrapper(vqvae).to(device),
-            model.to(device).eval(),
-            NoiseModel.from_level(hps.noise_level),
-            tuple(hps.image_shape[1:]),
-            steps=steps,
-            eta=hps.ddim_eta,
-            spacing=hps.ddim_spacing,
-            samples=samples,
-            seed=seed,
-            name=name,
-            hps=hps,
-        )
+        first_stage = VQVAE2Wrapper(vqvae).to(device)
+        return cls(first_stage, model.to(device), hps, steps, samples, seed, name)
+
+    @property
+    def noise(self) -> NoiseModel:
+        """What degraded the images that the model was trained on."""
+        return NoiseModel.from_level(self.hps.noise_level)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the training grid."""
+        return tuple(self.hps.image_shape[1:])
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Height and width up to which an image is restored in one piece: the training grid, or some crops of training."""
+        return (TILE_CROPS * self.hps.crop_size,) * 2 if self.hps.crop_size else self.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.alphas_cumprod.device
 
     @property
     def scale(self) -> int:
@@ -132,11 +141,11 @@ class Restorer:
         rate = self.first_stage.vqvae.scaling_rates[0]
         cond = self.model.normalize(self.first_stage.encode(degraded))
         fields = [NoiseField((self.seed, name), cond.shape[1]) for name in names]
-        spacing = "trailing" if self.steps == 1 else self.spacing
+        spacing = "trailing" if self.steps == 1 else self.hps.ddim_spacing
         total = torch.zeros_like(degraded)
         for sample in range(self.samples):
             z = sample_latents(
-                self.model, cond, fields, self.steps, self.eta, spacing, origin=(origin[0] // rate, origin[1] // rate),
+                self.model, cond, fields, self.steps, self.hps.ddim_eta, spacing, origin=(origin[0] // rate, origin[1] // rate),
                 first_draw=sample * (self.steps + 1), progress=progress,
             )  # fmt: skip
             total += self.first_stage.decode(self.model.denormalize(z), shape=degraded.shape[-2:])
@@ -257,7 +266,7 @@ def restore_image(
     The image is multiplied so that its noise is what the model knows, but not past full scale, restored, and divided again.
     The correction is then cut to what the noise can explain (`explained_share`), which is what restores an image that is
     cleaner than the model can be told. `noise` None takes the image as the model knows it. `tile` is the side of the tiles,
-    0 the training grid's sides.
+    0 the restorer's own.
     """
     mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
     factor = 1.0
@@ -266,13 +275,12 @@ def restore_image(
         if math.isinf(factor):
             return Restoration(image.copy(), factor, 0.0)
         factor = min(factor, max(1.0, 1.0 / max(float(np.quantile(image[mask], PEAK_QUANTILE)), 1e-6)))
-    device = restorer.model.alphas_cumprod.device
 
     def function(part: Tensor, origin: tuple[int, int]) -> Tensor:
-        return restorer.restore(part.to(device), [name], origin=origin).cpu()
+        return restorer.restore(part.to(restorer.device), [name], origin=origin).cpu()
 
     multiple = restorer.scale
-    sides = (tile, tile) if tile else restorer.shape
+    sides = (tile, tile) if tile else restorer.tile
     tiles = tuple(max(2, math.ceil(side / multiple)) * multiple for side in sides)
     scaled = torch.from_numpy(image * np.float32(factor))[None, None]
     restored = restore_in_tiles(scaled, function, tiles, multiple, progress=progress)[0, 0].numpy() / np.float32(factor)

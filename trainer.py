@@ -365,6 +365,7 @@ class DiffusionTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.first_stage = first_stage.to(self.device)
         self.latents = latents
+        self.model.model.normalize_within(self.hps.crop_size // first_stage.vqvae.scaling_rates[0])
         self.ema = LitEma(self.model.model, self.hps.ema_decay)
 
     def make_optimizer(self) -> torch.optim.Optimizer:

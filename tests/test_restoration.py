@@ -1,0 +1,338 @@
+"""Tiles, noise by position, matching of the noise and the guard: restoring images of any size."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from datasets import get_dataset
+from diffusion import NoiseField
+from hps import HPS_DIFFUSION, HPS_VQVAE
+from images import read_image
+from metrics import breast_mask
+from phantom import generate_phantom
+from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.estimate import estimate_noise
+from restoration import (
+    GUARD_SIGMAS,
+    Restorer,
+    explained_share,
+    make_diffusion,
+    matching_factor,
+    restore_image,
+    restore_in_tiles,
+    tile_spans,
+)  # fmt: skip
+from trainer import DiffusionTrainer, VQVAETrainer
+from vqvae import VQVAE
+from vqvae2_wrapper import VQVAE2Wrapper
+
+CPU = torch.device("cpu")
+
+
+def psnr(image, reference, mask=...):
+    error = ((np.asarray(image) - np.asarray(reference))[mask] ** 2).mean()
+    return -10 * math.log10(error) if error else math.inf
+
+
+def phantom_image(index=0, shape=(256, 192)):
+    phantom = generate_phantom(2, index, (1, *shape))
+    return phantom.image[0].numpy(), phantom.mask[0].numpy()
+
+
+def low_dose(image, level, seed=1):
+    return simulate_low_dose(torch.from_numpy(image), level, torch.Generator().manual_seed(seed)).numpy()
+
+
+@dataclass
+class Stub:
+    """Stands for a trained model of noise level 0.2: applies `function` to every tile (1, 1, h, w)."""
+
+    function: object
+    tile: tuple = (96, 64)
+    scale: int = 16
+    noise: NoiseModel = field(default_factory=lambda: NoiseModel.from_level(0.2))
+    device: torch.device = CPU
+    seen: list = field(default_factory=list)
+
+    def restore(self, part, names, origin=(0, 0), progress=False):
+        self.seen.append((tuple(part.shape[-2:]), origin, float(part.max())))
+        return self.function(part)
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size, tile, overlap, multiple",
+    [
+        (1024, 512, 128, 64),
+        (4096, 1024, 256, 64),
+        (640, 128, 32, 64),
+        (96, 32, 8, 8),
+        (264, 128, 64, 8),
+        (64, 64, 16, 8),
+    ],
+)
+def test_spans_cover_every_pixel_once_in_all_and_start_at_multiples(size, tile, overlap, multiple):
+    spans = tile_spans(size, tile, overlap, multiple)
+    total = torch.zeros(size, dtype=torch.float64)
+    for span in spans:
+        assert span.start % multiple == 0 and len(span.weights) == min(tile, size)
+        assert span.weights.min() >= 0
+        total[span.start : span.stop] += span.weights.double()
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
+    assert spans[0].start == 0 and spans[-1].stop == size
+    for a, b in zip(spans, spans[1:], strict=False):
+        assert a.stop - b.start >= overlap
+        # the ends, which saw less than the other tile did, have no say
+        assert a.weights[-(overlap // 4) :].max() == 0 and b.weights[: overlap // 4].max() == 0
+
+
+def test_spans_are_no_more_than_are_needed():
+    assert [span.start for span in tile_spans(4096, 1024, 256, 64)] == [0, 768, 1536, 2304, 3072]
+
+
+@pytest.mark.parametrize("arguments", [(100, 64, 16, 8), (128, 60, 16, 8), (128, 64, 33, 8), (128, 64, 3, 8)])
+def test_spans_that_do_not_fit_are_refused(arguments):
+    with pytest.raises(ValueError, match="does not suit"):
+        tile_spans(*arguments)
+
+
+@pytest.mark.parametrize("shape", [(250, 331), (96, 64), (33, 500), (40, 30)])
+def test_a_local_function_gives_the_same_in_tiles_as_whole(shape):
+    image = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(0))
+    kernel = torch.rand(1, 1, 9, 9, generator=torch.Generator().manual_seed(1)) / 40
+
+    def blur(part, origin=None):
+        return F.conv2d(F.pad(part, (4, 4, 4, 4), mode="replicate"), kernel).tanh()
+
+    height, width = shape
+    whole = blur(F.pad(image, (0, -width % 16, 0, -height % 16), mode="replicate"))[..., :height, :width]
+    tiled = restore_in_tiles(image, blur, (96, 64), 16)
+    assert tiled.shape == image.shape
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-6)
+
+
+def test_a_function_of_position_is_told_where_it_is():
+    rows, columns = torch.meshgrid(torch.arange(200.0), torch.arange(150.0), indexing="ij")
+
+    def place(part, origin):
+        height, width = part.shape[-2:]
+        return (rows[origin[0] :][:height, :width] + 1000 * (columns[:, origin[1] :][:height, :width]))[None, None]
+
+    padded = restore_in_tiles(torch.zeros(1, 1, 192, 144), place, (64, 48), 16)
+    torch.testing.assert_close(padded[0, 0], (rows + 1000 * columns)[:192, :144], rtol=1e-6, atol=1e-3)
+
+
+def test_tiles_bound_what_the_network_sees():
+    stub = Stub(lambda part: part)
+    restore_image(stub, np.full((300, 200), 0.5, np.float32), None, "x")
+    assert {shape for shape, _, _ in stub.seen} == {(96, 64)} and len(stub.seen) > 12
+    assert all(row % 16 == 0 and column % 16 == 0 for _, (row, column), _ in stub.seen)
+
+
+# --- sampler noise ---------------------------------------------------------------------------------------------------
+
+
+def test_noise_belongs_to_a_position():
+    noise = NoiseField(("seed", "name"), 3)
+    whole = noise.window(0, 0, 0, 100, 90, CPU)
+    for top, left, height, width in ((0, 0, 40, 40), (13, 55, 50, 35), (32, 64, 32, 26), (99, 89, 1, 1)):
+        part = noise.window(0, top, left, height, width, CPU)
+        assert torch.equal(part, whole[:, top : top + height, left : left + width])
+    assert abs(whole.mean()) < 0.03 and abs(whole.std() - 1) < 0.02
+    for other in (noise.window(1, 0, 0, 100, 90, CPU), NoiseField(("seed", "b"), 3).window(0, 0, 0, 100, 90, CPU)):
+        assert abs((whole * other).mean()) < 0.03
+    blocks = whole[:, :64, :64].unfold(1, 32, 32).unfold(2, 32, 32).flatten(1, 2).flatten(2)
+    assert abs(torch.corrcoef(blocks[0]) - torch.eye(4)).max() < 0.15
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [0.05, 0.2, 0.4, 1.0, 5.0])
+@pytest.mark.parametrize("intensity", [0.01, 0.5, 1.0])
+def test_a_level_is_matched_by_the_ratio_of_the_levels(level, intensity):
+    known = NoiseModel.from_level(0.2)
+    assert matching_factor(NoiseModel.from_level(level), known, intensity) == pytest.approx(0.2 / level)
+
+
+@pytest.mark.parametrize("noise", [NoiseModel(800, 0.0), NoiseModel(math.inf, 0.02), NoiseModel(3000, 0.05)])
+def test_any_noise_is_matched_at_the_intensity_asked_for(noise):
+    known = NoiseModel.from_level(0.2)
+    factor = matching_factor(noise, known, 0.6)
+    scaled = torch.tensor(0.6 * factor, dtype=torch.float64)
+    assert factor**2 * noise.variance(torch.tensor(0.6)).item() == pytest.approx(known.variance(scaled).item())
+
+
+def test_no_noise_has_no_match():
+    assert matching_factor(NoiseModel.from_level(0), NoiseModel.from_level(0.2), 0.5) == math.inf
+
+
+def test_the_network_sees_the_noise_it_knows():
+    image, mask = phantom_image()
+    stub = Stub(lambda part: part, tile=(256, 192))
+    noisy = low_dose(image, 0.8)
+    result = restore_image(stub, noisy, NoiseModel.from_level(0.8), "x")
+    assert result.factor == pytest.approx(0.25)
+    assert stub.seen[0][2] == pytest.approx(noisy.max() / 4)
+    np.testing.assert_allclose(result.pixels, noisy, atol=1e-6)
+
+
+def test_a_cleaner_image_is_brightened_to_full_scale_and_no_further():
+    image, mask = phantom_image()
+    noisy = low_dose(image, 0.02)
+    result = restore_image(Stub(lambda part: part), noisy, NoiseModel.from_level(0.02), "x")
+    found = breast_mask(torch.from_numpy(noisy)[None])[0].numpy()
+    assert result.factor == pytest.approx(max(1, 1 / np.quantile(noisy[found], 0.999)), rel=1e-5)
+    already_bright = restore_image(Stub(lambda part: part), np.maximum(noisy, 0.999), NoiseModel.from_level(0.02), "x")
+    assert already_bright.factor == pytest.approx(1, abs=2e-3)
+
+
+def test_scaled_data_are_restored_alike():
+    image, _ = phantom_image()
+    noisy = low_dose(image, 0.3)
+
+    def smooth(part):
+        return F.avg_pool2d(part, 3, 1, 1)
+
+    results = [
+        restore_image(Stub(smooth), noisy * np.float32(scale), estimate_noise(noisy * np.float32(scale)), "x").pixels
+        / scale
+        for scale in (1.0, 1 / 16)
+    ]
+    assert np.abs(results[0] - noisy).max() > 0.01
+    np.testing.assert_allclose(results[1], results[0], atol=4e-3)
+
+
+# --- the guard -------------------------------------------------------------------------------------------------------
+
+
+def test_share_of_a_correction_is_what_noise_can_explain():
+    variance = np.full((64, 64), 0.01**2, np.float32)
+    signs = np.where(np.indices((64, 64)).sum(0) % 2, 1, -1).astype(np.float32)
+    for size, expected in ((0.005, 1.0), (0.01, 1.0), (0.02, 0.25)):
+        np.testing.assert_allclose(explained_share(size * signs, variance), expected, rtol=1e-3)
+    assert explained_share(0.01 * signs, np.zeros_like(variance)).max() == 0
+    assert explained_share(np.zeros_like(variance), np.zeros_like(variance)).max() <= 1
+    speck = np.zeros_like(variance)
+    speck[32, 32], speck[10, 10], speck[50, 50] = np.array([GUARD_SIGMAS, GUARD_SIGMAS - 0.5, 3.0]) * 0.01
+    share = explained_share(speck, variance)
+    assert share[32, 32] == 0 and share[10, 10] == pytest.approx(0.5, abs=1e-3) and share[50, 50] == 1
+
+
+def garbage(part):
+    return torch.full_like(part, 0.5)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_a_clean_phantom_comes_back_untouched_whatever_the_network_says(index):
+    image, mask = phantom_image(index, (512, 384))
+    result = restore_image(Stub(garbage), image, estimate_noise(image, mask), "x")
+    assert psnr(result.pixels, image) > 50
+    known = restore_image(Stub(garbage), image, NoiseModel.from_level(0), "x")
+    assert np.array_equal(known.pixels, image) and known.strength == 0
+
+
+def test_clean_mammograms_come_back_untouched_whatever_the_network_says(mammogram_dir):
+    for path in sorted(mammogram_dir.glob("mdb*"))[::9]:
+        image = read_image(path)
+        for network in (garbage, lambda part: F.avg_pool2d(part, 5, 1, 2)):
+            result = restore_image(Stub(network, tile=(1024, 1024)), image, estimate_noise(image), "x")
+            assert psnr(result.pixels, image) > 50, path.name
+
+
+@pytest.mark.parametrize("level", [0.05, 0.2, 1.0])
+def test_a_noisy_image_is_not_under_treated(level):
+    image, mask = phantom_image(1)
+    noisy = low_dose(image, level)
+    noise = estimate_noise(noisy)
+    truth = torch.from_numpy(image)[None, None]
+    scale = restore_image(Stub(garbage), noisy, noise, "x").factor
+    result = restore_image(Stub(lambda part: truth * scale, tile=(256, 192)), noisy, noise, "x")
+    assert psnr(result.pixels, image, mask) > psnr(noisy, image, mask) + 12
+    assert result.strength > 0.8
+
+
+# --- a trained model -------------------------------------------------------------------------------------------------
+
+
+def sets(hps):
+    return [get_dataset("phantom", hps, split) for split in ("train", "validation")]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small model of phantoms, trained for seconds: a restorer."""
+    torch.manual_seed(0)
+    data = dict(
+        image_shape=[1, 128, 96], crop_size=64, crops_per_image=4, phantom_counts=[8, 3, 2], batch_size=8, warmup_steps=5,
+        validation_frequency=100,
+    )  # fmt: skip
+    hps_1 = HPS_VQVAE["phantom"].updated(
+        **data, max_epochs=4, hidden_channels=16, embed_dim=16, nb_entries=32, nb_levels=2, scaling_rates=[4, 2]
+    )
+    hps_2 = HPS_DIFFUSION["phantom"].updated(
+        **data, max_epochs=20, in_channels=32, out_channels=16, model_channels=32, num_head_channels=32,
+        learning_rate=2e-3, ema_decay=0.9,
+    )  # fmt: skip
+    vqvae = VQVAE(**hps_1.arguments(VQVAE))
+    VQVAETrainer("phantom", hps_1, vqvae, CPU, *sets(hps_1), progress=False).fit()
+    model = make_diffusion(hps_2)
+    first_stage = VQVAE2Wrapper(vqvae)
+    trainer = DiffusionTrainer("phantom", hps_2, model, CPU, *sets(hps_2), progress=False, first_stage=first_stage)
+    trainer.fit()
+    trainer.ema.copy_to(model.model)
+    return Restorer(first_stage, model, hps_2)
+
+
+@pytest.mark.parametrize("steps, samples", [(1, 1), (4, 2)])
+def test_tiles_of_a_trained_model_leave_no_seams(trained, steps, samples):
+    trained.steps, trained.samples = steps, samples
+    image, mask = phantom_image(0, (512, 384))
+    noisy = low_dose(image, 0.2)
+    noise = NoiseModel.from_level(0.2)
+    whole, tiled = (restore_image(trained, noisy, noise, "x", tile=tile).pixels for tile in (512, 128))
+    assert psnr(whole, image, mask) > psnr(noisy, image, mask) + 1.5
+    assert abs(psnr(whole, image, mask) - psnr(tiled, image, mask)) < 0.1
+    # the mean gradient of the error across any column, tile edges among them, stays what it is elsewhere
+    for axis in (0, 1):
+        inside = (mask & np.roll(mask, 1, axis)).sum(1 - axis)
+        steepness = (np.abs(np.diff(tiled - whole, axis=axis, prepend=np.take(tiled - whole, [0], axis))) * mask).sum(
+            1 - axis
+        )[inside > 60]
+        steepness /= inside[inside > 60]
+        own = (np.abs(np.diff(tiled - image, axis=axis, prepend=np.take(tiled - image, [0], axis))) * mask).sum(
+            1 - axis
+        )[inside > 60]
+        own /= inside[inside > 60]
+        assert steepness.max() < 0.5 * np.median(own)
+        assert own.max() < 1.5 * np.median(own)
+
+
+def test_one_tile_is_what_the_evaluation_restores(trained):
+    trained.steps, trained.samples = 3, 1
+    image, _ = phantom_image(0, (128, 96))
+    noisy = torch.from_numpy(low_dose(image, 0.2))[None, None]
+    alone = trained.restore(noisy, ["x"])
+    tiled = restore_image(trained, noisy[0, 0].numpy(), None, "x").pixels
+    np.testing.assert_allclose(tiled, alone[0, 0].clamp(0, 1), atol=1e-6)
+
+
+def test_samples_are_averaged_and_depend_on_the_seed(trained):
+    image, _ = phantom_image(0, (64, 48))
+    noisy = torch.from_numpy(low_dose(image, 0.2))[None, None]
+    trained.steps, trained.hps.ddim_eta = 3, 1.0
+    trained.samples = 1
+    one = trained.restore(noisy, ["x"])
+    assert torch.equal(one, trained.restore(noisy, ["x"]))
+    trained.samples = 2
+    two = trained.restore(noisy, ["x"])
+    assert 0 < (two - one).abs().max() < 0.1
+    trained.samples, trained.seed = 1, 7
+    assert (trained.restore(noisy, ["x"]) - one).abs().max() > 0
+    trained.hps.ddim_eta, trained.seed = 0.0, 0
