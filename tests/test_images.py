@@ -375,7 +375,7 @@ def test_negative_padding_that_is_written_as_unsigned_is_found(tmp_path):
     dataset = pydicom.dcmread(path)
     dataset.add_new("PixelPaddingValue", "US", 65536 + int(S16[2, 2]))
     dataset.save_as(path)
-    expected = np.where(S16 == S16[2, 2], 0, (S16 + 32768) / 65535)
+    expected = np.where(S16[2, 2] == S16, 0, (S16 + 32768) / 65535)
     np.testing.assert_allclose(read_image(path), expected, rtol=0, atol=6e-8)
     np.testing.assert_array_equal(pydicom.dcmread(restored(path)[0]).pixel_array, S16)
 
