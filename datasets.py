@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import bisect
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from helper import DATA_IDENTITY, UserError, seed_of, seeded_generator
+from cache import PreparedCache
+from helper import DATA_IDENTITY, UserError, seed_of, seeded_generator, worker_count
 from hps import HParams
 from images import find_images, is_dicom
 from phantom import generate_phantom
@@ -130,8 +130,7 @@ def make_loader(
 
     With `limit` it is for one pass over the first so many samples; else its workers live on from epoch to epoch.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers, cores)
+    workers = worker_count(workers)
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -270,11 +269,18 @@ class PhantomDataset(MammogramDataset):
 
 
 class RecordDataset(MammogramDataset):
-    """Images on disk, each brought onto the training grid by its breast mask."""
+    """Images on disk, each brought onto the training grid by its breast mask; from `cache` where one is given."""
 
-    def __init__(self, records: Sequence[Record], hps: HParams, split: str, seed: int = 0):
+    def __init__(
+        self,
+        records: Sequence[Record],
+        hps: HParams,
+        split: str,
+        seed: int = 0,
+        cache: PreparedCache | None = None,
+    ):
         super().__init__(hps, split, seed)
-        self.records = list(records)
+        self.records, self.cache = list(records), cache
 
     @property
     def noise(self) -> str:
@@ -286,7 +292,8 @@ class RecordDataset(MammogramDataset):
         return len(self.records)
 
     def prepare(self, index: int) -> Prepared:
-        return prepare_record(self.records[index], self.hps.image_shape)
+        record = self.records[index]
+        return prepare_record(record, self.hps.image_shape) if self.cache is None else self.cache.load(record)
 
     def meta(self, index: int, key: SampleKey) -> Meta:
         record = self.records[index]
@@ -438,11 +445,14 @@ def get_datasets(
     seed: int = 0,
     *,
     strict: bool = False,
+    cache: Path | None = None,
+    progress: bool = True,
 ) -> list[MammogramDataset]:
     """The images of some of a task's splits: "train", "validation", "test"; the disk is looked through once.
 
-    With `strict` a missing image of cbis-ddsm is an error. Raises UserError where the data root is missing, or holds no
-    images for a split.
+    With `strict` a missing image of cbis-ddsm is an error. With a `cache` folder, images on disk are prepared there first,
+    with a bar where `progress` says so. Raises UserError where the data root is missing, or holds no images for a split,
+    or the cache cannot be built.
     """
     if hps.image_shape[0] != 1:
         raise UserError(f"--hps image_shape={hps.image_shape}: mammograms have one channel")
@@ -460,7 +470,11 @@ def get_datasets(
     for split in splits:
         if not records[split]:
             raise UserError(f"{data_root}: no images for {split}; see split_csv and the fractions in hps.py")
-    return [RecordDataset(records[split], hps, split, seed) for split in splits]
+    images = None
+    if cache is not None:
+        images = PreparedCache(cache, hps.image_shape)
+        images.build([record for split in splits for record in records[split]], hps.nb_workers, progress)
+    return [RecordDataset(records[split], hps, split, seed, images) for split in splits]
 
 
 def get_dataset(
@@ -471,8 +485,17 @@ def get_dataset(
 
 
 def load_datasets(args: argparse.Namespace, hps: HParams, *splits: str) -> list[MammogramDataset]:
-    """The splits that a script needs of the data that its flags name; see `get_datasets`."""
-    return get_datasets(args.task, hps, splits, args.data_root, args.seed, strict=args.strict)
+    """The splits that a script needs of the data that its flags name; see `get_datasets`.
+
+    Prepared images are kept in --cache; by default not under --no-save, nor where `cache_images` keeps them in memory.
+    """
+    cache = args.cache
+    if cache is None and not (args.no_cache or args.no_save or hps.cache_images):
+        cache = Path("cache")
+    return get_datasets(
+        args.task, hps, splits, args.data_root, args.seed,
+        strict=args.strict, cache=cache, progress=not args.no_tqdm,
+    )  # fmt: skip
 
 
 # --- latents ---------------------------------------------------------------------------------------------------------

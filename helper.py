@@ -85,6 +85,14 @@ def base_parser(description: str, tasks: Sequence[str]) -> argparse.ArgumentPars
     parser.add_argument("--hps", action="append", default=[], metavar="KEY=VALUE", help="override any entry of hps.py")
     device_arguments(parser)
     parser.add_argument("--no-save", action="store_true", help="disable saving checkpoints and images")
+    cache = parser.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder of prepared images, for tasks that read from disk (default: cache)",
+    )
+    cache.add_argument("--no-cache", action="store_true", help="decode the sources anew each time")
     amp = parser.add_mutually_exclusive_group()
     amp.add_argument("--no-amp", action="store_true", help="disable Automatic Mixed Precision")
     amp.add_argument("--amp", action="store_true", help="mixed precision on the CPU too (bfloat16)")
@@ -107,6 +115,12 @@ def get_device(cpu: bool = False) -> torch.device:
     if not cpu:
         print("no CUDA device found: running on the CPU")
     return torch.device("cpu")
+
+
+def worker_count(wanted: int) -> int:
+    """Of `wanted` worker processes, as many as there are cores for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, cores)
 
 
 def get_parameter_count(model: nn.Module) -> int:
@@ -155,10 +169,10 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, flag: str = "--out") -> Iterator[Path]:
     """A temporary path beside `path` that takes its name when the block ends well and vanishes when it does not.
 
-    Raises UserError, naming the file, where the system refuses to write it.
+    Raises UserError, naming the file and the `flag` that chose its folder, where the system refuses to write it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +189,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another --out"
+            f"{path}: cannot be written ({error.strerror or error}); free space or choose another {flag}"
         ) from None
 
 

@@ -544,7 +544,7 @@ def test_refused_call_leaves_nothing_behind(vqvae, files, tmp_path):
         ("main-vqvae", "--hps embed_dim=0"),
         ("main-vqvae", f"--task folder --data-root {files['two']}"),
         ("main-diffusion", f"--vqvae-path {files['wide']}"),
-        ("main-latents", f"{vqvae} --task folder --data-root {files['text']} --out {tmp_path / 'latents'}"),
+        ("main-latents", f"{vqvae} --task folder --data-root {files['text']} --no-cache --out {tmp_path / 'latents'}"),
     ):
         assert call(script, line).code == 2
     assert list(tmp_path.iterdir()) == []
