@@ -344,6 +344,44 @@ def test_gradient_checkpointing_recomputes_blocks_and_keeps_the_gradients(monkey
         assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-7), name
 
 
+@pytest.mark.parametrize("window, row, column", [(8, 10, 20), (8, 0, 0), (8, 23, 39), (7, 12, 3), (30, 5, 33)])
+def test_windowed_normalisation_is_that_of_a_crop_around_the_position(window, row, column):
+    norm = diffusion.GroupNorm(4, 8).eval()
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = torch.randn(2, 8, 24, 40) * torch.linspace(0.1, 5, 40) + torch.linspace(-3, 3, 24)[:, None]
+    norm.window = window
+    output = norm(x)
+    top, left = (
+        min(max(0, at - (min(window, side) - 1) // 2), side - min(window, side))
+        for at, side in ((row, 24), (column, 40))
+    )
+    crop = F.group_norm(x[..., top : top + window, left : left + window], 4, norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(output[..., row, column], crop[..., row - top, column - left], rtol=1e-4, atol=1e-5)
+
+
+def test_a_map_within_the_window_and_training_are_normalised_as_a_whole():
+    norm, plain = diffusion.GroupNorm(4, 8), nn.GroupNorm(4, 8)
+    x = torch.randn(2, 8, 24, 40)
+    for window, training in ((0, False), (40, False), (99, False), (8, True)):
+        norm.window = window
+        assert torch.equal(norm.train(training)(x), plain(x))
+    norm.window = 8
+    assert not torch.equal(norm.eval()(x), plain(x))
+
+
+def test_windows_shrink_with_the_levels():
+    unet = UNet(in_channels=4, out_channels=2, model_channels=32, channel_mult=[1, 2, 2], num_res_blocks=1,
+                attention_levels=[1], num_head_channels=32)  # fmt: skip
+    unet.normalize_within(24)
+    seen = {}
+    for module in unet.modules():
+        if isinstance(module, diffusion.GroupNorm):
+            module.register_forward_pre_hook(lambda m, args: seen.update({m: (m.window, args[0].shape[-1])}))
+    unet.eval()(torch.randn(1, 4, 48, 48), torch.tensor([5]))
+    assert len(seen) == sum(isinstance(m, diffusion.GroupNorm) for m in unet.modules())
+    assert set(seen.values()) == {(24, 48), (12, 24), (6, 12)}
+
+
 @pytest.mark.parametrize("size", [(7, 5), (8, 9)])
 def test_the_unet_pads_odd_sides_by_their_border_and_crops(size):
     unet = small_unet().eval()
@@ -541,6 +579,15 @@ def test_the_preconditioned_network_sees_inputs_of_unit_covariance(t, measured):
     for inputs in model.model.inputs:
         covariance = torch.cov(inputs.transpose(0, 1).flatten(1))
         assert torch.allclose(covariance, torch.eye(4), atol=0.05)  # six standard errors with 16384 vectors
+
+
+def test_what_stands_out_of_the_conditioning_latent_is_clamped_for_the_network_alone():
+    model = latent_diffusion(zero)
+    cond = torch.randn(2, 3, 6, 6)
+    cond[0, 0, 3, 3] = 1000.0
+    prediction = model.predict(torch.randn_like(cond), torch.tensor([10, 900]), cond)
+    assert model.model.inputs[1].abs().max() == diffusion.WHITENED_LIMIT
+    assert torch.equal(prediction.x_start, cond)
 
 
 @pytest.mark.parametrize(
