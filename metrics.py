@@ -11,6 +11,8 @@ from scipy import ndimage
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+SSIM_REACH = 5  # pixels around a pixel that its SSIM looks at
+BAND_PIXELS = 2**17  # of an image whose SSIM is computed at once
 MASK_SIDE = 512  # longest side, in pixels, at which the breast mask is computed
 
 
@@ -52,6 +54,22 @@ def breast_mask(image: Tensor) -> Tensor:
     return F.interpolate(mask[None, None].float(), size=(height, width), mode="nearest")[0] > 0.5
 
 
+def _ssim_map(image: Tensor, reference: Tensor) -> Tensor:
+    """The SSIM map of (1, 1, H, W) images, band by band: in double precision the whole of a large one takes 5 kB a pixel."""
+    height, width = image.shape[-2:]
+    rows = max(SSIM_REACH, BAND_PIXELS // width)
+    bands = []
+    for top in range(0, height, rows):
+        # a band takes along what its windows reach, and more where it would be lower than a window
+        first = max(0, min(top, height - 1) - 2 * SSIM_REACH)
+        part = ..., slice(first, top + rows + 2 * SSIM_REACH), slice(None)
+        _, full = structural_similarity_index_measure(
+            image[part], reference[part], data_range=1.0, return_full_image=True
+        )
+        bands.append(full[..., top - first : top - first + rows, :])
+    return torch.cat(bands, dim=-2)
+
+
 @dataclass(frozen=True)
 class ImageMetrics:
     """PSNR in dB and SSIM of an image in [0, 1] against its reference."""
@@ -72,8 +90,8 @@ def image_metrics(image: Tensor, reference: Tensor, mask: Tensor) -> ImageMetric
     image, reference = image[None].double().cpu(), reference[None].double().cpu()
     mask = mask[None].cpu()
     if min(image.shape[-2:]) >= 11:
-        ssim, ssim_map = structural_similarity_index_measure(image, reference, data_range=1.0, return_full_image=True)
-        ssim, ssim_breast = float(ssim), float(ssim_map[mask.expand_as(ssim_map)].mean())
+        ssim_map = _ssim_map(image, reference)
+        ssim, ssim_breast = float(ssim_map.mean()), float(ssim_map[mask.expand_as(ssim_map)].mean())
     else:
         ssim = ssim_breast = float("nan")
     return ImageMetrics(

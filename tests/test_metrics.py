@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from images import read_image
 from metrics import breast_mask, image_metrics, otsu_threshold
@@ -116,3 +117,17 @@ def test_breast_mask_of_a_real_mammogram_is_one_large_piece(mammogram_dir):
         mask = breast_mask(torch.from_numpy(read_image(path))[None])[0].numpy()
         assert 0.15 < mask.mean() < 0.95, path.name
         assert ndimage.label(mask)[1] == 1, path.name
+
+
+@pytest.mark.parametrize("shape", [(700, 600), (437, 301), (12, 13)])
+def test_ssim_in_bands_is_that_of_the_whole(shape, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    image, reference = torch.rand(2, 1, *shape, generator=generator)
+    mask = torch.rand(1, *shape, generator=generator) > 0.5
+    whole, full = structural_similarity_index_measure(
+        image[None].double(), reference[None].double(), data_range=1.0, return_full_image=True
+    )
+    monkeypatch.setattr("metrics.BAND_PIXELS", 7000)
+    figures = image_metrics(image, reference, mask)
+    assert figures.ssim == pytest.approx(float(whole), abs=1e-12)
+    assert figures.ssim_breast == pytest.approx(float(full[mask[None]].mean()), abs=1e-12)

@@ -12,8 +12,6 @@ import torch
 from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGLosslessSV1
-from scripts import call, shell, written
-from test_images import dicom_file
 
 from helper import weights_digest
 from images import SOFTWARE, is_restored, read_image, read_mammogram
@@ -22,6 +20,8 @@ from phantom import generate_phantom
 from prepared import Grid
 from preprocessing.degrade import simulate_low_dose
 from restoration import Restorer
+from scripts import call, shell, written
+from test_images import dicom_file
 from vqvae2_wrapper import load_vqvae
 
 pytestmark = pytest.mark.usefixtures("own_folder")

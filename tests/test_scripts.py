@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from scripts import ROOT, call, shell, succeed, written
 
 from datasets import SPLITS, LatentDataset, get_dataset
 from helper import CHECKPOINT_FORMAT, load_checkpoint, weights_digest
 from phantom import generate_phantom
+from scripts import ROOT, call, shell, succeed, written
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
 STAGES = ("main-vqvae", "main-diffusion")
