@@ -34,13 +34,18 @@ class UserError(Exception):
     """Something the user can mend. Its text is one sentence that names the file or flag and the remedy."""
 
 
+def one_line(error: UserError) -> str:
+    """The sentence of an error, on one line whatever the names in it hold."""
+    # a loader worker hands its error over wrapped in a traceback: the sentence is what follows the last marker
+    return str(error).rsplit("UserError: ", 1)[-1].strip().replace("\n", "\\n")
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`: a `UserError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
     try:
         main()
     except UserError as error:
-        # a loader worker hands its error over wrapped in a traceback: the sentence is what follows the last marker
-        print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

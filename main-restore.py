@@ -25,6 +25,7 @@ from helper import (
     format_table,
     get_device,
     non_negative_int,
+    one_line,
     positive_int,
     record_run,
     run_script,
@@ -195,7 +196,12 @@ def restore_job(job: Job, restorer: Restorer, args: argparse.Namespace) -> list[
         image = simulate_low_dose(torch.from_numpy(reference), args.degrade, generator).numpy()
     mask = breast_mask(torch.from_numpy(reference)[None])
     noise = known_noise(args, image, mask[0].numpy())
-    result = restore_image(restorer, image, noise, name, tile=args.tile or 0, progress=not args.no_tqdm)
+    try:
+        result = restore_image(restorer, image, noise, name, tile=args.tile or 0, progress=not args.no_tqdm)
+    except RuntimeError as error:  # how torch says that memory is short, on either device
+        if "allocate" not in str(error):
+            raise
+        raise UserError(f"{job.source}: not enough memory for its tiles; pass a smaller --tile") from None
     pixels = result.pixels if grid is None else grid.undo(result.pixels, mammogram.pixels)
     description = f"{describe(args, restorer, noise)}; {RESEARCH_USE}"
     mammogram.write(job.target, pixels, description)
@@ -240,7 +246,8 @@ def describe(args: argparse.Namespace, restorer: Restorer, noise: NoiseModel | N
         parts.append(f"from a simulated low dose of noise level {args.degrade:g}")
     if noise is not None:
         how = "estimated" if args.noise_level == "auto" or args.noise_level is args.degrade is None else "given"
-        parts.append(f"noise {how} as {noise.quanta:.0f} quanta at full scale and sigma {noise.sigma:.5f}")
+        strength = f"{noise.quanta:.0f} quanta at full scale and sigma {noise.sigma:.5f}"
+        parts.append(f"noise {how} as {strength if noise.variance(1.0) > 0 else 'none'}")
     evaluations = "1 evaluation" if restorer.steps == 1 else f"{restorer.steps} DDIM steps"
     parts.append(f"{evaluations}, mean of {restorer.samples} samples" if restorer.samples > 1 else evaluations)
     if args.resize:
@@ -330,7 +337,7 @@ def main() -> None:
         except UserError as error:
             if len(jobs) == 1:
                 raise
-            failures.append(str(error))
+            failures.append(one_line(error))
     if rows:
         record_run(args.out, restorer.hps, args.seed, RECORD, model=restorer.name, failures=failures)
         report(rows, args)

@@ -61,7 +61,7 @@ def _ssim_map(image: Tensor, reference: Tensor) -> Tensor:
     bands = []
     for top in range(0, height, rows):
         # a band takes along what its windows reach, and more where it would be lower than a window
-        first = max(0, min(top, height - 1) - 2 * SSIM_REACH)
+        first = max(0, top - 2 * SSIM_REACH)
         part = ..., slice(first, top + rows + 2 * SSIM_REACH), slice(None)
         _, full = structural_similarity_index_measure(
             image[part], reference[part], data_range=1.0, return_full_image=True

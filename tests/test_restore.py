@@ -544,3 +544,17 @@ def test_a_target_that_cannot_be_written_fails_alone(restore):
     result = restore("in --out out")
     assert "out/b/c.png: cannot be written" in line_of(result, code=1)
     assert written(Path("out")) == sorted(["a.png", "b", *RECORDS])
+
+
+def test_short_memory_is_a_sentence(vqvae, diffusion, tmp_path, monkeypatch):
+    def allocate(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 41235251200 bytes.")
+
+    monkeypatch.setattr("restoration.Restorer.restore", allocate)
+    Image.new("L", (64, 64), 90).save(tmp_path / "a\nb.png")
+    line = (
+        f"--vqvae-path {vqvae} --load-path {diffusion} '{tmp_path}/a\nb.png' --out {tmp_path / 'out'} --noise-level 0.2"
+    )
+    result = call("main-restore", line)
+    assert result.code == 2
+    assert result.err == f"error: {tmp_path}/a\\nb.png: not enough memory for its tiles; pass a smaller --tile\n"
