@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -123,8 +124,9 @@ def plan(inputs: list[Path], out: Path, *, pictures: bool = False) -> list[Job]:
     """The images of files and folders, each once, and where they go: the tree below the inputs' common folder is kept.
 
     Pictures become PNG, DICOM stays DICOM; where two would come to the same name, what changes keeps its suffix too. What
-    lies in `out` is no input. Raises UserError for an input that does not exist, a folder without images, or a target, with
-    `pictures` a side-by-side picture too, that is an input or not of this script's making.
+    lies in `out` is no input, nor are restored images in a folder. Raises UserError for an input that does not exist, a
+    folder without images, or a target, with `pictures` a side-by-side picture too, that is an input or not of this
+    script's making.
     """
     for path in inputs:
         if not path.exists():
@@ -134,11 +136,17 @@ def plan(inputs: list[Path], out: Path, *, pictures: bool = False) -> list[Job]:
     sources: dict[Path, Path] = {}
     names: dict[Path, str] = {}
     for path, root in zip(inputs, roots, strict=True):
-        found = find_images(path) if path.is_dir() else [path]
+        found = [path]
         if path.is_dir():
-            found = [p for p in found if not p.resolve().is_relative_to(out.resolve())]
-        if not found:
-            raise UserError(f"{path}: nothing but earlier output in it; name a folder of mammograms")
+            if root.is_relative_to(out.resolve()):
+                raise UserError(f"--out {out}: holds the input folder {path}; choose another folder")
+            inside = [p for p in find_images(path) if not p.resolve().is_relative_to(out.resolve())]
+            # a link does not take the place of the file it leads to
+            found = sorted((p for p in inside if not is_restored(p)), key=Path.is_symlink)
+            if earlier := len(inside) - len(found):
+                print(f"{path}: {earlier} restored images in it are passed over")
+            if not found:
+                raise UserError(f"{path}: nothing but restored images in it; name a folder of mammograms")
         for source in found:
             # the name that a link has here, not that of what it leads to
             name = root / (source.relative_to(path) if path.is_dir() else source.name)
@@ -202,7 +210,7 @@ def restore_job(job: Job, restorer: Restorer, args: argparse.Namespace) -> list[
         if "allocate" not in str(error):
             raise
         raise UserError(f"{job.source}: not enough memory for its tiles; pass a smaller --tile") from None
-    pixels = result.pixels if grid is None else grid.undo(result.pixels, mammogram.pixels)
+    pixels = result.pixels if grid is None else grid.add(result.pixels - reference, mammogram.pixels)
     description = f"{describe(args, restorer, noise)}; {RESEARCH_USE}"
     mammogram.write(job.target, pixels, description)
     height, width = mammogram.pixels.shape
@@ -336,6 +344,8 @@ def main() -> None:
             rows += restore_job(job, restorer, args)
         except UserError as error:
             if len(jobs) == 1:
+                with contextlib.suppress(OSError):
+                    args.out.rmdir()  # if there is nothing in it
                 raise
             failures.append(one_line(error))
     if rows:

@@ -75,14 +75,14 @@ class Grid:
         grid[row : row + self.size[0], column : column + self.size[1]] = scaled.clip(0, 1)
         return grid
 
-    def undo(self, grid: np.ndarray, image: np.ndarray) -> np.ndarray:
-        """Bring what lies on the grid (H, W) back to its box in a copy of `image`, its own pixels: bicubic scaling."""
+    def add(self, change: np.ndarray, image: np.ndarray) -> np.ndarray:
+        """Add a change on the grid (H, W) to a copy of `image`, in its own pixels: bicubic scaling, clamped to [0, 1]."""
         top, left, bottom, right = self.box
         row, column = self.offset
-        box = Image.fromarray(np.ascontiguousarray(grid[row : row + self.size[0], column : column + self.size[1]]))
+        box = Image.fromarray(np.ascontiguousarray(change[row : row + self.size[0], column : column + self.size[1]]))
         scaled = np.asarray(box.resize((right - left, bottom - top), Image.Resampling.BICUBIC))
         result = image.copy()
-        result[top:bottom, left:right] = scaled.clip(0, 1)
+        result[top:bottom, left:right] = (result[top:bottom, left:right] + scaled).clip(0, 1)
         return result
 
 

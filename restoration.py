@@ -21,6 +21,7 @@ from metrics import breast_mask
 from preprocessing.degrade import NoiseModel
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
+MARGIN = 32  # pixels by which an image is mirrored at its borders
 TILE_CROPS = 4  # sides of training crops that make the side of a tile
 PEAK_QUANTILE = 0.999  # of the breast's intensities: brought to full scale at most
 GUARD_WIDTH = 4.0  # pixels; sigma of the window in which a correction is weighed against the noise
@@ -203,7 +204,7 @@ def round_down(value: float, multiple: int) -> int:
     return int(value // multiple) * multiple
 
 
-# Restores a tile (1, C, h, w) whose first pixel is at (row, column) of the image.
+# Restores a tile (1, C, h, w) whose first pixel is at (row, column) of the image, less than 0 before its beginning.
 TileFunction = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
@@ -213,10 +214,12 @@ def restore_in_tiles(
     """Apply `function` to overlapping tiles of an image (1, C, H, W) and blend what it returns without seams.
 
     Where `function` at a pixel depends on less than a quarter of the overlap around it, the result is that of the whole
-    image. The overlap is a quarter of the tile, sides that are no multiple of `multiple` are padded by their border pixels.
+    image. The overlap is a quarter of the tile. The image is mirrored at its borders, by `MARGIN` and up to a multiple of
+    `multiple`: convolutions that ran into its end would draw lines along it.
     """
     height, width = image.shape[-2:]
-    padded = torch.nn.functional.pad(image, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+    beyond = [(MARGIN, MARGIN + -(side + 2 * MARGIN) % multiple) for side in (height, width)]
+    padded = torch.from_numpy(np.pad(image.numpy(), [(0, 0), (0, 0), *beyond], mode="reflect"))
     rows, columns = (
         tile_spans(size, side, max(4, side // 4), multiple) for size, side in zip(padded.shape[-2:], tile, strict=True)
     )
@@ -226,10 +229,10 @@ def restore_in_tiles(
         for column in columns:
             window = ..., slice(row.start, row.stop), slice(column.start, column.stop)
             share = row.weights[:, None] * column.weights
-            result[window] += function(padded[window], (row.start, column.start)) * share
+            result[window] += function(padded[window], (row.start - MARGIN, column.start - MARGIN)) * share
             bar.update()
     bar.close()
-    return result[..., :height, :width]
+    return result[..., MARGIN : MARGIN + height, MARGIN : MARGIN + width]
 
 
 # --- an image of its own noise ---------------------------------------------------------------------------------------

@@ -455,3 +455,19 @@ def test_half_of_a_pair_of_folders_is_refused(tmp_path):
     (tmp_path / "Full").mkdir()
     with pytest.raises(UserError, match="Full: stands alone"):
         folder_records(tmp_path, HPS_VQVAE["folder"])
+
+
+def test_a_change_on_the_grid_returns_to_the_image_s_own_pixels():
+    image = half_ellipse(height=300, width=200)
+    grid = Grid.fit(image, mask_of(image), (128, 96))
+    top, left, bottom, right = grid.box
+    assert np.array_equal(grid.add(np.zeros((128, 96), np.float32), image), image)
+    changed = grid.add(np.full((128, 96), 0.01, np.float32), image)
+    inside = np.zeros_like(image, bool)
+    inside[top:bottom, left:right] = True
+    np.testing.assert_allclose(changed[inside], (image[inside] + 0.01).clip(0, 1), atol=1e-6)
+    assert np.array_equal(changed[~inside], image[~inside])
+    wave = np.sin(np.arange(128) / 20)[:, None] * np.ones(96) * 0.1
+    rows = (np.arange(bottom - top) + 0.5) * grid.size[0] / (bottom - top) - 0.5 + grid.offset[0]
+    moved = grid.add(wave.astype(np.float32), np.full_like(image, 0.5))[top:bottom, left + 5]
+    np.testing.assert_allclose(moved[8:-8], 0.5 + 0.1 * np.sin(rows[8:-8] / 20), atol=2e-4)
