@@ -15,16 +15,17 @@ import numpy as np
 import pandas as pd
 import pydicom
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cache import PreparedCache
-from helper import DATA_IDENTITY, UserError, seed_of, seeded_generator, worker_count
+from helper import DATA_IDENTITY, SETTINGS_ADDED, UserError, seed_of, seeded_generator, worker_count
 from hps import HParams
 from images import find_images, is_dicom
 from phantom import generate_phantom
 from prepared import Prepared, Record, prepare_record
-from preprocessing.degrade import simulate_low_dose
+from preprocessing.degrade import NoiseModel, simulate_low_dose
 
 SPLITS = ("train", "validation", "test")
 LATENT_FORMAT = 1  # raised when the layout of a latent data set changes
@@ -54,12 +55,21 @@ class Meta:
 
 @dataclass
 class Batch:
-    """Clean and degraded images (N, C, H, W) in [0, 1], or latents of both; `mask` (N, 1, H, W) is True in the breast."""
+    """Clean and degraded images (N, C, H, W) in [0, 1], or latents of both; `mask` (N, 1, H, W) is True in the breast.
+
+    `level` (N,) is the noise level of each degraded image.
+    """
 
     clean: Tensor
     degraded: Tensor
     meta: list[Meta]
+    level: Tensor
     mask: Tensor | None = None
+
+    @property
+    def noise(self) -> NoiseModel:
+        """What degraded each image, as tensors (N, 1, 1, 1)."""
+        return NoiseModel.of_levels(self.level)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -70,13 +80,20 @@ class Batch:
             self,
             clean=self.clean.to(device, non_blocking=True),
             degraded=self.degraded.to(device, non_blocking=True),
+            level=self.level.to(device, non_blocking=True),
             mask=None if self.mask is None else self.mask.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> Batch:
         """The batch in pinned memory (called by DataLoader)."""
         mask = None if self.mask is None else self.mask.pin_memory()
-        return replace(self, clean=self.clean.pin_memory(), degraded=self.degraded.pin_memory(), mask=mask)
+        return replace(
+            self,
+            clean=self.clean.pin_memory(),
+            degraded=self.degraded.pin_memory(),
+            level=self.level.pin_memory(),
+            mask=mask,
+        )
 
     @classmethod
     def collate(cls, items: Sequence[Batch]) -> Batch:
@@ -86,6 +103,7 @@ class Batch:
             clean=torch.cat([item.clean for item in items]),
             degraded=torch.cat([item.degraded for item in items]),
             meta=[meta for item in items for meta in item.meta],
+            level=torch.cat([item.level for item in items]),
             mask=None if masks[0] is None else torch.cat(masks),
         )
 
@@ -216,21 +234,67 @@ class MammogramDataset(Dataset):
 
     def _sample(self, image: Prepared, meta: Meta, generator: torch.Generator) -> Batch:
         meta.info.update(image.info)
-        degraded = image.degraded
+        degraded, level = image.degraded, self.hps.noise_level
         if degraded is None:
-            degraded = simulate_low_dose(image.clean, self.hps.noise_level, generator)
-        return Batch(image.clean[None], degraded[None], [meta], image.mask[None])
+            if self.train and self.hps.noise_levels:
+                level = log_uniform(*self.hps.noise_levels, generator)
+            degraded = simulate_low_dose(image.clean, level, generator)
+        return Batch(image.clean[None], degraded[None], [meta], torch.tensor([float(level)]), image.mask[None])
 
     def _augment(self, image: Prepared, generator: torch.Generator) -> Prepared:
         """A random crop, mirrored half of the time; its noise is drawn after it."""
         parts = [image.clean, image.mask, image.clean if image.degraded is None else image.degraded]
         if size := self.hps.crop_size:
-            row, column = draw_crop(image.mask[0], size, 1, self.hps.breast_fraction, generator)
-            parts = [part[:, row : row + size, column : column + size] for part in parts]
-        if self.hps.flip and torch.rand((), generator=generator) < 0.5:
+            side = size
+            if image.degraded is None and self.hps.scale_range[0] < self.hps.scale_range[1]:
+                # half of the crops keep their pixels; a measured low dose would lose its noise
+                factor = log_uniform(*self.hps.scale_range, generator)
+                side = size if torch.rand((), generator=generator) < 0.5 else round(size / factor)
+            short = [max(0, side - length) for length in image.mask.shape[-2:]]
+            parts = [F.pad(part, (0, short[1], 0, short[0])) for part in parts]
+            row, column = draw_crop(parts[1][0], side, 1, self.hps.breast_fraction, generator)
+            parts = [part[:, row : row + side, column : column + side] for part in parts]
+            if side != size:
+                parts = [_resized(part, size) for part in parts]
+        if self.hps.dihedral:
+            orientation = int(torch.randint(8, (), generator=generator))
+            parts = [oriented(part, orientation) for part in parts]
+        elif self.hps.flip and torch.rand((), generator=generator) < 0.5:
             parts = [part.flip(-1) for part in parts]
         clean, mask, degraded = parts
         return Prepared(clean, mask, None if image.degraded is None else degraded)
+
+
+def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
+    """A draw between `low` and `high`, both above 0, uniform in its logarithm."""
+    return low * (high / low) ** float(torch.rand((), generator=generator))
+
+
+def oriented(image: Tensor, orientation: int) -> Tensor:
+    """Orientation 0..7 of an image (..., H, W): mirrored by the lowest bit, upside down by the next, transposed by the third.
+
+    0 is the image itself.
+    """
+    if orientation & 1:
+        image = image.flip(-1)
+    if orientation & 2:
+        image = image.flip(-2)
+    return image.transpose(-1, -2) if orientation & 4 else image
+
+
+def upright(image: Tensor, orientation: int) -> Tensor:
+    """Inverse of `oriented`."""
+    if orientation & 4:
+        image = image.transpose(-1, -2)
+    if orientation & 2:
+        image = image.flip(-2)
+    return image.flip(-1) if orientation & 1 else image
+
+
+def _resized(image: Tensor, side: int) -> Tensor:
+    """A square crop (C, H, H) at `side` pixels a side, antialiased; a mask stays one."""
+    resized = F.interpolate(image[None].float(), size=(side, side), mode="bilinear", antialias=True)[0]
+    return resized > 0.5 if image.dtype == torch.bool else resized.clamp(0, 1)
 
 
 def draw_crop(
@@ -281,6 +345,9 @@ class RecordDataset(MammogramDataset):
     ):
         super().__init__(hps, split, seed)
         self.records, self.cache = list(records), cache
+        self.phantoms = (
+            PhantomDataset(hps.updated(phantom_counts=[hps.phantoms] * 3), split, seed) if self.train else None
+        )
 
     @property
     def noise(self) -> str:
@@ -289,13 +356,19 @@ class RecordDataset(MammogramDataset):
         return "real low-dose pairs" if real else super().noise
 
     def image_count(self) -> int:
-        return len(self.records)
+        return len(self.records) + (self.phantoms.image_count() if self.train else 0)
 
     def prepare(self, index: int) -> Prepared:
+        if index >= len(self.records):
+            return self.phantoms.prepare(index - len(self.records))
         record = self.records[index]
-        return prepare_record(record, self.hps.image_shape) if self.cache is None else self.cache.load(record)
+        if self.cache is None:
+            return prepare_record(record, self.hps.image_shape, self.hps.native)
+        return self.cache.load(record)
 
     def meta(self, index: int, key: SampleKey) -> Meta:
+        if index >= len(self.records):
+            return self.phantoms.meta(index - len(self.records), key)
         record = self.records[index]
         return Meta(record.key, key, record.patient, dict(record.info))
 
@@ -490,7 +563,11 @@ def load_datasets(args: argparse.Namespace, hps: HParams, *splits: str) -> list[
     Prepared images are kept in --cache; by default not under --no-save, nor where `cache_images` keeps them in memory.
     """
     cache = args.cache
-    if cache is None and not (args.no_cache or args.no_save or hps.cache_images):
+    if cache is not None and hps.native:
+        raise UserError(
+            f"--cache {cache}: keeps images on the training grid, but native=True takes them as they are; leave it out"
+        )
+    if cache is None and not (args.no_cache or args.no_save or hps.cache_images or hps.native):
         cache = Path("cache")
     return get_datasets(
         args.task, hps, splits, args.data_root, args.seed,
@@ -541,9 +618,10 @@ class LatentDataset(Dataset):
         """Raises UserError unless the latents come from the first stage with this digest, of checkpoint `path`, and from
         the images, split and noise level of the settings."""
         for key in DATA_IDENTITY:
-            if self.index["hps"].get(key) != self.hps[key]:
+            own = self.index["hps"].get(key, SETTINGS_ADDED.get(key))
+            if own != self.hps[key]:
                 raise UserError(
-                    f"--latents {self.root}: extracted with {key}={self.index['hps'].get(key)}, but this run has "
+                    f"--latents {self.root}: extracted with {key}={own}, but this run has "
                     f"{self.hps[key]}; extract them again or set --hps {key}"
                 )
         if self.index["first_stage"] != digest:
@@ -581,7 +659,7 @@ class LatentDataset(Dataset):
                 window = slice(row, row + self.crop), slice(column, column + self.crop)
         clean = torch.from_numpy(self.clean[image][(slice(None), *window)].astype(np.float32))
         degraded = torch.from_numpy(self.degraded[image, realisation][(slice(None), *window)].astype(np.float32))
-        return Batch(clean[None], degraded[None], [meta])
+        return Batch(clean[None], degraded[None], [meta], torch.tensor([float(self.hps.noise_level)]))
 
 
 def read_latent_index(root: Path) -> dict:

@@ -23,6 +23,11 @@ from tqdm import tqdm
 
 from helper import seeded_generator
 
+NOISE_STEP = 100.0  # timesteps that an octave of the noise level counts as in its embedding
+WIENER_TAPS = 5  # side, in latents, of the neighbourhood that the linear estimate looks at
+WIENER_LEVELS = 5  # noise levels between the least and the greatest at which it is fitted
+LOCAL_RADIUS = 4  # latents; radius of the box whose mean, taken twice, is the local mean
+OUTLIER = 16.0  # mean square, in units of the noise's, from which on what the linear estimate takes away is no noise
 WHITENED_LIMIT = 4.0  # standard deviations; what the network sees of the whitened conditioning latent
 
 
@@ -143,7 +148,8 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """The latent-diffusion UNet (Rombach et al., 2022): (N, in_channels, H, W), timesteps (N,) to (N, out_channels, H, W).
 
-    Constructor words as in `hps.py`. Sides that are no multiple of 2**(levels - 1) are padded inside and cropped.
+    Constructor words as in `hps.py`. Sides that are no multiple of 2**(levels - 1) are padded inside and cropped. With
+    `noise_conditioning` the logarithm of the noise level (N,), to the base 2, is embedded like a timestep and added to it.
     """
 
     def __init__(
@@ -157,6 +163,7 @@ class UNet(nn.Module):
         num_head_channels: int = 64,
         dropout: float = 0.0,
         use_checkpoint: bool = True,
+        noise_conditioning: bool = False,
     ):
         super().__init__()
         self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
@@ -164,6 +171,9 @@ class UNet(nn.Module):
         self.stride = 2 ** (len(channel_mult) - 1)
         emb = 4 * model_channels
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.noise_embed = None
+        if noise_conditioning:
+            self.noise_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), _zero(nn.Linear(emb, emb)))
 
         def stage(channels: int, out: int, level: int) -> list[nn.Module]:
             attention = [AttentionBlock(out, num_head_channels)] if level in attention_levels else []
@@ -223,10 +233,12 @@ class UNet(nn.Module):
                 h = layer(h, emb)
         return h
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, log_level: Tensor | None = None) -> Tensor:
         height, width = x.shape[-2:]
         h = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
         emb = self.time_embed(timestep_embedding(t, self.model_channels))
+        if self.noise_embed is not None:
+            emb = emb + self.noise_embed(timestep_embedding(NOISE_STEP * log_level, self.model_channels))
         skips = []
         for layers in self.input_blocks:
             h = self._run(layers, h, emb)
@@ -244,12 +256,33 @@ def make_betas(schedule: str, timesteps: int, linear_start: float, linear_end: f
     return torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2
 
 
+def local_mean(x: Tensor) -> Tensor:
+    """Mean of (N, C, H, W) around every position: a box of radius `LOCAL_RADIUS`, twice, borders repeated."""
+    for _ in range(2):
+        x = F.avg_pool2d(F.pad(x, (LOCAL_RADIUS,) * 4, mode="replicate"), 2 * LOCAL_RADIUS + 1, stride=1)
+    return x
+
+
 @dataclass
 class Prediction:
     """What the network's output says about x_t, in float32."""
 
     x_start: Tensor  # (N, C, H, W): the clean latent, normalised
     eps: Tensor  # (N, C, H, W): the noise in x_t
+
+
+@dataclass
+class ConditioningView:
+    """What the network is shown of a degraded latent, and what it adds to."""
+
+    seen: Tensor  # (N, C', H, W): its input beside x_t
+    base: Tensor | None  # (N, C, H, W): the degraded latent or a linear estimate; None for the plain network
+    log_level: Tensor  # (N,): logarithm of the noise level, to the base 2
+
+
+def _compressed(x: Tensor) -> Tensor:
+    """2 asinh(x / 2): 50 standard deviations still tell where an edge is, and do not drown the rest."""
+    return 2 * torch.asinh(x / 2)
 
 
 @dataclass
@@ -274,7 +307,11 @@ class LatentDiffusion(nn.Module):
     (C + s^2)^(-1/2) c with C the covariance of clean latents and s the rms of the degradation, and what x_t says beyond c,
     (x_t - sqrt(abar_t) c) / sqrt(abar_t s^2 + 1 - abar_t), both of unit variance, the former clamped. It predicts the
     degradation in units of s: x_start = c - s F, hence eps = (x_t - sqrt(abar_t) x_start) / sqrt(1 - abar_t): it adds to the
-    noise that c implies. With "none" it sees x_t and c and predicts eps, v or x_start itself.
+    noise that c implies. With "wiener" it adds to a linear estimate instead: c less what a filter takes for noise, fitted by
+    least squares at several noise levels to what the degraded latent deviates from its local mean; where that is far more
+    than the noise, as on an edge, c stands. The network then sees, beside x_t, those deviations and the local mean, whitened,
+    and what the filter took for noise: three times the channels of the latent; s is the rms error of the linear estimate at
+    the noise level of the image. With "none" it sees x_t and c and predicts eps, v or x_start itself.
 
     `loss_weighting` multiplies L_simple (Hang et al., 2023, arXiv:2303.09556): "latent" gives every t the same weight in
     the error of the clean latent, over s^2 (for eps: 1 / SNR); "min_snr" gives it the weight min(SNR, 5); "none" is L_simple.
@@ -294,11 +331,13 @@ class LatentDiffusion(nn.Module):
         original_elbo_weight: float = 0.0,
         learn_logvar: bool = False,
         latent_channels: int | None = None,
+        noise_level: float = 0.2,
+        noise_levels: Sequence[float] = (),
     ):
         super().__init__()
         for name, value, words in (
             ("parameterization", parameterization, ("eps", "v", "x0")),
-            ("precondition", precondition, ("conditioning", "none")),
+            ("precondition", precondition, ("conditioning", "wiener", "none")),
             ("loss_weighting", loss_weighting, ("latent", "min_snr", "none")),
         ):
             if value not in words:
@@ -325,6 +364,15 @@ class LatentDiffusion(nn.Module):
         self.register_buffer(
             "whitening", torch.eye(channels)
         )  # of degraded normalised latents, for the network's input
+        self.noise_level = noise_level  # of images whose level is not given
+        low, high = noise_levels or (noise_level, noise_level)
+        if precondition == "wiener":
+            knots = WIENER_LEVELS if high > low else 1
+            taps = WIENER_TAPS**2 * channels
+            self.register_buffer("log_levels", torch.linspace(math.log2(low), math.log2(high), knots))
+            self.register_buffer("local_whitening", torch.eye(channels))  # of deviations from the local mean
+            self.register_buffer("noise_filter", torch.zeros(knots, channels, taps))  # deviations to the noise in them
+            self.register_buffer("wiener_error", torch.ones(knots))  # rms error of the estimate, in normalised latents
         self.logvar = nn.Parameter(torch.zeros(timesteps), requires_grad=learn_logvar)
 
     def normalize(self, z: Tensor) -> Tensor:
@@ -336,12 +384,17 @@ class LatentDiffusion(nn.Module):
         return x * self.latent_scale + self.latent_shift[:, None, None]
 
     @torch.no_grad()
-    def measure_statistics(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def measure_statistics(
+        self, pairs: Iterable[tuple[Tensor, Tensor]], levels: Sequence[Tensor] | None = None
+    ) -> None:
         """Set shift, scale and degradation scale from (clean, degraded) first-stage latents, each (N, C, H, W).
 
-        Raises ValueError where there are none or the latents are constant.
+        With `precondition="wiener"` the linear estimate too, at the noise `levels` (N,) of each pair; None: all at
+        `noise_level`. Raises ValueError where there are none or the latents are constant.
         """
         count, total, square, noise = 0, 0.0, 0.0, 0.0
+        if self.precondition == "wiener":
+            pairs = list(pairs)  # its filter is fitted to what is normalised by all of them
         for clean, degraded in pairs:
             vectors = clean.double().transpose(0, 1).flatten(1)
             count += vectors.shape[1]
@@ -361,24 +414,126 @@ class LatentDiffusion(nn.Module):
         self.degradation_scale.copy_(rms)
         values, vectors = torch.linalg.eigh(covariance / variance)
         self.whitening.copy_((vectors * (values.clamp(min=0) + rms**2).rsqrt()) @ vectors.t())
+        if self.precondition == "wiener":
+            levels = levels or [torch.full((len(clean),), self.noise_level) for clean, _ in pairs]
+            self._fit_wiener([(self.normalize(c), self.normalize(d)) for c, d in pairs], levels)
+
+    def _fit_wiener(self, pairs: list[tuple[Tensor, Tensor]], levels: Sequence[Tensor]) -> None:
+        """Fit the linear estimate and measure its error on (clean, degraded) normalised latents.
+
+        Weighted least squares from the neighbourhoods of deviations from the local mean to the noise, every position
+        counting in inverse proportion to its own energy: edges are rare and large, and not what the filter is for.
+        """
+        knots, channels, taps = self.noise_filter.shape
+        gram = torch.zeros(knots, taps, taps, dtype=torch.float64)
+        cross = torch.zeros(knots, channels, taps, dtype=torch.float64)
+        second = torch.zeros(channels, channels, dtype=torch.float64)
+        floor = self.degradation_scale**2
+        for (clean, degraded), level in zip(pairs, levels, strict=True):
+            mean = local_mean(degraded)
+            rows = F.unfold(degraded - mean, WIENER_TAPS, padding=WIENER_TAPS // 2)
+            noise = (degraded - clean).flatten(2)
+            deviations = (degraded - mean).flatten(2)
+            weight = floor / (floor + rows.square().mean(1, keepdim=True))
+            share = self._knots(level)
+            for i in range(len(rows)):
+                weighted = rows[i] * weight[i]
+                a, b = weighted @ rows[i].t(), noise[i] @ weighted.t()
+                second += ((deviations[i] * weight[i]) @ deviations[i].t()).double().cpu() / (
+                    weight[i].sum().cpu() + 1e-12
+                )
+                for knot in share[i].nonzero().flatten().tolist():
+                    gram[knot] += float(share[i, knot]) * a.double().cpu()
+                    cross[knot] += float(share[i, knot]) * b.double().cpu()
+        # the latent fills but some directions of its channels: a ridge keeps the others at zero
+        ridge = 1e-4 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(taps, dtype=torch.float64)
+        solution = torch.linalg.solve(gram + ridge + 1e-12 * torch.eye(taps), cross.transpose(1, 2)).transpose(1, 2)
+        self.noise_filter.copy_(solution)
+        values, vectors = torch.linalg.eigh(second / max(1, sum(len(level) for level in levels)))
+        least = 0.1 * values.clamp(min=0).mean() + 1e-12  # directions that the latent hardly fills stay small
+        self.local_whitening.copy_((vectors * (values.clamp(min=0) + least).rsqrt()) @ vectors.t())
+        error, shares = torch.zeros(knots), torch.zeros(knots)
+        for (clean, degraded), level in zip(pairs, levels, strict=True):
+            share = self._knots(level).cpu()
+            base = self._view(degraded, level.log2()).base
+            squared = (base - clean).square().mean((1, 2, 3))
+            error += share.t() @ squared.cpu()
+            shares += share.sum(0)
+        mean_error = (error / shares.clamp(min=1e-6)).clamp(min=1e-8)
+        self.wiener_error.copy_(torch.where(shares > 0, mean_error, floor.cpu()).sqrt())
+
+    def _log_level(self, x: Tensor, level: Tensor | None) -> Tensor:
+        """Logarithm of the noise levels (N,), those of `noise_level` where they are None."""
+        if level is None:
+            level = torch.full((len(x),), self.noise_level, device=x.device)
+        return level.float().log2()
+
+    def _knots(self, level: Tensor) -> Tensor:
+        """Shares (N, knots) of the fitted noise levels in levels (N,): linear between the two nearest in the logarithm."""
+        knots = self.log_levels
+        if len(knots) == 1:
+            return torch.ones(len(level), 1, device=knots.device)
+        place = (level.to(knots).log2() - knots[0]) / (knots[1] - knots[0])
+        place = place.clamp(0, len(knots) - 1)
+        return (1 - (place[:, None] - torch.arange(len(knots), device=knots.device)).abs()).clamp(min=0)
+
+    def _linear_noise(self, cond: Tensor, log_level: Tensor) -> Tensor:
+        """What the linear filter takes for noise in the degraded latent (N, C, H, W), normalised."""
+        share = self._knots(log_level.exp2())
+        filters = torch.einsum("nk,kct->nct", share, self.noise_filter)
+        filters = filters.unflatten(2, (cond.shape[1], WIENER_TAPS, WIENER_TAPS)).flatten(0, 1)
+        n, c, h, w = cond.shape
+        deviations = F.pad(cond - local_mean(cond), (WIENER_TAPS // 2,) * 4, mode="replicate")
+        return F.conv2d(deviations.flatten(0, 1)[None], filters, groups=n).view(n, c, h, w)
+
+    def _wiener(self, cond: Tensor, noise: Tensor) -> Tensor:
+        """The estimate of the clean latent that the degraded one (N, C, H, W) and the noise seen in it make."""
+        excess = noise.square().mean(1, keepdim=True) / (OUTLIER * self.degradation_scale**2)
+        return cond - noise * (1 - excess).clamp(min=0).square()  # the biweight of Beaton and Tukey (1974)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise (Ho et al., 2020, eq. 4)."""
         abar = _at(self.alphas_cumprod, t)
         return abar.sqrt() * x_start + (1 - abar).sqrt() * noise
 
-    def _network(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        if self.precondition == "conditioning":
-            abar = _at(self.alphas_cumprod, t)
-            x = (x - abar.sqrt() * cond) / (abar * self.degradation_scale**2 + 1 - abar).sqrt()
-            # unclamped, one bright speck or film edge shifts the GroupNorm statistics, and with them the whole image
-            cond = F.conv2d(cond, self.whitening[:, :, None, None]).clamp(-WHITENED_LIMIT, WHITENED_LIMIT)
-        return self.model(torch.cat([x, cond], dim=1), t).float()
+    def _scale(self, log_level: Tensor) -> Tensor:
+        """Rms error of what the network adds to, in normalised latents (N, 1, 1, 1)."""
+        if self.precondition == "wiener":
+            return (self._knots(log_level.exp2()) @ self.wiener_error.log()).exp()[:, None, None, None]
+        return self.degradation_scale
 
-    def _x_start(self, output: Tensor, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def _view(self, cond: Tensor, log_level: Tensor) -> ConditioningView:
+        """How the network meets a degraded latent (N, C, H, W), normalised."""
+        with torch.autocast(cond.device.type, enabled=False):
+            if self.precondition == "none":
+                return ConditioningView(cond, None, log_level)
+            if self.precondition == "conditioning":
+                # unclamped, one bright speck or film edge shifts the GroupNorm statistics, and with them the whole image
+                seen = F.conv2d(cond, self.whitening[:, :, None, None]).clamp(-WHITENED_LIMIT, WHITENED_LIMIT)
+                return ConditioningView(seen, cond, log_level)
+            mean, noise = local_mean(cond), self._linear_noise(cond, log_level)
+            fine = F.conv2d(cond - mean, self.local_whitening[:, :, None, None])
+            coarse = F.conv2d(mean, self.whitening[:, :, None, None])
+            # next to an edge the deviations are too large to show noise; what the filter took for it reaches less far
+            seen = torch.cat([_compressed(fine) + coarse, _compressed(noise / self.degradation_scale)], dim=1)
+            return ConditioningView(seen, self._wiener(cond, noise), log_level)
+
+    def _network(self, x: Tensor, t: Tensor, view: ConditioningView) -> Tensor:
+        if view.base is not None:
+            abar = _at(self.alphas_cumprod, t)
+            x = (x - abar.sqrt() * view.base) / (abar * self._scale(view.log_level) ** 2 + 1 - abar).sqrt()
+        told = (view.log_level,) if self.model_knows_noise else ()
+        return self.model(torch.cat([x, view.seen], dim=1), t, *told).float()
+
+    @property
+    def model_knows_noise(self) -> bool:
+        """Whether the network is told the noise level."""
+        return getattr(self.model, "noise_embed", None) is not None
+
+    def _x_start(self, output: Tensor, x: Tensor, t: Tensor, view: ConditioningView) -> Tensor:
         """The clean latent that a network output stands for."""
-        if self.precondition == "conditioning":
-            return cond - self.degradation_scale * output
+        if view.base is not None:
+            return view.base - self._scale(view.log_level) * output
         abar = _at(self.alphas_cumprod, t)
         if self.parameterization == "eps":
             return (x - (1 - abar).sqrt() * output) / abar.sqrt()
@@ -386,29 +541,36 @@ class LatentDiffusion(nn.Module):
             return abar.sqrt() * x - (1 - abar).sqrt() * output
         return output
 
-    def predict(self, x: Tensor, t: Tensor, cond: Tensor) -> Prediction:
-        """Clean latent and noise predicted from x_t (N, C, H, W), t (N,) and the conditioning latent, all normalised."""
+    def predict(self, x: Tensor, t: Tensor, cond: Tensor, level: Tensor | None = None) -> Prediction:
+        """Clean latent and noise predicted from x_t (N, C, H, W), t (N,) and the conditioning latent, all normalised.
+
+        `level` (N,) is the noise level of the degraded images; None: `noise_level`.
+        """
         x, cond = x.float(), cond.float()
-        output = self._network(x, t, cond)
-        x_start = self._x_start(output, x, t, cond)
+        view = self._view(cond, self._log_level(x, level))
+        output = self._network(x, t, view)
+        x_start = self._x_start(output, x, t, view)
         if self.precondition == "none" and self.parameterization == "eps":
             return Prediction(x_start, output)
         abar = _at(self.alphas_cumprod, t)
         return Prediction(x_start, (x - abar.sqrt() * x_start) / (1 - abar).sqrt())
 
-    def p_losses(self, x_start: Tensor, cond: Tensor, t: Tensor, noise: Tensor) -> DiffusionLoss:
+    def p_losses(
+        self, x_start: Tensor, cond: Tensor, t: Tensor, noise: Tensor, level: Tensor | None = None
+    ) -> DiffusionLoss:
         """Loss at timesteps t (N,) for normalised clean and conditioning latents and unit noise, all (N, C, H, W).
 
         L_simple is Ho et al. (2020), eq. 14, on what `parameterization` names; a squared error of the clean latent counts
         SNR times in eps, SNR + 1 times in v, once in x0.
         """
         x = self.q_sample(x_start, t, noise)
-        output = self._network(x, t, cond)
+        view = self._view(cond, self._log_level(x, level))
+        output = self._network(x, t, view)
         abar = self.alphas_cumprod[t]
         snr = abar / (1 - abar)
         factor = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[self.parameterization]
-        if self.precondition == "conditioning":
-            latent_error = (self._x_start(output, x, t, cond) - x_start).square().mean((1, 2, 3))
+        if view.base is not None:
+            latent_error = (self._x_start(output, x, t, view) - x_start).square().mean((1, 2, 3))
             simple = factor * latent_error
         else:
             target = {"eps": noise, "x0": x_start}.get(self.parameterization)
@@ -418,7 +580,7 @@ class LatentDiffusion(nn.Module):
             simple = (output - target).square().mean((1, 2, 3))
             latent_error = simple / factor
         weight = {
-            "latent": 1 / (factor * self.degradation_scale**2),
+            "latent": 1 / (factor * self._scale(view.log_level).flatten() ** 2),
             "min_snr": snr.clamp(max=5) / factor,
             "none": torch.ones_like(snr),
         }[self.loss_weighting]
@@ -478,10 +640,12 @@ class DDIMSampler:
         eta: float = 0.0,
         draw: Callable[[], Tensor] | None = None,
         progress: bool = False,
+        level: Tensor | None = None,
     ) -> Tensor:
         """Sample clean latents given conditioning latents, both (N, C, H, W) and normalised.
 
         Args:
+            level: noise level of the degraded images (N,), for a model that wants it.
             x_T: unit Gaussian noise to start from, like cond.
             steps: number of network evaluations.
             eta: 0 is deterministic, 1 has the variance of the ancestral sampler.
@@ -497,7 +661,8 @@ class DDIMSampler:
         previous = F.pad(abars[1:], (0, 1), value=self.final_alpha_cumprod)
         x = x_T
         for i, t in enumerate(tqdm(schedule.tolist(), desc="DDIM", leave=False, disable=not progress)):
-            prediction = self.model.predict(x, torch.full((len(x),), t, device=x.device), cond)
+            told = () if level is None else (level,)
+            prediction = self.model.predict(x, torch.full((len(x),), t, device=x.device), cond, *told)
             x = self.step(x, prediction, abars[i], previous[i], eta, draw() if eta > 0 else None)
         return x
 
@@ -538,19 +703,22 @@ def sample_latents(
     origin: tuple[int, int] = (0, 0),
     first_draw: int = 0,
     progress: bool = False,
+    level: Tensor | None = None,
+    orient: Callable[[Tensor], Tensor] = lambda noise: noise,
 ) -> Tensor:
     """DDIM samples of normalised latents given normalised conditioning latents (N, C, H, W), one noise field an image.
 
     `origin` is the place of the latents' first row and column on the field; sample k of an image has its own draws with
-    `first_draw` = k * (steps + 1).
+    `first_draw` = k * (steps + 1). `orient` turns the noise into the latents' orientation, of which `origin` knows nothing.
     """
     draws = itertools.count(first_draw)
+    size = orient(cond[:1, :1]).shape[-2:]  # a transposition is its own inverse
 
     def draw() -> Tensor:
         number = next(draws)
-        return torch.stack([field.window(number, *origin, *cond.shape[-2:], cond.device) for field in fields])
+        return orient(torch.stack([field.window(number, *origin, *size, cond.device) for field in fields]))
 
-    return DDIMSampler(model, spacing).sample(cond, draw(), steps, eta, draw, progress)
+    return DDIMSampler(model, spacing).sample(cond, draw(), steps, eta, draw, progress, level)
 
 
 class LitEma(nn.Module):

@@ -26,6 +26,11 @@ from torch import Tensor, nn
 
 from hps import HParams, apply_overrides
 
+# Settings that came after the first checkpoints, at what those were trained with.
+SETTINGS_ADDED = {
+    "noise_levels": [], "stabilize": False, "dihedral": False, "native": False, "scale_range": [1.0, 1.0], "phantoms": 0,
+    "noise_conditioning": False, "views": 1,
+}  # fmt: skip
 CHECKPOINT_FORMAT = 1  # raised when the layout of a checkpoint changes
 _ROOT = Path(__file__).resolve().parent
 
@@ -289,7 +294,7 @@ def load_checkpoint(path: Path, kind: str, *, lazily: bool = False) -> Checkpoin
         )
     del payload["format_version"]
     try:
-        payload["hps"] = HParams(payload["hps"])
+        payload["hps"] = HParams(SETTINGS_ADDED | payload["hps"])
         return Checkpoint(**payload)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: parts of the checkpoint are missing; use the one before it") from None
@@ -402,7 +407,8 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str
 # Entries that say which images there are and which split they are in: stage 2 takes them from its first stage's checkpoint,
 # so that no image tested on was trained on by either.
 DATA_IDENTITY = (
-    "image_shape", "noise_level", "split", "abnormality", "split_csv", "patient_pattern", "validation_fraction",
+    "image_shape", "noise_level", "native", "stabilize", "split", "abnormality", "split_csv", "patient_pattern",
+    "validation_fraction",
     "test_fraction", "phantom_counts",
 )  # fmt: skip
 

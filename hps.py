@@ -44,10 +44,19 @@ class HParams(dict):
 _DATA = HParams(
     image_shape=[1, 1024, 768],  # C, H, W of the training grid: the breast is scaled onto it, never stretched
     noise_level=0.2,  # low-dose degradation: 1000 / noise_level quanta at full scale, electronic sigma 0.05 * noise_level
+    noise_levels=[],  # least and greatest level of training samples, drawn log-uniformly; empty: noise_level alone
+    stabilize=False,  # work in units of the noise's standard deviation (generalised Anscombe); one model serves all levels
     crop_size=0,  # side of the square training crops in pixels, best a multiple of the product of scaling_rates; 0: whole images
     crops_per_image=1,  # crops drawn from each image in an epoch
     breast_fraction=0.5,  # a training crop holds at least this fraction of breast (best of 8 draws)
     flip=True,  # mirror training images left-right at random (the two breasts are mirror images)
+    dihedral=False,  # turn training crops into any of the eight orientations of a square
+    native=False,  # images at their own pixels, cut to the breast, not scaled onto the training grid
+    scale_range=[
+        1.0,
+        1.0,
+    ],  # training crops are resized by a factor between these, drawn log-uniformly, half of the time
+    phantoms=0,  # folder: phantoms at the size of image_shape, added to the training images for their calcifications
     cache_images=False,  # keep prepared images in memory after their first use (small sets only)
     nb_workers=4,  # data loader processes
     split="patient",  # cbis-ddsm: `patient` keeps the official split with shared patients out of train; `official` as is
@@ -125,13 +134,15 @@ HPS_DIFFUSION["cbis-ddsm"] = HParams(
         original_elbo_weight=0.0,  # weight of the variational bound (VLB); 0: disabled
         learn_logvar=False,  # learn a log-variance per timestep that scales L_simple
         parameterization="eps",  # what the network predicts: `eps`, `v` or `x0`
-        precondition="conditioning",  # add to what the conditioning latent implies; `none`: the plain network (see README)
+        precondition="conditioning",  # add to what the conditioning latent implies, `wiener`: to a linear estimate; `none`: plain
+        noise_conditioning=False,  # tell the UNet the noise level; needed where noise_levels names a range
         loss_weighting="latent",  # weight of L_simple over t: `latent` (1/SNR for eps), `min_snr`, or `none` (plain L_simple)
         timestep_sampling="uniform",  # distribution of training timesteps: `uniform` or `stratified` (lower variance)
         ema_decay=0.9999,  # EMA of the UNet's weights, warmed up as min(decay, (1 + n) / (10 + n))
         ddim_steps=50,  # DDIM sampling steps
         ddim_eta=0.0,  # DDIM eta; 0: deterministic
         ddim_spacing="leading",  # timesteps of the sampler: `leading` (LDM) or `trailing` (starts at T - 1)
+        views=1,  # orientations of an image (of 8) whose restorations are averaged; each is one more network evaluation a step
         statistics_batches=32,  # batches from which the latent's shift and scale are measured, once
         amp=True,  # mixed precision on CUDA
     )
@@ -203,17 +214,63 @@ HPS_DIFFUSION["folder-small"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     validation_frequency=3,
 )
 
+# The model in the box (weights/): real mammograms at their own pixels and phantoms, all noise levels, two CPU cores.
+_MAMMOGRAM = dict(
+    native=True,
+    stabilize=True,
+    noise_levels=[0.04, 1.25],
+    crop_size=96,
+    crops_per_image=16,
+    breast_fraction=0.6,
+    dihedral=True,
+    scale_range=[0.5, 1.5],
+    phantoms=18,
+    cache_images=True,
+    nb_workers=0,
+    batch_size=8,
+    warmup_steps=50,
+)
+HPS_VQVAE["mammogram"] = HPS_VQVAE["cbis-ddsm"].updated(
+    **_MAMMOGRAM,
+    hidden_channels=32,
+    res_channels=16,
+    embed_dim=32,
+    scaling_rates=[2, 2, 2, 2, 2],
+    max_epochs=3,
+)
+HPS_DIFFUSION["mammogram"] = HPS_DIFFUSION["cbis-ddsm"].updated(
+    **_MAMMOGRAM,
+    in_channels=96,
+    out_channels=32,
+    model_channels=64,
+    channel_mult=[1, 2, 2],
+    num_res_blocks=1,
+    attention_levels=[],
+    use_checkpoint=False,
+    learning_rate=1e-3,
+    timestep_sampling="stratified",
+    precondition="wiener",
+    noise_conditioning=True,
+    ema_decay=0.999,
+    ddim_steps=10,  # samples have collapsed onto the mean: more tell nothing
+    views=8,
+    max_epochs=42,
+    statistics_batches=32,
+    validation_frequency=7,
+    image_frequency=21,
+)
+
 TASKS = tuple(HPS_VQVAE)
 
 # Entries that fix the shapes of the weights: a checkpoint's own values always hold.
 ARCHITECTURE_VQVAE = (
     "in_channels", "hidden_channels", "res_channels", "nb_res_layers", "nb_levels", "scaling_rates", "embed_dim",
-    "nb_entries", "residual_type",
+    "nb_entries", "residual_type", "stabilize",
 )  # fmt: skip
 ARCHITECTURE_DIFFUSION = (
     "timesteps", "beta_schedule", "linear_start", "linear_end", "in_channels", "out_channels", "model_channels",
     "channel_mult", "num_res_blocks", "attention_levels", "num_head_channels", "parameterization", "precondition",
-    "learn_logvar",
+    "noise_conditioning", "learn_logvar",
 )  # fmt: skip
 
 # Entries that take one of a few words.
@@ -226,7 +283,7 @@ CHOICES = {
     "beta_schedule": ("linear",),
     "conditioning": ("concat",),
     "parameterization": ("eps", "v", "x0"),
-    "precondition": ("conditioning", "none"),
+    "precondition": ("conditioning", "wiener", "none"),
     "loss_weighting": ("latent", "min_snr", "none"),
     "timestep_sampling": ("uniform", "stratified"),
     "ddim_spacing": ("leading", "trailing"),
@@ -241,10 +298,10 @@ def _parse(key: str, text: str, default: Any) -> Any:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         if kind is list:
             value = json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
-            item = type(default[0]) if default else int
-            if not all(type(v) in (int, item) for v in value):
+            item = type(default[0]) if default else None  # an empty list takes whole numbers and fractions
+            if not all(type(v) in (int, item or float) for v in value):
                 raise ValueError(text)
-            return [item(v) for v in value]
+            return [item(v) if item else v for v in value]
         return kind(text)
     except (ValueError, KeyError):
         wanted = f"a list such as {json.dumps(default)}" if kind is list else f"of type {kind.__name__}"
@@ -288,7 +345,7 @@ def check(hps: HParams) -> None:
         if key in hps and not hps[key] > 0:
             raise ValueError(f"--hps {key}={hps[key]}: must be greater than 0")
     non_negative = ("mini_batch_size", "crop_size", "nb_workers", "warmup_steps", "nb_res_layers", "beta",
-                    "grad_clip_norm", "weight_decay", "ddim_eta", "revive_threshold", "noise_level")  # fmt: skip
+                    "grad_clip_norm", "weight_decay", "phantoms", "ddim_eta", "revive_threshold", "noise_level")  # fmt: skip
     for key in non_negative:
         if key in hps and not hps[key] >= 0:
             raise ValueError(f"--hps {key}={hps[key]}: must not be negative")
@@ -306,6 +363,18 @@ def check(hps: HParams) -> None:
         raise ValueError(f"--hps image_shape={hps.image_shape}: must be channels, height, width")
     if len(hps.phantom_counts) != 3 or min(hps.phantom_counts) < 1:
         raise ValueError(f"--hps phantom_counts={hps.phantom_counts}: must be three counts: train, validation, test")
+    for key in ("noise_levels", "scale_range"):
+        pair = hps[key]
+        if pair and (len(pair) != 2 or not 0 < pair[0] <= pair[1]) or (key == "scale_range" and not pair):
+            raise ValueError(f"--hps {key}={pair}: must be two numbers greater than 0, the lesser first")
+    if hps.stabilize and not hps.noise_level:
+        raise ValueError("--hps stabilize=True: needs a noise_level greater than 0")
+    if hps.noise_levels and not hps.stabilize:
+        raise ValueError(
+            f"--hps noise_levels={hps.noise_levels}: one model serves several levels with stabilize=True alone"
+        )
+    if not 1 <= hps.get("views", 1) <= 8:
+        raise ValueError(f"--hps views={hps.views}: must lie between 1 and 8")
     if hps.mini_batch_size and hps.batch_size % hps.mini_batch_size:
         raise ValueError(f"--hps mini_batch_size={hps.mini_batch_size}: must divide batch_size {hps.batch_size}")
     if hps.crop_size > min(hps.image_shape[1:]):
@@ -326,9 +395,10 @@ def check(hps: HParams) -> None:
             raise ValueError(
                 f"--hps attention_levels={hps.attention_levels}: channel_mult has {len(hps.channel_mult)} levels"
             )
-        if hps.in_channels != 2 * hps.out_channels:
+        parts, word = (3, "three times") if hps.precondition == "wiener" else (2, "twice")
+        if hps.in_channels != parts * hps.out_channels:
             raise ValueError(
-                f"--hps in_channels={hps.in_channels}: must be twice out_channels={hps.out_channels} (concat)"
+                f"--hps in_channels={hps.in_channels}: must be {word} out_channels={hps.out_channels} (concat)"
             )
         if hps.ddim_steps > hps.timesteps:
             raise ValueError(f"--hps ddim_steps={hps.ddim_steps}: more than timesteps={hps.timesteps}")

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from datasets import Batch, LatentDataset, load_datasets
-from diffusion import LatentDiffusion
-from evaluation import run_evaluation
+from assessment import bm3d_is_there, restore_test_set
+from datasets import LatentDataset, load_datasets
 from helper import (
-    Checkpoint,
     UserError,
     base_parser,
     get_device,
@@ -22,8 +18,8 @@ from helper import (
     run_script,
     weights_digest,
 )
-from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS, HParams
-from restoration import Restorer, check_first_stage, load_averages, make_diffusion
+from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS
+from restoration import check_first_stage, load_averages, make_diffusion
 from trainer import DiffusionTrainer, run_training
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
@@ -37,51 +33,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--evaluate", action="store_true", help="restore the test set with the checkpoint of --load-path"
     )
-    return parser.parse_args()
-
-
-def restore_test_set(
-    args: argparse.Namespace,
-    hps: HParams,
-    model: LatentDiffusion,
-    first_stage: VQVAE2Wrapper,
-    checkpoints: tuple[Checkpoint, Checkpoint],
-    device: torch.device,
-) -> None:
-    """Table, files and pictures of the restored test set: DDIM samples, and the mean that one evaluation gives."""
-    (test_set,) = load_datasets(args, hps, "test")
-    sampler = Restorer(first_stage.to(device), model.to(device), hps, hps.ddim_steps, seed=args.seed)
-    mean = replace(sampler, steps=1)
-
-    def restore(restorer: Restorer, batch: Batch) -> Tensor:
-        return restorer.restore(batch.degraded, [meta.path for meta in batch.meta], progress=not args.no_tqdm)
-
-    restored = f"restored, DDIM {hps.ddim_steps}"
-    methods = {
-        "autoencoder pass": lambda batch: first_stage.decode(
-            first_stage.encode(batch.degraded), shape=batch.clean.shape[-2:]
-        ),
-        "posterior mean, 1 step": lambda batch: restore(mean, batch),
-        restored: lambda batch: restore(sampler, batch),
-    }
-    run_evaluation(
-        args,
-        hps,
-        test_set,
-        methods,
-        device,
-        checkpoints,
-        title=f"stage 2 (EMA weights, eta {hps.ddim_eta})",
-        pictured=("autoencoder pass", restored),
-        note=lambda: {
-            "vqvae": str(args.vqvae_path),
-            "settings": {key: hps[key] for key in ("ddim_steps", "ddim_eta", "ddim_spacing")},
-        },
+    parser.add_argument(
+        "--bm3d", action="store_true", help="with --evaluate: VST-BM3D in the table too (half a minute a megapixel)"
     )
+    return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
+    if args.bm3d and not args.evaluate:
+        raise UserError("--bm3d goes with --evaluate")
+    if args.bm3d and not bm3d_is_there():
+        raise UserError(
+            "--bm3d: not installed; pip install -r requirements-benchmarks.txt (free for non-commercial use only)"
+        )
     if args.evaluate and args.load_path is None:
         raise UserError("--evaluate needs --load-path, the diffusion checkpoint to restore with")
     vqvae, vqvae_checkpoint = load_vqvae(args.vqvae_path)
@@ -105,6 +70,11 @@ def main() -> None:
         load_averages(model, checkpoint, args.load_path)
         restore_test_set(args, hps, model, first_stage, (vqvae_checkpoint, checkpoint), device)
         return
+    if args.latents and hps.noise_levels:
+        raise UserError(
+            f"--latents {args.latents}: holds one noise level, but the model is trained at {hps.noise_levels}; train it from "
+            "images, or with --hps noise_levels=[]"
+        )
     if args.latents:
         train_set, validation_set = (
             LatentDataset(args.latents, split, hps, args.seed) for split in ("train", "validation")

@@ -75,7 +75,7 @@ def write_split(
         if realisation == 0:
             meta = batch.meta[0]
             entries.append({"path": meta.path, "patient": meta.patient})
-            clean = first_stage.encode(batch.clean)
+            clean = first_stage.encode(batch.clean, batch.noise)
             for level, codes in enumerate(first_stage.codes(clean)):
                 array(f"codes_{level}", np.uint16, n, *codes.shape[1:])[index] = codes[0].cpu().numpy()
             if not codes_only:
@@ -86,7 +86,7 @@ def write_split(
                 mask = padded.view(clean.shape[2], rate, clean.shape[3], rate).any(3).any(1)
                 array("mask", np.bool_, n, *mask.shape)[index] = mask.numpy()
         if not codes_only:
-            degraded = first_stage.encode(batch.degraded)[0].cpu().numpy()
+            degraded = first_stage.encode(batch.degraded, batch.noise)[0].cpu().numpy()
             array("degraded", dtype, n, realisations, *degraded.shape)[index, realisation] = degraded
     for written in arrays.values():
         written.flush()
@@ -99,6 +99,11 @@ def main() -> None:
     hps = resolve_settings(args, HPS_VQVAE, checkpoint=checkpoint, architecture=ARCHITECTURE_VQVAE)
     if hps.nb_entries > 2**16:
         raise UserError(f"{args.checkpoint}: {hps.nb_entries} codebook entries do not fit into 16-bit indices")
+    if hps.native:
+        raise UserError(
+            f"{args.checkpoint}: takes images at their own pixels (native=True), but latents are kept on one grid; pass "
+            "--hps native=false"
+        )
     images = dict(zip(SPLITS, load_datasets(args, hps, *SPLITS), strict=True))
     device = get_device(args.cpu)
     first_stage = VQVAE2Wrapper(vqvae.eval()).to(device)

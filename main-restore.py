@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +39,23 @@ from metrics import breast_mask, image_metrics
 from prepared import Grid
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.estimate import estimate_noise, level_at
-from restoration import Restoration, Restorer, restore_image
+from restoration import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restoration, Restorer, restore_image
+from uncertainty import Calibration, predict
+from uncertainty import picture as uncertainty_picture
 
 RESEARCH_USE = "research use only: a restored image is an estimate, not fit for diagnosis"
 RECORD = "restore.json"  # in the output folder: how its images were made
 TABLES = ("restore.csv", "metrics.csv", "metrics.json", "table.txt")  # what else `report` writes there
 UNTOUCHED = 0.2  # mean share of the correction below which an image counts as left alone
 LEVELS = 1e-6, 1000.0  # least and greatest noise level: beyond them single precision, and the quanta, run out
+CALIBRATION = SHIPPED_CALIBRATION.name  # in a model's folder
+MAPS = ("std", "low", "high", "uncertainty")  # kinds of pictures that --samples writes beside an image
+LEGENDS = {
+    "std": "expected error, 65535 at a tenth of full scale",
+    "low": "lower end of the 90 % interval, 65535 at full scale",
+    "high": "upper end of the 90 % interval, 65535 at full scale",
+}
+STD_SCALE = 10.0  # the expected error is written so many times as bright, for 16 bits to hold it
 TABLE_ROWS = 16  # images that the table on the screen lists at most
 
 
@@ -74,8 +85,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "inputs", nargs="+", type=Path, metavar="INPUT", help="image files, or folders searched for them"
     )
-    parser.add_argument("--vqvae-path", type=Path, required=True, help="path to pre-trained VQ-VAE-2 checkpoint")
-    parser.add_argument("--load-path", type=Path, required=True, help="path to the diffusion checkpoint trained on it")
+    parser.add_argument("--vqvae-path", type=Path, help="VQ-VAE-2 checkpoint (default: the model in weights/)")
+    parser.add_argument("--load-path", type=Path, help="diffusion checkpoint trained on it (default: that in weights/)")
     parser.add_argument("--out", type=Path, required=True, help="output folder; the inputs' tree is kept below it")
     parser.add_argument(
         "--noise-level",
@@ -100,11 +111,38 @@ def parse_arguments() -> argparse.Namespace:
         type=positive_int,
         help="network evaluations a sample (default: 1, the posterior mean; with --samples the checkpoint's DDIM steps)",
     )
-    parser.add_argument("--samples", type=positive_int, default=1, help="DDIM samples to average (default: 1)")
+    parser.add_argument(
+        "--samples",
+        type=positive_int,
+        help="samples to average, and write the expected error and a 90 %% interval beside each image; 1: of the posterior mean",
+    )
+    parser.add_argument(
+        "--views",
+        type=int,
+        choices=range(1, 9),
+        metavar="1..8",
+        help="orientations of the image that are restored and averaged (default: the checkpoint's, of the model in weights/ 8)",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="uncertainty.json of an evaluation of the model, for --samples (default: that beside --load-path)",
+    )
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--compare", action="store_true", help="write a side-by-side PNG beside each restored image")
     device_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if (args.vqvae_path is None) != (args.load_path is None):
+        given, missing = ("--vqvae-path", "--load-path") if args.load_path is None else ("--load-path", "--vqvae-path")
+        parser.error(
+            f"{given} needs {missing}: the two stages belong together; leave both out for the model in weights/"
+        )
+    if args.vqvae_path is None:
+        args.vqvae_path, args.load_path = SHIPPED_VQVAE, SHIPPED_DIFFUSION
+    if args.calibration and not args.samples:
+        parser.error("--calibration goes with --samples, which writes the expected error")
+    return args
 
 
 # --- what goes where -------------------------------------------------------------------------------------------------
@@ -117,16 +155,19 @@ class Job:
     source: Path
     name: str  # path below the inputs' common folder, with forward slashes
     target: Path  # what is written
-    picture: Path  # what --compare writes beside it
+
+    def beside(self, kind: str) -> Path:
+        """Where a picture of a kind (`compare`, or one of `MAPS`) is written."""
+        return self.target.with_name(f"{self.target.name.removesuffix('.png')}.{kind}.png")
 
 
-def plan(inputs: list[Path], out: Path, *, pictures: bool = False) -> list[Job]:
+def plan(inputs: list[Path], out: Path, *, kinds: Sequence[str] = ()) -> list[Job]:
     """The images of files and folders, each once, and where they go: the tree below the inputs' common folder is kept.
 
     Pictures become PNG, DICOM stays DICOM; where two would come to the same name, what changes keeps its suffix too. What
     lies in `out` is no input, nor are restored images in a folder. Raises UserError for an input that does not exist, a
-    folder without images, or a target, with `pictures` a side-by-side picture too, that is an input or not of this
-    script's making.
+    folder without images, or a target, pictures of the `kinds` beside it too, that is an input or not of this script's
+    making.
     """
     for path in inputs:
         if not path.exists():
@@ -160,9 +201,9 @@ def plan(inputs: list[Path], out: Path, *, pictures: bool = False) -> list[Job]:
         below = plain[place]
         if taken[below] > 1 and below != names[place]:
             below = names[place] + suffixes[place]
-        job = Job(source, names[place], out / below, out / f"{below.removesuffix('.png')}.compare.png")
+        job = Job(source, names[place], out / below)
         known = job.target.exists() and is_restored(job.target)
-        for target in (job.target, job.picture) if pictures else (job.target,):
+        for target in (job.target, *(job.beside(kind) for kind in kinds)):
             other = writers.setdefault(target, source)
             if other is not source:
                 raise UserError(f"{source}: would be written to {target}, as {other}; restore them into two folders")
@@ -183,7 +224,22 @@ def _stem(name: str) -> str:
 # --- one image -------------------------------------------------------------------------------------------------------
 
 
-def restore_job(job: Job, restorer: Restorer, args: argparse.Namespace) -> list[dict]:
+def load_calibration(args: argparse.Namespace) -> Calibration | None:
+    """The calibration of --calibration, or that of the model; None, and a line that says so, where that has none.
+
+    Raises UserError where a file is none.
+    """
+    place = args.load_path if args.load_path.is_dir() else args.load_path.parent
+    found = [path for path in (place / CALIBRATION, place / "evaluation" / CALIBRATION) if path.is_file()]
+    if args.calibration is None and not found:
+        print(
+            f"no expected error is written: no {CALIBRATION} beside {args.load_path}; main-diffusion.py --evaluate makes one"
+        )
+        return None
+    return Calibration.from_json(args.calibration or found[0])
+
+
+def restore_job(job: Job, restorer: Restorer, calibration: Calibration | None, args: argparse.Namespace) -> list[dict]:
     """Restore and write one image; returns its rows of the table: one, or with --degrade one a method.
 
     Raises UserError naming the file.
@@ -212,6 +268,15 @@ def restore_job(job: Job, restorer: Restorer, args: argparse.Namespace) -> list[
         raise UserError(f"{job.source}: not enough memory for its tiles; pass a smaller --tile") from None
     pixels = result.pixels if grid is None else grid.add(result.pixels - reference, mammogram.pixels)
     description = f"{describe(args, restorer, noise)}; {RESEARCH_USE}"
+    if calibration is not None:
+        # images of another size than the file's, on the training grid, keep theirs
+        interval = predict(calibration, image, result.pixels, noise or restorer.noise)
+        plain = dataclasses.replace(mammogram, pixels=result.pixels, bits=16, header=None, padding=None)
+        for kind, values in (("std", interval.std * STD_SCALE), ("low", interval.low), ("high", interval.high)):
+            plain.write(job.beside(kind), values, f"{LEGENDS[kind]}; {description}")
+        save_picture(
+            uncertainty_picture(None if args.degrade is None else reference, interval), job.beside("uncertainty")
+        )
     mammogram.write(job.target, pixels, description)
     height, width = mammogram.pixels.shape
     row = {
@@ -228,7 +293,7 @@ def restore_job(job: Job, restorer: Restorer, args: argparse.Namespace) -> list[
     }
     if args.compare:
         picture = compare(reference, image, result, mask, args)
-        save_picture(picture, job.picture)
+        save_picture(picture, job.beside("compare"))
     if args.degrade is None:
         return [row]
     clean = torch.from_numpy(reference)[None]
@@ -257,7 +322,8 @@ def describe(args: argparse.Namespace, restorer: Restorer, noise: NoiseModel | N
         strength = f"{noise.quanta:.0f} quanta at full scale and sigma {noise.sigma:.5f}"
         parts.append(f"noise {how} as {strength if noise.variance(1.0) > 0 else 'none'}")
     evaluations = "1 evaluation" if restorer.steps == 1 else f"{restorer.steps} DDIM steps"
-    parts.append(f"{evaluations}, mean of {restorer.samples} samples" if restorer.samples > 1 else evaluations)
+    evaluations += f", mean of {restorer.samples} samples" if restorer.samples > 1 else ""
+    parts.append(f"{evaluations}, mean over {restorer.views} orientations" if restorer.views > 1 else evaluations)
     if args.resize:
         parts.append(f"on a grid of {restorer.shape[1]} x {restorer.shape[0]}")
     return "; ".join([*parts, f"seed {args.seed}"])
@@ -321,16 +387,18 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_arguments()
     print(RESEARCH_USE)
+    calibration = load_calibration(args) if args.samples else None
     try:
-        jobs = plan(args.inputs, args.out, pictures=args.compare)
+        jobs = plan(args.inputs, args.out, kinds=(*(("compare",) * args.compare), *(MAPS if calibration else ())))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be looked at ({error.strerror}); leave it out") from None
     foreign = [name for name in TABLES if (args.out / name).exists() and not (args.out / RECORD).exists()]
     if foreign:
         raise UserError(f"--out: {args.out / foreign[0]} is not of this script's making; choose another folder")
     restorer = Restorer.load(
-        args.vqvae_path, args.load_path, get_device(args.cpu), steps=args.steps, samples=args.samples, seed=args.seed
-    )
+        args.vqvae_path, args.load_path, get_device(args.cpu), steps=args.steps, samples=args.samples or 1, views=args.views,
+        seed=args.seed,
+    )  # fmt: skip
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if not os.access(args.out, os.W_OK):
@@ -341,7 +409,7 @@ def main() -> None:
     failures: list[str] = []
     for job in tqdm(jobs, desc="restore", unit="image", disable=args.no_tqdm):
         try:
-            rows += restore_job(job, restorer, args)
+            rows += restore_job(job, restorer, calibration, args)
         except UserError as error:
             if len(jobs) == 1:
                 with contextlib.suppress(OSError):

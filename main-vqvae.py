@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from helper import (
 )
 from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS, HParams
 from trainer import VQVAETrainer, run_training
-from vqvae import VQVAE, perplexity
+from vqvae import VQVAE, VQVAEOutput, perplexity
+from vqvae2_wrapper import from_domain, to_domain
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,13 +44,14 @@ def evaluate_vqvae(
     counts = torch.zeros(hps.nb_levels, hps.nb_entries, device=device)
     vectors = [0] * hps.nb_levels
 
-    def reconstruct(image: Tensor, quantize: bool) -> Tensor:
+    def run(image: Tensor, batch: Batch, quantize: bool) -> VQVAEOutput:
+        noise = batch.noise if vqvae.stabilize else None
         with torch.no_grad():
-            return vqvae(image, quantize).reconstruction
+            output = vqvae(to_domain(image, noise), quantize)
+        return replace(output, reconstruction=from_domain(output.reconstruction, noise))
 
     def quantized(batch: Batch) -> Tensor:
-        with torch.no_grad():
-            output = vqvae(batch.clean, True)
+        output = run(batch.clean, batch, True)
         for level, indices in enumerate(output.indices):
             counts[level] += torch.bincount(indices.flatten(), minlength=hps.nb_entries)
             vectors[level] += indices.numel()
@@ -68,10 +71,10 @@ def evaluate_vqvae(
         }
 
     methods = {
-        "clean, continuous": lambda batch: reconstruct(batch.clean, False),
+        "clean, continuous": lambda batch: run(batch.clean, batch, False).reconstruction,
         "clean, quantised": quantized,
-        "low dose, continuous": lambda batch: reconstruct(batch.degraded, False),
-        "low dose, quantised": lambda batch: reconstruct(batch.degraded, True),
+        "low dose, continuous": lambda batch: run(batch.degraded, batch, False).reconstruction,
+        "low dose, quantised": lambda batch: run(batch.degraded, batch, True).reconstruction,
     }
     result = run_evaluation(
         args,

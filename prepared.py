@@ -65,6 +65,12 @@ class Grid:
         offset = (shape[0] - size[0]) // 2, 0 if wall_left else shape[1] - size[1]
         return cls(tuple(int(v) for v in (top, left, bottom, right)), size, offset, tuple(shape))
 
+    def native(self) -> Grid:
+        """The same box on a grid of its own size: nothing is scaled."""
+        top, left, bottom, right = self.box
+        size = bottom - top, right - left
+        return Grid(self.box, size, (0, 0), size)
+
     def apply(self, image: np.ndarray) -> np.ndarray:
         """Bring an image (H, W) onto the grid: antialiased bilinear scaling, background 0."""
         top, left, bottom, right = self.box
@@ -107,8 +113,10 @@ class Prepared:
     info: dict = field(default_factory=dict)
 
 
-def prepare_record(record: Record, image_shape: Sequence[int]) -> Prepared:
+def prepare_record(record: Record, image_shape: Sequence[int], native: bool = False) -> Prepared:
     """A record's image, and its low-dose pair where it has one, on the training grid of `image_shape` (C, H, W).
+
+    With `native` the breast's box at its own pixels, whatever its size.
 
     Raises UserError naming the file that cannot be read, is too small, or does not fit its pair.
     """
@@ -117,6 +125,8 @@ def prepare_record(record: Record, image_shape: Sequence[int]) -> Prepared:
         raise UserError(f"{record.path}: {image.shape[1]} x {image.shape[0]} pixels are too few; remove it")
     mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
     grid = Grid.fit(image, mask, tuple(image_shape[1:]))
+    if native:
+        grid = grid.native()
     clean = _rounded(grid.apply(image))
     degraded = None
     if record.degraded is not None:

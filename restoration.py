@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -10,20 +11,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
+from datasets import oriented, upright
 from diffusion import LatentDiffusion, NoiseField, UNet, sample_latents
-from helper import Checkpoint, UserError, load_checkpoint, load_weights, weights_digest
+from helper import Checkpoint, UserError, load_checkpoint, load_weights, seeded_generator, weights_digest
 from hps import HParams
 from metrics import breast_mask
 from preprocessing.degrade import NoiseModel
+from preprocessing.estimate import level_at
+from preprocessing.stabilize import stabilize, unstabilize
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
+# the model in the box: trained on the first 72 images of mini-MIAS and on phantoms; see weights/README.md
+SHIPPED_VQVAE, SHIPPED_DIFFUSION, SHIPPED_CALIBRATION = (
+    Path(__file__).resolve().parent / "weights" / name for name in ("vqvae.pt", "diffusion.pt", "uncertainty.json")
+)
 MARGIN = 32  # pixels by which an image is mirrored at its borders
-TILE_CROPS = 4  # sides of training crops that make the side of a tile
+TILE_CROPS = 7  # sides of training crops that make the side of a tile: overlaps cost the less the larger it is
 PEAK_QUANTILE = 0.999  # of the breast's intensities: brought to full scale at most
+EDGE_SHARE = (
+    0.25  # of full scale, in units of the noise: a step across 5 pixels from which on an edge is taken apart ...
+)
+EDGE_RANGE = 7.0, 20.0  # ... within these: below is noise and texture, above every filter fails
+EDGE_REACH = 24  # pixels around such an edge in which its two sides are told apart: what local means reach
 GUARD_WIDTH = 4.0  # pixels; sigma of the window in which a correction is weighed against the noise
 GUARD_SIGMAS = 6.0  # standard deviations; a correction fades out over the last of them
 
@@ -47,6 +61,8 @@ def check_first_stage(checkpoint: Checkpoint, path: Path, digest: str, vqvae_pat
 def load_averages(model: LatentDiffusion, checkpoint: Checkpoint, path: Path) -> None:
     """Load a diffusion checkpoint with the EMA of its weights in place of the weights; raises UserError where they do not fit."""
     load_weights(model, checkpoint.model, path)
+    if checkpoint.extra.get("averaged"):  # main-export.py has done it
+        return
     prefix = "averaged.module."
     try:
         ema = {key.removeprefix(prefix): v for key, v in checkpoint.training["ema"].items() if key.startswith(prefix)}
@@ -64,6 +80,7 @@ class Restorer:
     hps: HParams  # of the diffusion checkpoint
     steps: int = 1  # network evaluations a sample; 1: the posterior mean, from timestep T - 1
     samples: int = 1  # samples averaged
+    views: int = 1  # orientations of the image whose restorations are averaged
     seed: int = 0
     name: str = ""  # of the model, for a derived image's description
 
@@ -79,11 +96,13 @@ class Restorer:
         *,
         steps: int | None = None,
         samples: int = 1,
+        views: int | None = None,
         seed: int = 0,
     ) -> Restorer:
         """The stages of two checkpoints, on `device`.
 
-        `steps` None is 1, or the checkpoint's where `samples` are averaged. Raises UserError where the checkpoints cannot
+        `steps` None is 1, or the checkpoint's where `samples` are averaged; `views` None is the checkpoint's of one
+        evaluation, else 1. Raises UserError where the checkpoints cannot
         be read or do not belong together, or for steps that the model does not have.
         """
         vqvae, _ = load_vqvae(vqvae_path)
@@ -103,7 +122,14 @@ class Restorer:
             )
         name = f"VQ-VAE-2 {digest[:8]}, latent diffusion {weights_digest(model)[:8]}"
         first_stage = VQVAE2Wrapper(vqvae).to(device)
-        return cls(first_stage, model.to(device), hps, steps, samples, seed, name)
+        if views is None:
+            views = hps.views if steps == 1 else 1  # samples differ by themselves
+        return cls(first_stage, model.to(device), hps, steps, samples, views, seed, name)
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations that restoring takes, a tile."""
+        return self.steps * self.samples * self.views
 
     @property
     def noise(self) -> NoiseModel:
@@ -130,26 +156,57 @@ class Restorer:
         """Tiles start at multiples of so many pixels, that every level sees them as it sees the whole image."""
         return math.lcm(self.first_stage.vqvae.scale, self.first_stage.vqvae.scaling_rates[0] * self.model.model.stride)
 
+    @property
+    def stabilized(self) -> bool:
+        """Whether the model works in units of the noise, and so restores images of any noise it is told."""
+        return self.first_stage.vqvae.stabilize
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """Least and greatest noise level that the model was trained at."""
+        return tuple(self.hps.noise_levels) or (self.hps.noise_level,) * 2
+
+    def level_of(self, noise: NoiseModel, intensity: float) -> float:
+        """The noise level that the network is told for an image of this noise and mean intensity: at most what it knows."""
+        return min(max(level_at(noise, intensity), self.levels[0]), self.levels[1])
+
     @torch.no_grad()
     def restore(
-        self, degraded: Tensor, names: Sequence[str], *, origin: tuple[int, int] = (0, 0), progress: bool = False
+        self,
+        degraded: Tensor,
+        names: Sequence[str],
+        *,
+        noise: NoiseModel | None = None,
+        level: float | None = None,
+        origin: tuple[int, int] = (0, 0),
+        progress: bool = False,
     ) -> Tensor:
-        """Restore images (N, C, H, W) in [0, 1], of the noise that the model knows, as they stand; returns the like.
+        """Restore images (N, C, H, W) in [0, 1]; returns the like.
 
-        `names` key the sampler's noise, `origin` is the place in pixels of the images' first row and column on it.
+        `noise` is what a stabilised model is to take for noise, None what it was trained at; others always take that. The
+        network is told `level`, None: that of the noise at half of full scale. `names` key the sampler's noise, `origin` is
+        the place in pixels of the images' first row and column on it.
         """
+        noise = noise or self.noise
+        level = self.level_of(noise, 0.5) if level is None else level
+        levels = torch.full((len(degraded),), level, device=degraded.device)
         rate = self.first_stage.vqvae.scaling_rates[0]
-        cond = self.model.normalize(self.first_stage.encode(degraded))
-        fields = [NoiseField((self.seed, name), cond.shape[1]) for name in names]
+        height, width = degraded.shape[-2:]
+        padded = F.pad(degraded, (0, -width % self.scale, 0, -height % self.scale), mode="replicate")
+        fields = [NoiseField((self.seed, name), self.first_stage.latent_channels) for name in names]
         spacing = "trailing" if self.steps == 1 else self.hps.ddim_spacing
-        total = torch.zeros_like(degraded)
-        for sample in range(self.samples):
+        total = torch.zeros_like(padded)
+        for view, sample in itertools.product(range(self.views), range(self.samples)):
+            image = oriented(padded, view)
+            cond = self.model.normalize(self.first_stage.encode(image, noise))
             z = sample_latents(
                 self.model, cond, fields, self.steps, self.hps.ddim_eta, spacing, origin=(origin[0] // rate, origin[1] // rate),
-                first_draw=sample * (self.steps + 1), progress=progress,
+                first_draw=sample * (self.steps + 1), progress=progress, level=levels,
+                orient=functools.partial(oriented, orientation=view),
             )  # fmt: skip
-            total += self.first_stage.decode(self.model.denormalize(z), shape=degraded.shape[-2:])
-        return total / self.samples
+            z = self.model.denormalize(z)
+            total += upright(self.first_stage.decode(z, shape=image.shape[-2:], noise=noise), view)
+        return total[..., :height, :width] / (self.views * self.samples)
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -235,6 +292,66 @@ def restore_in_tiles(
     return result[..., MARGIN : MARGIN + height, MARGIN : MARGIN + width]
 
 
+# --- edges far above the noise ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sides:
+    """An image whose strongest edges are taken apart: each side goes on, with its own noise, where the other one was."""
+
+    bright: np.ndarray  # (H, W), stabilised
+    dark: np.ndarray  # (H, W), stabilised; equal to `bright` away from edges
+    is_bright: np.ndarray  # (H, W) bool: which of the two a pixel belongs to
+
+
+def part_sides(values: np.ndarray, least_step: float, generator: torch.Generator) -> Sides | None:
+    """Take an image (H, W) in units of its noise apart at edges of more than `least_step`; None where there are none.
+
+    Next to a film's border or a lead label every filter that reaches across sees that step and no noise. Within `EDGE_REACH`
+    pixels of such a step, pixels are told apart by the middle of the range around them, and what is missing of a side is
+    the mean of the nearest of its own (normalised convolution; Knutsson & Westin, CVPR 1993) with unit noise of `generator`.
+    """
+    smooth = ndimage.median_filter(values, 3, mode="nearest")  # a noisy pixel is no edge
+    step = ndimage.maximum_filter(smooth, 5, mode="nearest") - ndimage.minimum_filter(smooth, 5, mode="nearest")
+    edges = step > least_step
+    if not edges.any():
+        return None
+    reach = 2 * EDGE_REACH + 1
+    near = ndimage.maximum_filter(edges, reach, mode="nearest")
+    middle = (
+        ndimage.maximum_filter(smooth, reach, mode="nearest") + ndimage.minimum_filter(smooth, reach, mode="nearest")
+    ) / 2
+    is_bright = smooth >= middle
+    noise = torch.randn(values.shape, generator=generator).numpy()
+    bright, dark = (
+        np.where(near & ~own, _extended(values, own | ~near) + noise, values) for own in (is_bright, ~is_bright)
+    )
+    return Sides(bright.astype(np.float32), dark.astype(np.float32), is_bright)
+
+
+def changed_box(a: Tensor, b: Tensor, margin: int, multiple: int) -> tuple[slice, slice] | None:
+    """Rows and columns around all pixels in which images (H, W) differ, and `margin` more; they start and, inside the
+    image, stop at multiples of `multiple`. None where nothing differs."""
+    differs = a != b
+    if not differs.any():
+        return None
+    box = []
+    for dim, size in ((1, a.shape[0]), (0, a.shape[1])):
+        places = differs.any(dim).nonzero().flatten()
+        start = max(0, int(places[0]) - margin) // multiple * multiple
+        box.append(slice(start, min(size, -(-(int(places[-1]) + 1 + margin) // multiple) * multiple)))
+    return box[0], box[1]
+
+
+def _extended(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Local means of the known pixels of an image (H, W): of the nearest, over windows that count the less the wider they are."""
+    total, weight = np.zeros(values.shape), np.zeros(values.shape)
+    for share, sigma in ((1.0, 2.0), (1e-2, 6.0), (1e-4, 18.0), (1e-6, 54.0)):
+        for sums, part in ((total, np.where(known, values, 0.0)), (weight, known.astype(np.float64))):
+            sums += share * ndimage.gaussian_filter(part.astype(np.float64), sigma, mode="nearest", truncate=3.0)
+    return np.where(weight > 0, total / np.maximum(weight, np.finfo(float).tiny), values)
+
+
 # --- an image of its own noise ---------------------------------------------------------------------------------------
 
 
@@ -265,28 +382,56 @@ def restore_image(
 ) -> Restoration:
     """Restore an image (H, W) in [0, 1] at its own size, given the noise it suffers from.
 
-    The image is multiplied so that its noise is what the model knows, but not past full scale, restored, and divided again.
-    The correction is then cut to what the noise can explain (`explained_share`), which is what restores an image that is
-    cleaner than the model can be told. `noise` None takes the image as the model knows it. `tile` is the side of the tiles,
-    0 the restorer's own.
+    A stabilised model is told the noise. For another the image is multiplied so that its noise is what the model knows, but
+    not past full scale, restored, and divided again. Where the image is cleaner than the model was trained at, the correction
+    is then cut to what the noise can explain (`explained_share`). `noise` None takes the image as the model knows it. `tile`
+    is the side of the tiles, 0 the restorer's own.
     """
     mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
-    factor = 1.0
-    if noise is not None:
-        factor = matching_factor(noise, restorer.noise, float(image[mask].mean()))
+    factor, level = 1.0, None
+    intensity = float(image[mask].mean())
+    if noise is not None and restorer.stabilized:
+        if noise.variance(intensity) <= 0:
+            return Restoration(image.copy(), math.inf, 0.0)
+        level = restorer.level_of(noise, intensity)
+    elif noise is not None:
+        factor = matching_factor(noise, restorer.noise, intensity)
         if math.isinf(factor):
             return Restoration(image.copy(), factor, 0.0)
         factor = min(factor, max(1.0, 1.0 / max(float(np.quantile(image[mask], PEAK_QUANTILE)), 1e-6)))
 
+    told = (noise or restorer.noise) if restorer.stabilized else None
+
     def function(part: Tensor, origin: tuple[int, int]) -> Tensor:
-        return restorer.restore(part.to(restorer.device), [name], origin=origin).cpu()
+        def restore(side: Tensor, at: tuple[int, int]) -> Tensor:
+            return restorer.restore(side.to(restorer.device), [name], noise=told, level=level, origin=at).cpu()
+
+        bright = restore(part[:, :1], origin)
+        if part.shape[1] == 1:
+            return bright
+        dark = bright.clone()
+        if box := changed_box(part[0, 0], part[0, 1], EDGE_REACH * 2, restorer.scale):
+            # the other side is the same but around edges
+            dark[..., box[0], box[1]] = restore(
+                part[:, 1:, box[0], box[1]], (origin[0] + box[0].start, origin[1] + box[1].start)
+            )
+        return torch.cat([bright, dark], 1)
 
     multiple = restorer.scale
     sides = (tile, tile) if tile else restorer.tile
     tiles = tuple(max(2, math.ceil(side / multiple)) * multiple for side in sides)
     scaled = torch.from_numpy(image * np.float32(factor))[None, None]
-    restored = restore_in_tiles(scaled, function, tiles, multiple, progress=progress)[0, 0].numpy() / np.float32(factor)
-    if noise is None:
+    sides = None
+    if told is not None:
+        least_step = float(np.clip(EDGE_SHARE * stabilize(torch.ones(()), told), *EDGE_RANGE))
+        sides = part_sides(
+            stabilize(scaled[0, 0], told).numpy(), least_step, seeded_generator("sides", restorer.seed, name)
+        )
+    if sides is not None:
+        scaled = torch.stack([unstabilize(torch.from_numpy(v), told) for v in (sides.bright, sides.dark)])[None]
+    layers = restore_in_tiles(scaled, function, tiles, multiple, progress=progress)[0].numpy() / np.float32(factor)
+    restored = layers[0] if sides is None else np.where(sides.is_bright, layers[0], layers[1])
+    if noise is None or (restorer.stabilized and level_at(noise, intensity) >= restorer.levels[0]):
         return Restoration(restored.clip(0, 1), factor, 1.0)
     share = explained_share(image - restored, noise.variance(torch.from_numpy(restored.clip(0, 1))).numpy())
     pixels = (image + share * (restored - image)).clip(0, 1).astype(np.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ from helper import (
 )
 from hps import HParams
 from logger import Logger
+from preprocessing.degrade import NoiseModel
 from vqvae import VQVAE
-from vqvae2_wrapper import VQVAE2Wrapper
+from vqvae2_wrapper import VQVAE2Wrapper, from_domain, to_domain
 
 PICTURE_STEPS = 10  # DDIM steps of the sample pictures drawn during training
 GOLDEN = (5**0.5 - 1) / 2  # step of the additive low-discrepancy sequence of "stratified" timesteps
@@ -308,8 +309,16 @@ class VQVAETrainer(Trainer):
         return torch.optim.Adam(self.model.parameters(), lr=self.hps.learning_rate, fused=self.device.type == "cuda")
 
     def setup(self) -> None:
-        batches = [batch.clean.to(self.device) for batch in self.first_batches(self.hps.codebook_batches)]
+        batches = [self.images(batch.to(self.device)) for batch in self.first_batches(self.hps.codebook_batches)]
         self.model.initialise_codebooks(batches, seeded_generator("codebooks", self.seed))
+
+    def images(self, batch: Batch) -> Tensor:
+        """The clean images (N, C, H, W) as the model sees them: in units of their low dose's noise where it is stabilised."""
+        return to_domain(batch.clean, self.noise(batch))
+
+    def noise(self, batch: Batch) -> NoiseModel | None:
+        """What the images are in units of; None where they are not."""
+        return batch.noise if self.model.stabilize else None
 
     def loss(self, batch: Batch) -> StepResult:
         keys = [meta.key for meta in batch.meta]
@@ -317,12 +326,13 @@ class VQVAETrainer(Trainer):
         chosen = torch.tensor([u < self.hps.quantize_probability for u in draws]).to(self.device, non_blocking=True)
         # one generator a step: dead codes are re-seeded from the whole batch
         generator = seeded_generator("revive", self.seed, self.step, keys[0].index, device=self.device)
-        output = self.model(batch.clean, chosen, generator)
+        clean = self.images(batch)
+        output = self.model(clean, chosen, generator)
         reconstruction = output.reconstruction.float()
         error = F.l1_loss if self.hps.recon_loss == "l1" else F.mse_loss
-        recon = error(reconstruction, batch.clean)
+        recon = error(reconstruction, clean)
         loss = recon + self.hps.beta * output.commitment_loss
-        mse = (reconstruction.detach() - batch.clean).square().mean((1, 2, 3))
+        mse = (reconstruction.detach() - clean).square().mean((1, 2, 3))
         logs = {"loss": loss, "recon": recon, "commitment": output.commitment_loss}
         for name, weight in (("quantized", chosen.float()), ("continuous", 1 - chosen.float())):
             logs[f"mse_{name}"] = (mse * weight).sum() / weight.sum().clamp(min=1)
@@ -333,23 +343,23 @@ class VQVAETrainer(Trainer):
     def validate(self) -> dict[str, float]:
         psnr: dict[str, list[float]] = {"continuous": [], "quantized": []}
         for batch in self.validation_loader:
-            clean = batch.clean.to(self.device)
-            z = self.model.encode(clean)
+            batch = batch.to(self.device)
+            clean, z = batch.clean, self.model.encode(self.images(batch))
             for name, values in psnr.items():
-                image = self.model.decode(z, name == "quantized", clean.shape[-2:]).reconstruction.clamp(0, 1)
+                image = self.model.decode(z, name == "quantized", clean.shape[-2:]).reconstruction
+                image = from_domain(image, self.noise(batch)).clamp(0, 1)
                 values.append(-10 * math.log10(max(float(F.mse_loss(image, clean)), 1e-12)))
         means = {f"psnr_{name}": sum(values) / len(values) for name, values in psnr.items()}
         return {"score": -sum(means.values()) / len(means), **means}
 
     @torch.no_grad()
     def picture(self) -> Tensor:
-        batch = self.validation_loader.dataset[0]
-        clean = batch.clean.to(self.device)
+        batch = self.validation_loader.dataset[0].to(self.device)
         images = {
-            "continuous": self.model(clean, False).reconstruction[0].cpu(),
-            "quantised": self.model(clean, True).reconstruction[0].cpu(),
+            name: from_domain(self.model(self.images(batch), quantize).reconstruction, self.noise(batch))[0].cpu()
+            for name, quantize in (("continuous", False), ("quantised", True))
         }
-        return comparison(batch.clean[0], images, batch.mask[0], {})
+        return comparison(batch.clean[0].cpu(), images, batch.mask[0].cpu(), {})
 
 
 class DiffusionTrainer(Trainer):
@@ -384,12 +394,18 @@ class DiffusionTrainer(Trainer):
         if self.latents:
             return batch.clean.float(), batch.degraded.float()
         with torch.autocast(self.device.type, enabled=False):
-            clean, degraded = self.first_stage.encode(torch.cat([batch.clean, batch.degraded])).chunk(2)
+            clean, degraded = (self.first_stage.encode(v, batch.noise) for v in (batch.clean, batch.degraded))
         return clean, degraded
 
     def setup(self) -> None:
-        batches = self.first_batches(self.hps.statistics_batches)
-        self.model.measure_statistics(self.encode(batch.to(self.device)) for batch in batches)
+        levels: list[Tensor] = []
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in self.first_batches(self.hps.statistics_batches):
+                levels.append(batch.level)
+                yield self.encode(batch.to(self.device))
+
+        self.model.measure_statistics(pairs(), levels)
 
     def draw_timesteps(self, batch: Batch) -> Tensor:
         """Training timesteps (N,), keyed by sample: uniform, or one low-discrepancy sequence over the run."""
@@ -411,7 +427,7 @@ class DiffusionTrainer(Trainer):
             for meta in batch.meta
         ]
         noise = randn_by_sample(generators, clean.shape[1:], self.device)
-        result = self.model.p_losses(clean, degraded, self.draw_timesteps(batch), noise)
+        result = self.model.p_losses(clean, degraded, self.draw_timesteps(batch), noise, batch.level)
         logs = {"loss": result.loss, "l_simple": result.l_simple, "latent_error": result.latent_error}
         return StepResult(result.loss, logs)
 
@@ -432,7 +448,8 @@ class DiffusionTrainer(Trainer):
                     generator = seeded_generator("validation", name, batch.meta[0].path, device=self.device)
                     noise = randn_by_sample([generator], clean.shape[1:], self.device)
                     t = torch.full((len(clean),), t, device=self.device)
-                    predicted = self.model.predict(self.model.q_sample(clean, t, noise), t, degraded).x_start
+                    x = self.model.q_sample(clean, t, noise)
+                    predicted = self.model.predict(x, t, degraded, batch.level).x_start
                     errors[name].append((predicted - clean).square().mean() / own)
         means = {name: float(torch.stack(values).mean()) for name, values in errors.items()}
         return {"score": sum(means.values()) / len(means), **means}
@@ -444,10 +461,10 @@ class DiffusionTrainer(Trainer):
         with self.ema.average_parameters(self.model.model):
             steps = min(PICTURE_STEPS, self.hps.timesteps)
             field = NoiseField(("picture", batch.meta[0].path), cond.shape[1])
-            restored = sample_latents(self.model, self.model.normalize(cond), [field], steps)
+            restored = sample_latents(self.model, self.model.normalize(cond), [field], steps, level=batch.level)
         shape = None if self.latents else batch.clean.shape[-2:]
         latents = (z, cond, self.model.denormalize(restored))
-        clean, low, image = (self.first_stage.decode(v, shape=shape)[0].cpu() for v in latents)
+        clean, low, image = (self.first_stage.decode(v, shape=shape, noise=batch.noise)[0].cpu() for v in latents)
         mask = torch.ones_like(clean[:1], dtype=torch.bool) if batch.mask is None else batch.mask[0].cpu()
         return comparison(clean, {"low dose": low, f"restored ({steps} steps)": image}, mask, {})
 

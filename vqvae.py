@@ -215,8 +215,12 @@ class VQVAE(nn.Module):
         nb_entries: int = 512,
         codebook_decay: float = 0.99,
         revive_threshold: float = 0.02,
+        stabilize: bool = False,
     ):
         super().__init__()
+        self.stabilize = (
+            stabilize  # what its images are: in units of their noise (`vqvae2_wrapper.to_domain`), or in [0, 1]
+        )
         self.scaling_rates = tuple(scaling_rates)
         if len(self.scaling_rates) != nb_levels:
             raise ValueError(f"nb_levels is {nb_levels}, but scaling_rates holds {len(self.scaling_rates)} rates")

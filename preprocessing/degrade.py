@@ -15,11 +15,11 @@ class NoiseModel:
     """Poisson-Gaussian noise of a given level: Var[y | x] = x / quanta + sigma**2, for x in [0, 1].
 
     Source: the Poisson-Gaussian model of Foi et al., "Practical Poissonian-Gaussian noise modeling and fitting for
-    single-image raw-data", IEEE TIP 2008, eq. 1-3.
+    single-image raw-data", IEEE TIP 2008, eq. 1-3. Both may be tensors that broadcast against the image.
     """
 
-    quanta: float  # mean quanta per pixel at full scale; infinite at noise level 0
-    sigma: float  # standard deviation of the electronic noise
+    quanta: float | torch.Tensor  # mean quanta per pixel at full scale; infinite at noise level 0
+    sigma: float | torch.Tensor  # standard deviation of the electronic noise
 
     @classmethod
     def from_level(cls, noise_level: float) -> NoiseModel:
@@ -28,6 +28,12 @@ class NoiseModel:
             raise ValueError(f"noise_level must be a finite number of at least 0, not {noise_level}")
         quanta = QUANTA_AT_LEVEL_ONE / noise_level if noise_level else float("inf")
         return cls(quanta, ELECTRONIC_SIGMA_AT_LEVEL_ONE * noise_level)
+
+    @classmethod
+    def of_levels(cls, levels: torch.Tensor) -> NoiseModel:
+        """The models at noise levels (N,), all above 0, as tensors (N, 1, 1, 1) that broadcast against (N, C, H, W)."""
+        levels = levels.float()[:, None, None, None]
+        return cls(QUANTA_AT_LEVEL_ONE / levels, ELECTRONIC_SIGMA_AT_LEVEL_ONE * levels)
 
     def variance(self, image: torch.Tensor) -> torch.Tensor:
         """Noise variance at every pixel of a clean `image` of any shape, before clamping."""

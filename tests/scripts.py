@@ -22,6 +22,7 @@ FLAGS = {
     "--hps checkpoint_frequency=1 --hps dropout=0.1",
     "main-latents": "--cpu",
     "main-restore": "--cpu --no-tqdm",
+    "main-export": "",
 }
 
 

@@ -20,9 +20,12 @@ from datasets import (
     draw_crop,
     folder_records,
     get_dataset,
+    get_datasets,
     make_loader,
+    oriented,
     patient_of,
     split_patients,
+    upright,
 )  # fmt: skip
 from helper import UserError, seeded_generator
 from hps import HPS_DIFFUSION, HPS_VQVAE
@@ -30,6 +33,7 @@ from images import find_images, read_image
 from metrics import breast_mask
 from phantom import generate_phantom
 from prepared import Grid
+from preprocessing.stabilize import stabilize
 
 MINI_MIAS = Path(__file__).resolve().parents[1] / "preprocessing" / "splits" / "mini-mias.csv"
 SETTINGS = HPS_VQVAE["phantom"].updated(
@@ -65,7 +69,11 @@ def item(value, mask=True):
     key = SampleKey(0, 0, value)
     image = torch.full((1, 1, 2, 3), float(value))
     return Batch(
-        image, image + 0.5, [Meta(f"{value}", key)], torch.ones(1, 1, 2, 3, dtype=torch.bool) if mask else None
+        image,
+        image + 0.5,
+        [Meta(f"{value}", key)],
+        torch.tensor([0.1 * value]),
+        torch.ones(1, 1, 2, 3, dtype=torch.bool) if mask else None,
     )
 
 
@@ -73,9 +81,12 @@ def test_batches_are_joined_and_moved_with_all_they_hold():
     batch = Batch.collate([item(1), item(2)])
     assert len(batch) == 2 and [meta.path for meta in batch.meta] == ["1", "2"]
     assert batch.clean[:, 0, 0, 0].tolist() == [1, 2] and batch.degraded[:, 0, 1, 2].tolist() == [1.5, 2.5]
-    assert batch.mask.shape == (2, 1, 2, 3)
+    assert batch.mask.shape == (2, 1, 2, 3) and batch.level.tolist() == pytest.approx([0.1, 0.2])
+    assert batch.noise.quanta.shape == (2, 1, 1, 1)
+    assert batch.noise.quanta.flatten().tolist() == pytest.approx([10_000, 5_000])
+    assert batch.noise.sigma.flatten().tolist() == pytest.approx([0.005, 0.01])
     moved = batch.to(torch.device("meta"))
-    assert {moved.clean.device.type, moved.degraded.device.type, moved.mask.device.type} == {"meta"}
+    assert {v.device.type for v in (moved.clean, moved.degraded, moved.level, moved.mask)} == {"meta"}
     assert moved.meta == batch.meta
     assert Batch.collate([item(1, mask=False)]).to(torch.device("cpu")).mask is None
 
@@ -471,3 +482,41 @@ def test_a_change_on_the_grid_returns_to_the_image_s_own_pixels():
     rows = (np.arange(bottom - top) + 0.5) * grid.size[0] / (bottom - top) - 0.5 + grid.offset[0]
     moved = grid.add(wave.astype(np.float32), np.full_like(image, 0.5))[top:bottom, left + 5]
     np.testing.assert_allclose(moved[8:-8], 0.5 + 0.1 * np.sin(rows[8:-8] / 20), atol=2e-4)
+
+
+# --- the model in the box --------------------------------------------------------------------------------------------
+
+
+def test_orientations_are_the_eight_of_a_square_and_upright_takes_them_back():
+    image = torch.arange(12.0).reshape(1, 3, 4)
+    views = [oriented(image, k) for k in range(8)]
+    assert torch.equal(views[0], image)
+    assert len({(tuple(v.shape), tuple(v.flatten().tolist())) for v in views}) == 8
+    assert all(torch.equal(upright(view, k), image) for k, view in enumerate(views))
+
+
+def test_native_images_keep_their_pixels_and_training_adds_phantoms(tmp_path):
+    write_pngs(tmp_path, ["a.png", "b.png", "c.png"])
+    (tmp_path / "split.csv").write_text("file,split\na,train\nb,validation\nc,test\n")
+    hps = HPS_DIFFUSION["folder"].updated(
+        native=True, stabilize=True, noise_levels=[0.1, 0.4], crop_size=32, dihedral=True, scale_range=[0.5, 2.0],
+        phantoms=2, image_shape=[1, 64, 48], crops_per_image=8,
+    )  # fmt: skip
+    train, test = get_datasets("folder", hps, ["train", "test"], tmp_path)
+    assert train.image_count() == 3 and test.image_count() == 1
+    assert train.patients() == ["a", "train/0000", "train/0001"]
+    whole, source = test[0], read_image(tmp_path / "c.png")
+    height, width = whole.clean.shape[-2:]
+    windows = np.lib.stride_tricks.sliding_window_view(source, (height, width))
+    assert np.abs(windows - whole.clean[0, 0].numpy()).max((2, 3)).min() < 1e-4
+    assert whole.level.tolist() == pytest.approx([0.2])
+    batches = [train[SampleKey(0, i, i)] for i in range(24)]
+    levels = torch.cat([batch.level for batch in batches])
+    assert {batch.clean.shape for batch in batches} == {(1, 1, 32, 32)}
+    assert 0.1 <= levels.min() < 0.15 and 0.3 < levels.max() <= 0.4
+    # the level of a sample is that of its noise
+    noise = torch.cat([stabilize(b.degraded, b.noise) - stabilize(b.clean, b.noise) for b in batches])
+    bright = torch.cat([b.clean for b in batches]) > 0.2
+    assert noise[bright].std().item() == pytest.approx(1, abs=0.03)
+    again = train[SampleKey(0, 5, 5)]
+    assert torch.equal(again.degraded, batches[5].degraded) and torch.equal(again.level, batches[5].level)

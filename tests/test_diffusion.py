@@ -602,3 +602,97 @@ def test_statistics_of_nothing_or_of_constant_latents_are_refused(pairs, reason)
 def test_an_unknown_word_is_refused(word):
     with pytest.raises(ValueError, match=word):
         LatentDiffusion(nn.Identity(), **{word: "other"})
+
+
+# --- the linear estimate and the noise level -------------------------------------------------------------------------
+
+
+def wiener_model(signal, levels=()):
+    """A model of precondition `wiener` measured on white noise of deviation 0.2 over `signal(level)`, and its latents.
+
+    As in a stabilised domain: the noise is the same at every level, and what it hides is not.
+    """
+    model = LatentDiffusion(Answer(zero), latent_channels=2, precondition="wiener", noise_levels=levels)
+    pairs, given = [], []
+    for level in torch.logspace(math.log10(levels[0]), math.log10(levels[1]), 5).tolist() if levels else [0.2]:
+        clean = signal(level)
+        pairs.append((clean, clean + 0.2 * torch.randn_like(clean)))
+        given.append(torch.full((len(clean),), level))
+    model.measure_statistics(pairs, given)
+    return model, [(model.normalize(c), model.normalize(d), level) for (c, d), level in zip(pairs, given, strict=True)]
+
+
+def level_and_texture(strength):
+    """Latents of a level each, which tells their scale, and white texture of a variance."""
+    return lambda level: 3 * torch.randn(24, 2, 1, 1) + strength * 0.2 / level * torch.randn(24, 2, 40, 40)
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.2, 0.4])
+def test_the_linear_estimate_of_white_texture_comes_close_to_wieners_error(strength):
+    torch.manual_seed(0)
+    model, [(clean, degraded, level)] = wiener_model(level_and_texture(strength))
+    base = model._view(degraded, level.log2()).base
+    error = ((base - clean) * model.latent_scale).square().mean().item()
+    best = strength**2 * 0.2**2 / (strength**2 + 0.2**2)
+    # the biweight, which spares edges, leaves a little of the noise: at 1 / 16 of the limit an eighth of the amplitude
+    assert 0.98 * best < error < 1.3 * best
+    assert (model.wiener_error * model.latent_scale).item() == pytest.approx(error**0.5, rel=1e-4)
+
+
+def test_the_linear_estimate_is_fitted_at_every_level_and_interpolated_between():
+    torch.manual_seed(0)
+    model, measured = wiener_model(level_and_texture(0.2), (0.05, 1.0))
+    for clean, degraded, level in measured:
+        texture = 0.2 * 0.2 / level[0].item()
+        error = ((model._view(degraded, level.log2()).base - clean) * model.latent_scale).square().mean().item()
+        best = 0.04 * texture**2 / (0.04 + texture**2)
+        assert 0.95 * best < error < 1.02 * best + 0.1 * 0.04
+        assert (model._scale(level.log2()) * model.latent_scale)[0].item() == pytest.approx(error**0.5, rel=1e-3)
+    between = model._knots(torch.tensor([0.05, 0.05 * 20 ** (1 / 8), 1.0, 3.0, 0.01]))
+    assert torch.allclose(between.sum(1), torch.ones(5), atol=1e-5)
+    assert torch.allclose(between[1, :2], torch.tensor([0.5, 0.5]), atol=1e-4)
+    assert between[2, 4].item() == pytest.approx(1, abs=1e-4) and between[3, 4] == 1 and between[4, 0] == 1
+
+
+def test_an_edge_is_no_noise():
+    torch.manual_seed(0)
+    model, [(_, degraded, level)] = wiener_model(level_and_texture(0.05))
+    degraded[:, :, :, 20:] += 100 * model.degradation_scale
+    base = model._view(degraded, level.log2()).base
+    assert torch.equal(base[..., 19:21], degraded[..., 19:21])
+    assert (base[..., 2:10] - degraded[..., 2:10]).std() > 0.5 * model.degradation_scale
+
+
+def test_a_silent_network_has_unit_loss_over_the_linear_estimate_and_is_shown_three_parts():
+    torch.manual_seed(0)
+    model, measured = wiener_model(level_and_texture(0.2), (0.05, 1.0))
+    shown = []
+    model.model.forward = lambda x, t: shown.append(x) or torch.zeros_like(x[:, :2])
+    for clean, degraded, level in measured:
+        loss = model.p_losses(clean, degraded, torch.full((24,), 999), torch.randn_like(clean), level)
+        assert loss.loss.item() == pytest.approx(1, rel=1e-3)
+        x_start = model.predict(torch.randn_like(clean), torch.full((24,), 500), degraded, level).x_start
+        assert torch.equal(x_start, model._view(degraded, level.log2()).base)
+    assert {part.shape for part in shown} == {(24, 6, 40, 40)}
+
+
+def test_the_noise_level_is_an_optional_module_of_the_unet():
+    sizes = dict(in_channels=6, out_channels=2, model_channels=32, channel_mult=(1,), num_res_blocks=1,
+                 attention_levels=(), num_head_channels=32)  # fmt: skip
+    torch.manual_seed(0)
+    plain = UNet(**sizes)
+    told = UNet(**sizes, noise_conditioning=True)
+    assert set(told.state_dict()) - set(plain.state_dict()) == {
+        f"noise_embed.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+    }
+    told.load_state_dict(plain.state_dict(), strict=False)
+    for network in (plain, told):
+        nn.init.normal_(network.out[-1].weight, generator=torch.Generator().manual_seed(1))
+        for block in network.modules():
+            if isinstance(block, diffusion.ResBlock):
+                nn.init.normal_(block.out_layers[-1].weight, std=0.1, generator=torch.Generator().manual_seed(2))
+    x, t = torch.randn(2, 6, 8, 8), torch.tensor([3, 700])
+    # zero at first: the level makes no difference before it is learned, and then it does
+    assert torch.equal(told(x, t, torch.tensor([-2.0, 1.0])), plain(x, t))
+    nn.init.normal_(told.noise_embed[2].weight)
+    assert not torch.allclose(told(x, t, torch.tensor([-2.0, 1.0])), told(x, t, torch.tensor([-2.0, 0.0])))

@@ -32,7 +32,7 @@ def fake_cuda(monkeypatch):
 def fake_batch(channels: int, height: int, width: int) -> Batch:
     metas = [Meta(f"{i}.png", SampleKey(0, i, i)) for i in range(4)]
     images = torch.rand(2, 4, channels, height, width, device=CUDA)
-    return Batch(images[0], images[1], metas)
+    return Batch(images[0], images[1], metas, torch.full((4,), 0.2, device=CUDA))
 
 
 def make(kind, *args, **kwargs):
@@ -67,6 +67,23 @@ def test_stage_2_loss_at_the_reference_size_stays_on_the_gpu(fake_cuda):
     with torch.no_grad():
         prediction = model.predict(torch.randn_like(cond), torch.full((1,), 999, device=CUDA), cond)
     assert prediction.x_start.shape == (1, 128, 256, 192) and prediction.eps.device.type == "cuda"
+
+
+def test_the_model_in_the_box_trains_and_restores_on_the_gpu(fake_cuda):
+    hps, hps_vqvae = HPS_DIFFUSION["mammogram"], HPS_VQVAE["mammogram"]
+    with CUDA:
+        first_stage = VQVAE2Wrapper(VQVAE(**hps_vqvae.arguments(VQVAE)))
+        model = LatentDiffusion(UNet(**hps.arguments(UNet)), latent_channels=32, **hps.arguments(LatentDiffusion))
+    stage = make(DiffusionTrainer, hps, model.train(), first_stage=first_stage)
+    batch = fake_batch(1, 96, 96)
+    with torch.autocast("cuda", stage.amp):
+        result = stage.loss(batch)
+    assert result.loss.device.type == "cuda" and result.loss.dtype == torch.float32 and result.loss.requires_grad
+    with torch.no_grad():
+        cond = model.normalize(first_stage.encode(batch.degraded, batch.noise))
+        prediction = model.predict(torch.randn_like(cond), torch.full((4,), 999, device=CUDA), cond, batch.level)
+        image = first_stage.decode(model.denormalize(prediction.x_start), noise=batch.noise)
+    assert image.shape == (4, 1, 96, 96) and image.device.type == "cuda"
 
 
 def test_a_tensor_left_on_the_cpu_fails_the_dry_run(fake_cuda):

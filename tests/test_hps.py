@@ -37,9 +37,40 @@ def test_reference_tasks_have_the_values_of_the_specification(table, specified, 
     assert {key: type(table[task][key]) for key in specified} == {key: type(v) for key, v in specified.items()}
 
 
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(noise_levels=[0.1]), "noise_levels=[0.1]: must be two numbers"),
+        (dict(noise_levels=[0.4, 0.1]), "must be two numbers greater than 0, the lesser first"),
+        (dict(noise_levels=[0.0, 0.1]), "must be two numbers greater than 0"),
+        (dict(noise_levels=[0.1, 0.4]), "one model serves several levels with stabilize=True alone"),
+        (dict(scale_range=[]), "scale_range=[]: must be two numbers"),
+        (dict(stabilize=True, noise_level=0.0), "stabilize=True: needs a noise_level greater than 0"),
+        (dict(views=9), "views=9: must lie between 1 and 8"),
+        (dict(precondition="wiener"), "in_channels=256: must be three times out_channels=128"),
+    ],
+)
+def test_settings_of_the_model_in_the_box_that_clash_are_refused(changes, sentence):
+    with pytest.raises(ValueError) as refusal:
+        check(HPS_DIFFUSION["cbis-ddsm"].updated(**changes))
+    assert sentence in str(refusal.value)
+
+
+def test_a_range_of_noise_levels_is_read_from_the_shell():
+    hps, _ = apply_overrides(HPS_DIFFUSION["mammogram"], ["noise_levels=0.1,1"])
+    assert hps.noise_levels == [0.1, 1]
+    with pytest.raises(ValueError, match="must be a list"):
+        apply_overrides(HPS_DIFFUSION["cbis-ddsm"], ["noise_levels=a,b"])
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_is_in_both_tables_and_consistent(task):
-    assert set(TASKS) == set(HPS_VQVAE) == set(HPS_DIFFUSION) == {"cbis-ddsm", "phantom", "folder", "folder-small"}
+    assert (
+        set(TASKS)
+        == set(HPS_VQVAE)
+        == set(HPS_DIFFUSION)
+        == {"cbis-ddsm", "phantom", "folder", "folder-small", "mammogram"}
+    )
     vqvae, diffusion = HPS_VQVAE[task], HPS_DIFFUSION[task]
     check(vqvae)
     check(diffusion)

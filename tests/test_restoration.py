@@ -59,7 +59,9 @@ class Stub:
     device: torch.device = CPU
     seen: list = field(default_factory=list)
 
-    def restore(self, part, names, origin=(0, 0), progress=False):
+    stabilized: bool = False
+
+    def restore(self, part, names, noise=None, level=None, origin=(0, 0), progress=False):
         self.seen.append((tuple(part.shape[-2:]), origin, float(part.max())))
         return self.function(part)
 

@@ -1,0 +1,62 @@
+"""Write both trained stages as small files that restore without anything else: averaged weights, in half precision."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from helper import (
+    Checkpoint,
+    Parser,
+    UserError,
+    load_checkpoint,
+    run_script,
+    save_checkpoint,
+    weights_digest,
+)
+from restoration import check_first_stage, load_averages, make_diffusion
+from vqvae2_wrapper import load_vqvae
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--vqvae-path", type=Path, required=True, help="path to the VQ-VAE-2 checkpoint")
+    parser.add_argument("--load-path", type=Path, required=True, help="path to the diffusion checkpoint trained on it")
+    parser.add_argument("--out", type=Path, required=True, help="folder for vqvae.pt and diffusion.pt")
+    return parser.parse_args()
+
+
+def slim(checkpoint: Checkpoint, model: torch.nn.Module, *, half: bool) -> Checkpoint:
+    """A checkpoint of `model` without what only training needs; with `half` its weight matrices in half precision.
+
+    Buffers, biases and other vectors stay as they are: they take no room, and the noise schedule would suffer.
+    """
+    matrices = {name for name, parameter in model.named_parameters() if half and parameter.ndim > 1}
+    state = {name: value.half() if name in matrices else value for name, value in model.state_dict().items()}
+    return Checkpoint(
+        checkpoint.kind, checkpoint.task, checkpoint.hps, state, checkpoint.epoch, checkpoint.step, checkpoint.best,
+        training={}, extra=checkpoint.extra | {"averaged": True},
+    )  # fmt: skip
+
+
+def main() -> None:
+    args = parse_arguments()
+    vqvae, stage_1 = load_vqvae(args.vqvae_path)
+    stage_2 = load_checkpoint(args.load_path, "diffusion")
+    check_first_stage(stage_2, args.load_path, weights_digest(vqvae), args.vqvae_path)
+    model = make_diffusion(stage_2.hps)
+    load_averages(model, stage_2, args.load_path)
+    paths = args.out / "vqvae.pt", args.out / "diffusion.pt"
+    if existing := [path for path in paths if path.exists()]:
+        raise UserError(f"--out: {existing[0]} exists already; remove it or choose another folder")
+    # stage 2 was trained on the very latents of stage 1, and knows them by its digest: its few weights stay as they are
+    save_checkpoint(paths[0], slim(stage_1, vqvae, half=False))
+    save_checkpoint(paths[1], slim(stage_2, model, half=True))
+    sizes = " and ".join(f"{path.stat().st_size / 1e6:.1f} MB" for path in paths)
+    print(f"both stages written to {args.out}: {sizes}")
+
+
+if __name__ == "__main__":
+    run_script(main)

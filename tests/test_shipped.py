@@ -1,0 +1,193 @@
+"""The model in the box: small files that restore at once, told any noise; edges taken apart."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helper import load_checkpoint, seeded_generator
+from phantom import generate_phantom
+from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.stabilize import stabilize
+from restoration import (
+    SHIPPED_CALIBRATION,
+    SHIPPED_DIFFUSION,
+    SHIPPED_VQVAE,
+    Restorer,
+    changed_box,
+    part_sides,
+    restore_image,
+)
+from scripts import call, succeed, written
+from uncertainty import Calibration, assess, predict
+
+CPU = torch.device("cpu")
+
+
+def psnr(image, reference):
+    return -10 * math.log10(((np.asarray(image) - reference) ** 2).mean())
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return Restorer.load(SHIPPED_VQVAE, SHIPPED_DIFFUSION, CPU)
+
+
+@pytest.fixture(scope="module")
+def phantom():
+    """A square inside a phantom at the pitch that the model was trained at."""
+    return generate_phantom(2, 3, (1, 1024, 768)).image[0, 400:592, 100:292].numpy()
+
+
+def low_dose(image, level, seed=0):
+    return simulate_low_dose(torch.from_numpy(image), level, torch.Generator().manual_seed(seed)).numpy()
+
+
+def test_both_stages_fit_the_promised_size_and_carry_no_training_state():
+    assert SHIPPED_VQVAE.stat().st_size + SHIPPED_DIFFUSION.stat().st_size < 40e6
+    for path, kind in ((SHIPPED_VQVAE, "vqvae"), (SHIPPED_DIFFUSION, "diffusion")):
+        checkpoint = load_checkpoint(path, kind)
+        assert checkpoint.training == {} and checkpoint.task == "mammogram"
+        patients = set(checkpoint.extra["patients"])
+        assert not patients & {f"mdb pair {i:03d}" for i in range(37, 49)}  # validation and test
+
+
+@pytest.mark.parametrize("level, gain", [(0.05, 2.0), (0.2, 5.0), (0.5, 8.0), (1.0, 10.0)])
+def test_it_restores_every_level_it_was_trained_at(shipped, phantom, level, gain):
+    low = low_dose(phantom, level)
+    restored = restore_image(shipped, low, NoiseModel.from_level(level), "phantom").pixels
+    assert psnr(restored, phantom) > psnr(low, phantom) + gain
+
+
+def test_noise_of_another_make_is_told_as_it_is(shipped, phantom):
+    """Half of the electronic noise, and none: no noise level of the simulation has these."""
+    for noise in (NoiseModel(3000.0, 0.002), NoiseModel(float("inf"), 0.012)):
+        generator = torch.Generator().manual_seed(1)
+        image = torch.from_numpy(phantom)
+        quanta = (
+            image
+            if math.isinf(noise.quanta)
+            else torch.poisson(image * noise.quanta, generator=generator) / noise.quanta
+        )
+        low = (quanta + noise.sigma * torch.randn(image.shape, generator=generator)).clamp(0, 1).numpy()
+        restored = restore_image(shipped, low, noise, "phantom").pixels
+        assert psnr(restored, phantom) > psnr(low, phantom) + 5
+
+
+def test_eight_orientations_are_no_worse_than_one(shipped, phantom):
+    from dataclasses import replace
+
+    low, noise = low_dose(phantom, 0.2), NoiseModel.from_level(0.2)
+    eight, one = (restore_image(replace(shipped, views=views), low, noise, "p").pixels for views in (8, 1))
+    assert shipped.views == 8 and shipped.evaluations == 8
+    assert psnr(eight, phantom) >= psnr(one, phantom)
+
+
+def test_the_shipped_calibration_holds_on_phantoms(shipped, phantom):
+    calibration = Calibration.from_json(SHIPPED_CALIBRATION)
+    noise, low = NoiseModel.from_level(0.2), low_dose(phantom, 0.2)
+    restored = restore_image(shipped, low, noise, "phantom").pixels
+    interval = predict(calibration, low, restored, noise)
+    covered = assess([interval], [phantom], [np.ones(phantom.shape, bool)]).image.coverage
+    assert 0.8 < covered < 0.99  # of another kind of image than it was calibrated on
+
+
+def test_main_restore_needs_no_model_and_writes_how_sure_it_is(phantom, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray((low_dose(phantom, 0.2)[96:, 96:] * 65535).astype(np.uint16)).save("low.png")
+    result = succeed("main-restore", "low.png --out out --noise-level 0.2 --samples 1 --views 2")
+    assert "research use only" in result.out
+    names = [f"low.{kind}.png" for kind in ("high", "low", "std", "uncertainty")]
+    assert written(tmp_path / "out") == sorted(["low.png", *names, "restore.csv", "restore.json"])
+    restored, low, high, std = (
+        np.asarray(Image.open(tmp_path / "out" / f"low{kind}.png")).astype(float) / 65535
+        for kind in ("", ".low", ".high", ".std")
+    )
+    assert (low <= restored + 1e-4).all() and (restored <= high + 1e-4).all()
+    assert 0.5 < np.median((high - low) / (3.29 * std / 10)) < 2
+    assert json.loads((tmp_path / "out" / "restore.json").read_text())["failures"] == []
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("--vqvae-path a.pt", "--vqvae-path needs --load-path"),
+        ("--load-path a.pt", "--load-path needs --vqvae-path"),
+        ("--calibration a.json", "--calibration goes with --samples"),
+        ("--samples 1 --calibration missing.json", "missing.json: cannot be read"),
+        ("--samples 1 --calibration low.png", "low.png: not a calibration"),
+        ("--views 9", "--views"),
+    ],
+)
+def test_wrong_calls_are_refused(line, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.full((32, 32), 99, np.uint8)).save("low.png")
+    result = call("main-restore", f"low.png --out out {line}")
+    assert result.code == 2 and sentence in result.err and result.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_keeps_what_restoring_needs(vqvae, diffusion, tmp_path):
+    out = tmp_path / "weights"
+    result = succeed("main-export", f"--vqvae-path {vqvae} --load-path {diffusion} --out {out}")
+    assert written(out) == ["diffusion.pt", "vqvae.pt"] and str(out) in result.out
+    assert (out / "diffusion.pt").stat().st_size < diffusion.stat().st_size / 4
+    image = torch.rand(1, 1, 64, 48, generator=torch.Generator().manual_seed(0))
+    full = Restorer.load(vqvae, diffusion, CPU)
+    small = Restorer.load(out / "vqvae.pt", out / "diffusion.pt", CPU)
+    assert torch.equal(small.first_stage.encode(image), full.first_stage.encode(image))
+    a, b = (restorer.restore(image, ["x"]) for restorer in (full, small))
+    assert (a - b).abs().max() < 1e-3
+    again = call("main-export", f"--vqvae-path {vqvae} --load-path {diffusion} --out {out}")
+    assert again.code == 2 and "exists already" in again.err
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_edge_is_taken_apart_and_each_side_goes_on_as_it_was():
+    level, noise = 0.2, NoiseModel.from_level(0.2)
+    clean = np.full((96, 96), 0.6, np.float32)
+    clean[:, :10] = 0.0  # a film's border
+    values = stabilize(torch.from_numpy(low_dose(clean, level)), noise).numpy()
+    sides = part_sides(values, 18.0, seeded_generator("test"))
+    assert np.array_equal(sides.is_bright[:, :34], (clean > 0.3)[:, :34])
+    assert np.array_equal(np.where(sides.is_bright, sides.bright, sides.dark), values)
+    inside = float(stabilize(torch.tensor(0.6), noise))
+    filled = sides.bright[8:-8, :10]
+    assert filled.mean() == pytest.approx(inside, abs=0.3) and filled.std() == pytest.approx(1, abs=0.2)
+    # the dark side runs into the bright one where that is all there is
+    columns = sides.dark[8:-8, :44].mean(0)
+    assert abs(columns[10] - columns[:10].mean()) < 6 and abs(columns[33] - inside) < 6
+    assert np.diff(columns).max() < 0.25 * np.diff(values[8:-8].mean(0)).max()
+    assert np.array_equal(sides.bright[:, 40:], sides.dark[:, 40:])
+
+
+def test_the_box_around_what_differs_keeps_its_margin_and_the_grid():
+    a = torch.zeros(200, 300)
+    assert changed_box(a, a, 48, 32) is None
+    b = a.clone()
+    b[100, 10] = b[120, 290] = 1
+    assert changed_box(a, b, 48, 32) == (slice(32, 192), slice(0, 300))
+    b[199, 10] = 1
+    assert changed_box(a, b, 48, 32)[0] == slice(32, 200)
+
+
+def test_texture_and_noise_are_no_edges():
+    image = generate_phantom(2, 3, (1, 1024, 768)).image[0, 400:592, 100:292].numpy()
+    for level in (0.2, 1.0):
+        noise = NoiseModel.from_level(level)
+        values = stabilize(torch.from_numpy(low_dose(image, level)), noise).numpy()
+        least = float(np.clip(0.25 * stabilize(torch.ones(()), noise), 7, 20))
+        assert part_sides(values, least, seeded_generator("test")) is None
+
+
+def test_along_a_films_border_the_noise_goes_too(shipped):
+    clean = np.full((128, 128), 0.6, np.float32)
+    clean[:, :10] = 0.0
+    restored = restore_image(shipped, low_dose(clean, 0.2), NoiseModel.from_level(0.2), "border").pixels
+    beside, away = ((restored - clean)[16:-16, columns].std() for columns in (slice(10, 22), slice(60, 110)))
+    assert beside < 3 * away and beside < 0.004
