@@ -253,7 +253,6 @@ HPS_DIFFUSION["mammogram"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     noise_conditioning=True,
     ema_decay=0.999,
     ddim_steps=10,  # samples have collapsed onto the mean: more tell nothing
-    views=8,
     max_epochs=42,
     statistics_batches=32,
     validation_frequency=7,

@@ -16,14 +16,24 @@ from helper import (
     save_checkpoint,
     weights_digest,
 )
+from hps import apply_overrides
 from restoration import check_first_stage, load_averages, make_diffusion
 from vqvae2_wrapper import load_vqvae
+
+SAMPLER = ("ddim_steps", "ddim_eta", "ddim_spacing", "views")  # entries that no weight depends on
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--vqvae-path", type=Path, required=True, help="path to the VQ-VAE-2 checkpoint")
     parser.add_argument("--load-path", type=Path, required=True, help="path to the diffusion checkpoint trained on it")
+    parser.add_argument(
+        "--hps",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"override how the model restores by default: {', '.join(SAMPLER)}; repeatable",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for vqvae.pt and diffusion.pt")
     return parser.parse_args()
 
@@ -46,6 +56,12 @@ def main() -> None:
     vqvae, stage_1 = load_vqvae(args.vqvae_path)
     stage_2 = load_checkpoint(args.load_path, "diffusion")
     check_first_stage(stage_2, args.load_path, weights_digest(vqvae), args.vqvae_path)
+    try:
+        stage_2.hps, changed = apply_overrides(stage_2.hps, args.hps)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if fixed := sorted(changed - set(SAMPLER)):
+        raise UserError(f"--hps {fixed[0]}: the weights were trained with it; only {', '.join(SAMPLER)} can be changed")
     model = make_diffusion(stage_2.hps)
     load_averages(model, stage_2, args.load_path)
     paths = args.out / "vqvae.pt", args.out / "diffusion.pt"

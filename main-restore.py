@@ -121,7 +121,7 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         choices=range(1, 9),
         metavar="1..8",
-        help="orientations of the image that are restored and averaged (default: the checkpoint's, of the model in weights/ 8)",
+        help="orientations of the image that are restored and averaged (default: the checkpoint's, 1)",
     )
     parser.add_argument(
         "--calibration",

@@ -82,7 +82,7 @@ def test_eight_orientations_are_no_worse_than_one(shipped, phantom):
 
     low, noise = low_dose(phantom, 0.2), NoiseModel.from_level(0.2)
     eight, one = (restore_image(replace(shipped, views=views), low, noise, "p").pixels for views in (8, 1))
-    assert shipped.views == 8 and shipped.evaluations == 8
+    assert shipped.views == shipped.evaluations == 1
     assert psnr(eight, phantom) >= psnr(one, phantom)
 
 
@@ -141,6 +141,15 @@ def test_export_keeps_what_restoring_needs(vqvae, diffusion, tmp_path):
     assert torch.equal(small.first_stage.encode(image), full.first_stage.encode(image))
     a, b = (restorer.restore(image, ["x"]) for restorer in (full, small))
     assert (a - b).abs().max() < 1e-3
+    assert small.views == 1 and small.hps.ddim_steps == 3
+    changed = succeed(
+        "main-export", f"--vqvae-path {vqvae} --load-path {diffusion} --out {out}2 --hps views=4 --hps ddim_steps=2"
+    )
+    assert f"{out}2" in changed.out
+    other = Restorer.load(tmp_path / "weights2" / "vqvae.pt", tmp_path / "weights2" / "diffusion.pt", CPU)
+    assert other.views == 4 and other.hps.ddim_steps == 2
+    refused = call("main-export", f"--vqvae-path {vqvae} --load-path {diffusion} --out {out}3 --hps timesteps=10")
+    assert refused.code == 2 and "--hps timesteps: the weights were trained with it" in refused.err
     again = call("main-export", f"--vqvae-path {vqvae} --load-path {diffusion} --out {out}")
     assert again.code == 2 and "exists already" in again.err
 
