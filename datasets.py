@@ -23,11 +23,14 @@ from cache import PreparedCache
 from helper import DATA_IDENTITY, SETTINGS_ADDED, UserError, seed_of, seeded_generator, worker_count
 from hps import HParams
 from images import find_images, is_dicom
-from phantom import generate_phantom
+from phantom import Calcification, add_calcifications, generate_phantom
 from prepared import Prepared, Record, prepare_record
 from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.sides import least_step, part_sides
+from preprocessing.stabilize import stabilize, unstabilize
 
 SPLITS = ("train", "validation", "test")
+FAINTEST, BRIGHTEST = 0.01, 0.6  # contrast of calcifications drawn on training crops
 LATENT_FORMAT = 1  # raised when the layout of a latent data set changes
 
 
@@ -225,7 +228,8 @@ class MammogramDataset(Dataset):
         if not self.train:
             return self._sample(image, meta, seeded_generator("noise of", meta.path))
         generator = seeded_generator("sample", self.seed, key.epoch, key.index)
-        return self._sample(self._augment(image, generator), meta, generator)
+        sample = self._sample(self._augment(image, generator), meta, generator)
+        return one_side(sample, generator) if self.hps.part_edges else sample
 
     def whole(self, index: int, realisation: int) -> Batch:
         """A training image uncropped, with noise draw number `realisation` (for latent extraction)."""
@@ -251,7 +255,8 @@ class MammogramDataset(Dataset):
                 factor = log_uniform(*self.hps.scale_range, generator)
                 side = size if torch.rand((), generator=generator) < 0.5 else round(size / factor)
             short = [max(0, side - length) for length in image.mask.shape[-2:]]
-            parts = [F.pad(part, (0, short[1], 0, short[0])) for part in parts]
+            if any(short):  # padding by nothing would copy the whole image
+                parts = [F.pad(part, (0, short[1], 0, short[0])) for part in parts]
             row, column = draw_crop(parts[1][0], side, 1, self.hps.breast_fraction, generator)
             parts = [part[:, row : row + side, column : column + side] for part in parts]
             if side != size:
@@ -262,12 +267,50 @@ class MammogramDataset(Dataset):
         elif self.hps.flip and torch.rand((), generator=generator) < 0.5:
             parts = [part.flip(-1) for part in parts]
         clean, mask, degraded = parts
+        share = 0.0 if image.degraded is not None else self.hps.calcifications
+        if share and torch.rand((), generator=generator) < share:
+            clean = calcified(clean, mask, generator)
         return Prepared(clean, mask, None if image.degraded is None else degraded)
 
 
 def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
     """A draw between `low` and `high`, both above 0, uniform in its logarithm."""
     return low * (high / low) ** float(torch.rand((), generator=generator))
+
+
+def calcified(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """A copy of an image (1, H, W) with 2 to 12 calcifications of 1 to 3 pixels, from faint to bright, within the mask."""
+    count = int(torch.randint(2, 13, (), generator=generator))
+    height, width = mask.shape[-2:]
+    drawn = []
+    for row, column, size, strength in torch.rand(count, 4, generator=generator, dtype=torch.float64).tolist():
+        row, column = row * height, column * width
+        if mask[0, int(row), int(column)]:
+            drawn.append(Calcification(row, column, 1 + 2 * size, FAINTEST * (BRIGHTEST / FAINTEST) ** strength))
+    image = clean[0].numpy().copy()
+    add_calcifications(image, drawn, 1.0)
+    return torch.from_numpy(image)[None]
+
+
+def one_side(sample: Batch, generator: torch.Generator) -> Batch:
+    """A sample (1, 1, H, W) with the bright or the dark side alone of edges far above its noise, as restoring has them.
+
+    The other side's pixels go on from this one's, with noise in the degraded image and without in the clean one. What has
+    no such edge stays as it is.
+    """
+    noise = NoiseModel.from_level(float(sample.level))
+    clean, degraded = (stabilize(image[0, 0], noise).numpy() for image in (sample.clean, sample.degraded))
+    sides = part_sides(degraded, least_step(noise))
+    if sides is None:
+        return sample
+    share = float(sides.is_bright[sides.near].mean())  # the larger side is seen more often
+    bright = bool(torch.rand((), generator=generator) < share)
+    drawn = torch.randn(degraded.shape, generator=generator).numpy()
+    clean, degraded = (
+        unstabilize(torch.from_numpy(image), noise)[None, None]
+        for image in (sides.side(clean, bright), sides.side(degraded, bright, drawn))
+    )
+    return replace(sample, clean=clean, degraded=degraded)
 
 
 def oriented(image: Tensor, orientation: int) -> Tensor:

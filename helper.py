@@ -29,7 +29,7 @@ from hps import HParams, apply_overrides
 # Settings that came after the first checkpoints, at what those were trained with.
 SETTINGS_ADDED = {
     "noise_levels": [], "stabilize": False, "dihedral": False, "native": False, "scale_range": [1.0, 1.0], "phantoms": 0,
-    "noise_conditioning": False, "views": 1,
+    "noise_conditioning": False, "views": 1, "part_edges": False, "calcifications": 0.0,
 }  # fmt: skip
 CHECKPOINT_FORMAT = 1  # raised when the layout of a checkpoint changes
 _ROOT = Path(__file__).resolve().parent

@@ -56,6 +56,8 @@ _DATA = HParams(
         1.0,
         1.0,
     ],  # training crops are resized by a factor between these, drawn log-uniformly, half of the time
+    part_edges=False,  # training crops go on past edges far above the noise, as restoring has them (preprocessing/sides.py)
+    calcifications=0.0,  # share of training crops in which simulated calcifications are drawn
     phantoms=0,  # folder: phantoms at the size of image_shape, added to the training images for their calcifications
     cache_images=False,  # keep prepared images in memory after their first use (small sets only)
     nb_workers=4,  # data loader processes
@@ -251,6 +253,8 @@ HPS_DIFFUSION["mammogram"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     timestep_sampling="stratified",
     precondition="wiener",
     noise_conditioning=True,
+    part_edges=True,
+    calcifications=0.25,
     ema_decay=0.999,
     ddim_steps=10,  # samples have collapsed onto the mean: more tell nothing
     max_epochs=42,
@@ -349,7 +353,7 @@ def check(hps: HParams) -> None:
         if key in hps and not hps[key] >= 0:
             raise ValueError(f"--hps {key}={hps[key]}: must not be negative")
     fractions = ("breast_fraction", "validation_fraction", "test_fraction", "quantize_probability", "codebook_decay", "ddim_eta",
-                 "ema_decay", "dropout")  # fmt: skip
+                 "calcifications", "ema_decay", "dropout")  # fmt: skip
     for key in fractions:
         if key in hps and not 0 <= hps[key] <= 1:
             raise ValueError(f"--hps {key}={hps[key]}: must lie between 0 and 1")

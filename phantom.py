@@ -344,10 +344,12 @@ def _pixel_means(centre: float, sigma: float, first: int, last: int) -> np.ndarr
     return sigma * math.sqrt(math.pi / 2.0) * np.diff(erf((edges - centre) / (sigma * math.sqrt(2.0))))
 
 
-def _add_calcifications(image: np.ndarray, drawn: list[Calcification]) -> list[Calcification]:
-    """Add calcifications given in mm to the image (H, W), averaged over its pixels, and return them in pixels."""
+def add_calcifications(image: np.ndarray, drawn: list[Calcification], pixel: float) -> list[Calcification]:
+    """Add calcifications given in mm to the image (H, W) of a pixel pitch in mm, averaged over its pixels.
+
+    Their contrast is what a fully resolved centre adds. Returns those within the image, in pixels.
+    """
     height, width = image.shape
-    pixel = FILM_HEIGHT_MM / height
     found = []
     for c in drawn:
         row, column, sigma = c.row / pixel - 0.5, c.column / pixel - 0.5, math.hypot(c.diameter / 2.355, 0.08) / pixel
@@ -419,7 +421,7 @@ def generate_phantom(seed: int, index: int, image_shape: tuple[int, int, int] = 
     extra = _ducts_and_vessels(streams[4], anatomy, (height, width)) + _spicules(streams[4], masses, (height, width))
     image = np.zeros((height, width), np.float32)
     image[mask], density = _tissue(streams[5:], anatomy, masses, depth[mask], y[mask], x[mask], extra[mask], height)
-    found = _add_calcifications(image, calcifications)
+    found = add_calcifications(image, calcifications, FILM_HEIGHT_MM / image.shape[0])
 
     sizes = [Mass(m.row / pixel - 0.5, m.column / pixel - 0.5, m.radius / pixel, m.spiculated) for m in masses]
     sizes = [m for m in sizes if m.column <= width - 1]

@@ -65,11 +65,19 @@ class Grid:
         offset = (shape[0] - size[0]) // 2, 0 if wall_left else shape[1] - size[1]
         return cls(tuple(int(v) for v in (top, left, bottom, right)), size, offset, tuple(shape))
 
-    def native(self) -> Grid:
-        """The same box on a grid of its own size: nothing is scaled."""
-        top, left, bottom, right = self.box
+    @classmethod
+    def native(cls, mask: np.ndarray, margin: float = 0.02) -> Grid:
+        """The bounding box of a mask (H, W) on a grid of its own size, with `margin` of its longer side all around.
+
+        A film's border stays: restoring meets it too.
+        """
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        top, bottom, left, right = (int(v) for v in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
+        spare = max(1, round(margin * max(bottom - top, right - left)))
+        top, left = max(0, top - spare), max(0, left - spare)
+        bottom, right = min(mask.shape[0], bottom + spare), min(mask.shape[1], right + spare)
         size = bottom - top, right - left
-        return Grid(self.box, size, (0, 0), size)
+        return cls((top, left, bottom, right), size, (0, 0), size)
 
     def apply(self, image: np.ndarray) -> np.ndarray:
         """Bring an image (H, W) onto the grid: antialiased bilinear scaling, background 0."""
@@ -124,9 +132,7 @@ def prepare_record(record: Record, image_shape: Sequence[int], native: bool = Fa
     if min(image.shape) < 16:
         raise UserError(f"{record.path}: {image.shape[1]} x {image.shape[0]} pixels are too few; remove it")
     mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
-    grid = Grid.fit(image, mask, tuple(image_shape[1:]))
-    if native:
-        grid = grid.native()
+    grid = Grid.native(mask) if native else Grid.fit(image, mask, tuple(image_shape[1:]))
     clean = _rounded(grid.apply(image))
     degraded = None
     if record.degraded is not None:

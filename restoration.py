@@ -23,6 +23,7 @@ from hps import HParams
 from metrics import breast_mask
 from preprocessing.degrade import NoiseModel
 from preprocessing.estimate import level_at
+from preprocessing.sides import EDGE_REACH, least_step, part_sides
 from preprocessing.stabilize import stabilize, unstabilize
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
@@ -33,11 +34,6 @@ SHIPPED_VQVAE, SHIPPED_DIFFUSION, SHIPPED_CALIBRATION = (
 MARGIN = 32  # pixels by which an image is mirrored at its borders
 TILE_CROPS = 7  # sides of training crops that make the side of a tile: overlaps cost the less the larger it is
 PEAK_QUANTILE = 0.999  # of the breast's intensities: brought to full scale at most
-EDGE_SHARE = (
-    0.25  # of full scale, in units of the noise: a step across 5 pixels from which on an edge is taken apart ...
-)
-EDGE_RANGE = 7.0, 20.0  # ... within these: below is noise and texture, above every filter fails
-EDGE_REACH = 24  # pixels around such an edge in which its two sides are told apart: what local means reach
 GUARD_WIDTH = 4.0  # pixels; sigma of the window in which a correction is weighed against the noise
 GUARD_SIGMAS = 6.0  # standard deviations; a correction fades out over the last of them
 
@@ -295,66 +291,6 @@ def restore_in_tiles(
     return result[..., MARGIN : MARGIN + height, MARGIN : MARGIN + width]
 
 
-# --- edges far above the noise ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sides:
-    """An image whose strongest edges are taken apart: each side goes on, with its own noise, where the other one was."""
-
-    bright: np.ndarray  # (H, W), stabilised
-    dark: np.ndarray  # (H, W), stabilised; equal to `bright` away from edges
-    is_bright: np.ndarray  # (H, W) bool: which of the two a pixel belongs to
-
-
-def part_sides(values: np.ndarray, least_step: float, generator: torch.Generator) -> Sides | None:
-    """Take an image (H, W) in units of its noise apart at edges of more than `least_step`; None where there are none.
-
-    Next to a film's border or a lead label every filter that reaches across sees that step and no noise. Within `EDGE_REACH`
-    pixels of such a step, pixels are told apart by the middle of the range around them, and what is missing of a side is
-    the mean of the nearest of its own (normalised convolution; Knutsson & Westin, CVPR 1993) with unit noise of `generator`.
-    """
-    smooth = ndimage.median_filter(values, 3, mode="nearest")  # a noisy pixel is no edge
-    step = ndimage.maximum_filter(smooth, 5, mode="nearest") - ndimage.minimum_filter(smooth, 5, mode="nearest")
-    edges = step > least_step
-    if not edges.any():
-        return None
-    reach = 2 * EDGE_REACH + 1
-    near = ndimage.maximum_filter(edges, reach, mode="nearest")
-    middle = (
-        ndimage.maximum_filter(smooth, reach, mode="nearest") + ndimage.minimum_filter(smooth, reach, mode="nearest")
-    ) / 2
-    is_bright = smooth >= middle
-    noise = torch.randn(values.shape, generator=generator).numpy()
-    bright, dark = (
-        np.where(near & ~own, _extended(values, own | ~near) + noise, values) for own in (is_bright, ~is_bright)
-    )
-    return Sides(bright.astype(np.float32), dark.astype(np.float32), is_bright)
-
-
-def changed_box(a: Tensor, b: Tensor, margin: int, multiple: int) -> tuple[slice, slice] | None:
-    """Rows and columns around all pixels in which images (H, W) differ, and `margin` more; they start and, inside the
-    image, stop at multiples of `multiple`. None where nothing differs."""
-    differs = a != b
-    if not differs.any():
-        return None
-    box = []
-    for dim, size in ((1, a.shape[0]), (0, a.shape[1])):
-        places = differs.any(dim).nonzero().flatten()
-        start = max(0, int(places[0]) - margin) // multiple * multiple
-        box.append(slice(start, min(size, -(-(int(places[-1]) + 1 + margin) // multiple) * multiple)))
-    return box[0], box[1]
-
-
-def _extended(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Local means of the known pixels of an image (H, W): of the nearest, over windows that count the less the wider they are."""
-    total, weight = np.zeros(values.shape), np.zeros(values.shape)
-    for share, sigma in ((1.0, 2.0), (1e-2, 6.0), (1e-4, 18.0), (1e-6, 54.0)):
-        for sums, part in ((total, np.where(known, values, 0.0)), (weight, known.astype(np.float64))):
-            sums += share * ndimage.gaussian_filter(part.astype(np.float64), sigma, mode="nearest", truncate=3.0)
-    return np.where(weight > 0, total / np.maximum(weight, np.finfo(float).tiny), values)
-
-
 # --- an image of its own noise ---------------------------------------------------------------------------------------
 
 
@@ -369,6 +305,20 @@ def matching_factor(noise: NoiseModel, known: NoiseModel, intensity: float) -> f
         return math.inf
     linear = intensity / known.quanta
     return (linear + math.sqrt(linear**2 + 4 * own * known.sigma**2)) / (2 * own)
+
+
+def changed_box(a: Tensor, b: Tensor, margin: int, multiple: int) -> tuple[slice, slice] | None:
+    """Rows and columns around all pixels in which images (H, W) differ, and `margin` more; they start and, inside the
+    image, stop at multiples of `multiple`. None where nothing differs."""
+    differs = a != b
+    if not differs.any():
+        return None
+    box = []
+    for dim, size in ((1, a.shape[0]), (0, a.shape[1])):
+        places = differs.any(dim).nonzero().flatten()
+        start = max(0, int(places[0]) - margin) // multiple * multiple
+        box.append(slice(start, min(size, -(-(int(places[-1]) + 1 + margin) // multiple) * multiple)))
+    return box[0], box[1]
 
 
 @dataclass(frozen=True)
@@ -426,12 +376,12 @@ def restore_image(
     scaled = torch.from_numpy(image * np.float32(factor))[None, None]
     sides = None
     if told is not None:
-        least_step = float(np.clip(EDGE_SHARE * stabilize(torch.ones(()), told), *EDGE_RANGE))
-        sides = part_sides(
-            stabilize(scaled[0, 0], told).numpy(), least_step, seeded_generator("sides", restorer.seed, name)
-        )
+        values = stabilize(scaled[0, 0], told).numpy()
+        sides = part_sides(values, least_step(told))
     if sides is not None:
-        scaled = torch.stack([unstabilize(torch.from_numpy(v), told) for v in (sides.bright, sides.dark)])[None]
+        drawn = torch.randn(values.shape, generator=seeded_generator("sides", restorer.seed, name)).numpy()
+        parts = (sides.side(values, bright, drawn) for bright in (True, False))
+        scaled = torch.stack([unstabilize(torch.from_numpy(part), told) for part in parts])[None]
     layers = restore_in_tiles(scaled, function, tiles, multiple, progress=progress)[0].numpy() / np.float32(factor)
     restored = layers[0] if sides is None else np.where(sides.is_bright, layers[0], layers[1])
     if noise is None or (restorer.stabilized and level_at(noise, intensity) >= restorer.levels[0]):

@@ -11,6 +11,7 @@ from PIL import Image
 from helper import load_checkpoint, seeded_generator
 from phantom import generate_phantom
 from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.sides import least_step, part_sides
 from preprocessing.stabilize import stabilize
 from restoration import (
     SHIPPED_CALIBRATION,
@@ -18,7 +19,6 @@ from restoration import (
     SHIPPED_VQVAE,
     Restorer,
     changed_box,
-    part_sides,
     restore_image,
 )
 from scripts import call, succeed, written
@@ -162,17 +162,20 @@ def test_an_edge_is_taken_apart_and_each_side_goes_on_as_it_was():
     clean = np.full((96, 96), 0.6, np.float32)
     clean[:, :10] = 0.0  # a film's border
     values = stabilize(torch.from_numpy(low_dose(clean, level)), noise).numpy()
-    sides = part_sides(values, 18.0, seeded_generator("test"))
+    sides = part_sides(values, 18.0)
+    drawn = torch.randn(values.shape, generator=seeded_generator("test")).numpy()
+    dark, bright = (sides.side(values, which, drawn) for which in (False, True))
     assert np.array_equal(sides.is_bright[:, :34], (clean > 0.3)[:, :34])
-    assert np.array_equal(np.where(sides.is_bright, sides.bright, sides.dark), values)
+    assert np.array_equal(np.where(sides.is_bright, bright, dark), values)
+    assert np.array_equal(bright != sides.side(values, True), sides.near & ~sides.is_bright)
     inside = float(stabilize(torch.tensor(0.6), noise))
-    filled = sides.bright[8:-8, :10]
+    filled = bright[8:-8, :10]
     assert filled.mean() == pytest.approx(inside, abs=0.3) and filled.std() == pytest.approx(1, abs=0.2)
     # the dark side runs into the bright one where that is all there is
-    columns = sides.dark[8:-8, :44].mean(0)
+    columns = dark[8:-8, :44].mean(0)
     assert abs(columns[10] - columns[:10].mean()) < 6 and abs(columns[33] - inside) < 6
     assert np.diff(columns).max() < 0.25 * np.diff(values[8:-8].mean(0)).max()
-    assert np.array_equal(sides.bright[:, 40:], sides.dark[:, 40:])
+    assert np.array_equal(bright[:, 40:], dark[:, 40:])
 
 
 def test_the_box_around_what_differs_keeps_its_margin_and_the_grid():
@@ -190,8 +193,7 @@ def test_texture_and_noise_are_no_edges():
     for level in (0.2, 1.0):
         noise = NoiseModel.from_level(level)
         values = stabilize(torch.from_numpy(low_dose(image, level)), noise).numpy()
-        least = float(np.clip(0.25 * stabilize(torch.ones(()), noise), 7, 20))
-        assert part_sides(values, least, seeded_generator("test")) is None
+        assert part_sides(values, least_step(noise)) is None
 
 
 def test_along_a_films_border_the_noise_goes_too(shipped):
