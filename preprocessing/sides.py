@@ -55,8 +55,8 @@ def part_sides(values: np.ndarray, step: float) -> Sides | None:
     if not edges.any():  # ... and no calcification is
         return None
     reach = 2 * EDGE_REACH + 1
-    near = ndimage.maximum_filter(edges, reach, mode="nearest")
     most, least = (f(smooth, reach, mode="nearest") for f in (ndimage.maximum_filter, ndimage.minimum_filter))
+    near = ndimage.maximum_filter(edges, reach, mode="nearest") & (most - least > step)
     is_bright = smooth >= (most + least) / 2
     return Sides(is_bright, near, tuple(_extended(values, own | ~near) for own in (~is_bright, is_bright)))
 

@@ -17,11 +17,13 @@ from datasets import (
     KeyedSampler,
     Meta,
     SampleKey,
+    calcified,
     draw_crop,
     folder_records,
     get_dataset,
     get_datasets,
     make_loader,
+    one_side,
     oriented,
     patient_of,
     split_patients,
@@ -33,6 +35,7 @@ from images import find_images, read_image
 from metrics import breast_mask
 from phantom import generate_phantom
 from prepared import Grid
+from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.stabilize import stabilize
 
 MINI_MIAS = Path(__file__).resolve().parents[1] / "preprocessing" / "splits" / "mini-mias.csv"
@@ -520,3 +523,48 @@ def test_native_images_keep_their_pixels_and_training_adds_phantoms(tmp_path):
     assert noise[bright].std().item() == pytest.approx(1, abs=0.03)
     again = train[SampleKey(0, 5, 5)]
     assert torch.equal(again.degraded, batches[5].degraded) and torch.equal(again.level, batches[5].level)
+
+
+def test_the_native_grid_is_the_breasts_box_and_its_margin_within_the_image():
+    mask = np.zeros((200, 100), bool)
+    mask[50:150, 0:40] = True
+    grid = Grid.native(mask)
+    assert grid.box == (48, 0, 152, 42) and grid.size == grid.shape == (104, 42)
+    image = np.random.default_rng(0).random((200, 100), np.float32)
+    np.testing.assert_array_equal(grid.apply(image), image[48:152, :42])
+
+
+def test_calcifications_drawn_on_a_crop_are_few_bright_specks_in_the_breast():
+    clean, mask = torch.full((1, 96, 96), 0.3), torch.zeros(1, 96, 96, dtype=torch.bool)
+    mask[..., :48] = True
+    added = [calcified(clean, mask, seeded_generator("test", i)) - clean for i in range(200)]
+    assert torch.equal(added[0], calcified(clean, mask, seeded_generator("test", 0)) - clean)
+    assert all(a.min() >= 0 and a[..., 56:].max() == 0 and a.max() <= 0.7 for a in added)
+    peaks = torch.stack([a.max() for a in added])
+    assert (peaks > 0.3).float().mean() > 0.3 and torch.stack([(a > 0.005).float().mean() for a in added]).max() < 0.04
+    assert float(clean.max()) == pytest.approx(0.3)  # what was given stays
+    bright = calcified(torch.full((1, 96, 96), 0.95), mask, seeded_generator("test", 1))
+    assert 0.99 < bright.max() <= 1
+
+
+def test_a_crop_at_a_films_border_goes_on_past_it_from_either_side():
+    clean = torch.full((1, 1, 96, 96), 0.6)
+    clean[..., :30] = 0
+    level = torch.tensor([0.2])
+    low = simulate_low_dose(clean, 0.2, seeded_generator("test"))
+    sample = Batch(clean, low, [], level, clean > 0)
+    sides = [one_side(sample, seeded_generator("side", i)) for i in range(40)]
+    bright = [side for side in sides if side.clean[..., 24:28].mean() > 0.3]
+    assert 5 < len(bright) < 35
+    first = bright[0]
+    torch.testing.assert_close(first.clean[..., 30:], clean[..., 30:], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(first.degraded[..., 30:], low[..., 30:], atol=1e-6, rtol=1e-4)
+    filled = slice(24, 30)  # farther out the dark that is out of reach counts too
+    assert (first.clean[..., filled] - 0.6).abs().max() < 0.02
+    noise = NoiseModel.from_level(0.2)
+    drawn = stabilize(first.degraded[..., filled], noise) - stabilize(first.clean[..., filled], noise)
+    assert drawn.std().item() == pytest.approx(1, abs=0.1) and abs(drawn.mean()) < 0.15
+    dark = next(side for side in sides if side.clean[..., 24:28].mean() < 0.3)
+    assert dark.clean[..., :29].max() < 1e-3 and dark.clean[..., 30:34].max() < 0.3
+    plain = Batch(clean[..., 40:], low[..., 40:], [], level, None)
+    assert one_side(plain, seeded_generator("side")) is plain
