@@ -63,7 +63,7 @@ def main() -> None:
         )
     if checkpoint is not None:
         check_first_stage(checkpoint, args.load_path, weights_digest(vqvae), args.vqvae_path)
-    device = get_device(args.cpu)
+    device = get_device(args.cpu, args.cuda)
     torch.manual_seed(args.seed)
     model = make_diffusion(hps)
     if args.evaluate:
