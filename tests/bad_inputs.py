@@ -584,13 +584,13 @@ def full_disk(folder: Path) -> Iterator[bool]:
             subprocess.run(["umount", str(folder)], check=True)
 
 
-def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of every file below a folder, but for caches, whose whole entries may stay."""
-    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+def snapshot(*folders: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of every file below the folders, but for caches, whose whole entries may stay."""
     return {
         path: (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in files
-        if "cache" not in path.relative_to(folder).parts or path.suffix == ".part"
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and ("cache" not in path.relative_to(folder).parts or path.suffix == ".part")
     }
 
 
@@ -634,8 +634,8 @@ def run(row: Row, files: Mapping[str, str]) -> Result | None:
 
 
 def complaint(row: Row, files: Mapping[str, str], work: Path) -> str | None:
-    """What is wrong with a script's answer to a row, run in the folder `work/here`; empty: nothing; None: not run."""
-    before = snapshot(work)
+    """What is wrong with a script's answer to a row, called from this folder; empty: nothing; None: not called."""
+    before = snapshot(work, Path.cwd())
     try:
         result = run(row, files)
     except Exception as error:  # noqa: BLE001  a traceback is what the rows look for
@@ -649,8 +649,11 @@ def complaint(row: Row, files: Mapping[str, str], work: Path) -> str | None:
         return f"stderr: {result.err}"
     if row.status == 2 and not (result.err.startswith("error: ") and result.err.count("\n") == 1):
         return f"not one line: {result.err}"
-    changed = [path for path, state in snapshot(work).items() if before.get(path) != state]
-    if not row.writes and (changed or before.keys() - snapshot(work).keys()):
+    after = snapshot(work, Path.cwd())
+    changed = [path for path, state in after.items() if before.get(path) != state]
+    if lost := before.keys() - after.keys():
+        return f"removed: {lost}"
+    if changed and not row.writes:
         return f"written to: {changed[:3]}"
     if any(not is_whole(path) for path in changed):
         return f"half-written: {[path for path in changed if not is_whole(path)]}"
