@@ -61,7 +61,7 @@ class ImageError(UserError):
     """An image that cannot be used, where others may be."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """The sentence of an error, on one line whatever the names in it hold."""
     # a loader worker hands its error over wrapped in a traceback: the sentence is what follows the last marker
     sentence = re.split(r"(?:User|Image)Error: ", str(error))[-1].strip()
@@ -79,10 +79,8 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        name = error.filename or "a file"
-        print(
-            f"error: {one_line(OSError(f'{name}: {error.strerror or error}'))}; free space or mend it", file=sys.stderr
-        )
+        sentence = f"{error.filename or 'a file'}: {error.strerror or error}; free space, or see that it can be used"
+        print(f"error: {one_line(sentence)}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
@@ -355,7 +353,7 @@ def load_checkpoint(path: Path, kind: str, *, lazily: bool = False) -> Checkpoin
     try:
         payload["hps"] = HParams(SETTINGS_ADDED | payload["hps"])
         checkpoint = Checkpoint(**payload)
-        wrong = _wrong_part(checkpoint)
+        wrong = _wrong_part(checkpoint, path.stat().st_size)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: parts of the checkpoint are missing; use the one before it") from None
     if wrong:
@@ -363,8 +361,8 @@ def load_checkpoint(path: Path, kind: str, *, lazily: bool = False) -> Checkpoin
     return checkpoint
 
 
-def _wrong_part(checkpoint: Checkpoint) -> str:
-    """The first part of a checkpoint that is not what it should be; empty where all are."""
+def _wrong_part(checkpoint: Checkpoint, size: int) -> str:
+    """The first part of a checkpoint, in a file of `size` bytes, that is not what it should be; empty where all are."""
     table = HPS_VQVAE if checkpoint.kind == "vqvae" else HPS_DIFFUSION
     if checkpoint.task not in TASKS:
         return f"task {str(checkpoint.task)[:40]!r}"
@@ -373,6 +371,11 @@ def _wrong_part(checkpoint: Checkpoint) -> str:
             return "settings"
         if key in table[checkpoint.task] and not _is_like(value, table[checkpoint.task][key]):
             return f"setting {key}"
+    for key in (*ARCHITECTURE_VQVAE, *ARCHITECTURE_DIFFUSION):
+        values = checkpoint.hps.get(key)
+        # no width or count is greater than the weights have bytes: to build such a model would take all memory
+        if any(isinstance(v, int) and v > size for v in (values if isinstance(values, list) else [values])):
+            return f"setting {key}={values}"
     for name in ("epoch", "step"):
         if type(getattr(checkpoint, name)) is not int or getattr(checkpoint, name) < 0:
             return name
@@ -399,14 +402,8 @@ def _is_like(value: object, default: object) -> bool:
 
 def build_model(make: Callable[[HParams], nn.Module], checkpoint: Checkpoint, path: Path) -> nn.Module:
     """What `make` builds of a checkpoint's settings; raises UserError where these make no model."""
-    elements = sum(value.numel() for value in checkpoint.model.values())
     try:
         check(checkpoint.hps)
-        for key in (*ARCHITECTURE_VQVAE, *ARCHITECTURE_DIFFUSION):
-            value = checkpoint.hps.get(key)
-            # no width or count is greater than the number of weights: building it would take all memory
-            if any(isinstance(v, int) and v > elements for v in (value if isinstance(value, list) else [value])):
-                raise ValueError(f"{key}={value} is more than it has weights")
         return make(checkpoint.hps)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, MemoryError) as error:
         reason = str(error).split("\n")[0][:160] or type(error).__name__
@@ -479,7 +476,7 @@ def hold(path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        file = path.open("a")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder with --out") from None
     _HELD.callback(file.close)
@@ -495,7 +492,12 @@ def hold(path: Path) -> None:
         ) from None
     except OSError:
         pass
-    _HELD.callback(path.unlink, missing_ok=True)
+    _HELD.callback(_remove, path)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def evaluation_folder(args: argparse.Namespace, checkpoint: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,11 @@ def write_split(
 
     def array(name: str, kind: np.dtype, *shape: int) -> np.ndarray:
         if name not in arrays:
-            arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, shape)
+            path = folder / f"{name}.npy"
+            arrays[name] = np.lib.format.open_memmap(path, "w+", kind, shape)
+            with path.open("r+b") as file:
+                # a disk that is full is an error now, and a signal that ends the process when a page is written
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return arrays[name]
 
     entries = []

@@ -164,7 +164,8 @@ ROWS = r"""
 2 | main-vqvae | --load-path {no-optimizer} | {no-optimizer}: its training state does not fit
 2 | main-vqvae | --load-path {text-rng} | {text-rng}: its training state does not fit
 2 | main-vqvae | --load-path {device-split} --task folder --data-root {images} --evaluate | split_csv=/dev/zero: no such file
-2 | main-latents | {huge} | {huge}: no model can be built of its settings \(hidden_channels=1000000
+2 | main-latents | {huge} | {huge}: parts of the checkpoint are damaged \(setting hidden_channels=1000000000
+2 | main-latents | {odd} | {odd}: no model can be built of its settings \(--hps embed_dim=32: must not exceed
 2 | main-latents | {nan} | {nan}: the weights are damaged
 2 | main-vqvae | --task folder --data-root {climbing} | split.csv: the path '\.\./a\.png' leads out of the data root
 2 | main-vqvae | --task folder --data-root {absolute} | split.csv: the path '/etc/passwd' leads out of the data root
@@ -417,7 +418,8 @@ def write_checkpoints(folder: Path, vqvae: Path) -> dict[str, Path]:
         "no-optimizer": changed("no-optimizer", training=without("optimizer")),
         "text-rng": changed("text-rng", training=lambda training: training | {"rng": "random"}),
         "device-split": changed("device-split", hps=lambda hps: hps | {"split_csv": "/dev/zero"}, task="folder"),
-        "huge": changed("huge", hps=lambda hps: hps | {"hidden_channels": 10**6}),
+        "huge": changed("huge", hps=lambda hps: hps | {"hidden_channels": 10**9}),
+        "odd": changed("odd", hps=lambda hps: hps | {"embed_dim": 32}),
         "nan": changed(
             "nan", model=lambda model: {k: v * float("nan") if v.is_floating_point() else v for k, v in model.items()}
         ),
