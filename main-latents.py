@@ -78,9 +78,10 @@ def write_split(
         if name not in arrays:
             path = folder / f"{name}.npy"
             arrays[name] = np.lib.format.open_memmap(path, "w+", kind, shape)
-            with path.open("r+b") as file:
+            if hasattr(os, "posix_fallocate"):
                 # a disk that is full is an error now, and a signal that ends the process when a page is written
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return arrays[name]
 
     entries = []
