@@ -357,7 +357,8 @@ def write_bombs(folder: Path) -> dict[str, Path]:
     header.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     header.save_as(paths["bomb-deflated"], enforce_file_format=True)
     content = paths["bomb-deflated"].read_bytes()
-    meta = content[: 144 + header.file_meta.FileMetaInformationGroupLength]
+    length = pydicom.dcmread(paths["bomb-deflated"]).file_meta.FileMetaInformationGroupLength
+    meta = content[: 144 + length]
     deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     zeros = b"".join(deflate.compress(bytes(2**20)) for _ in range(300)) + deflate.flush()
     paths["bomb-deflated"].write_bytes(meta + zeros)
