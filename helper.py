@@ -469,8 +469,10 @@ def open_run(args: argparse.Namespace, script: str, checkpoint: Path | None = No
     raise UserError(f"runs/: a thousand runs of {script} started in the same second; name one with --out")
 
 
-def hold(path: Path) -> None:
-    """Lock the file `path` until the script ends; raises UserError where another process has it.
+def hold(path: Path, out: Path) -> None:
+    """Lock the file `path`, which stands for the folder `out`, until the script ends.
+
+    Raises UserError where another process has it, or it cannot be made.
 
     The system lifts the lock of a process that dies. File systems without locks go without.
     """
@@ -478,7 +480,7 @@ def hold(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder with --out") from None
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
     _HELD.callback(file.close)
     if fcntl is None:
         return
@@ -488,7 +490,7 @@ def hold(path: Path) -> None:
             raise BlockingIOError  # the process that had it has just removed it
     except BlockingIOError:
         raise UserError(
-            f"--out {path.parent}: another process is writing there; wait for it, or choose another folder"
+            f"--out {out}: another process is writing there; wait for it, or choose another folder"
         ) from None
     except OSError:
         pass

@@ -160,7 +160,7 @@ def main() -> None:
         )
 
     partial = out.with_name(f".{out.name}.part")
-    hold(out.with_name(f".{out.name}.lock"))
+    hold(out.with_name(f".{out.name}.lock"), out)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         index = {

@@ -512,7 +512,7 @@ def run_training(
     `checkpoint`, and say where the output lies. `kwargs` go to the stage's constructor."""
     folder = open_run(args, stage.kind, args.load_path)
     if folder is not None:
-        hold(folder / ".lock")
+        hold(folder / ".lock", folder)
     trainer = stage(
         args.task,
         hps,

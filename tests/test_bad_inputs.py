@@ -137,9 +137,9 @@ def test_a_worker_that_dies_ends_the_run_with_its_reason(how, monkeypatch):
 
 def test_a_lock_is_lifted_and_removed_when_the_script_ends(tmp_path):
     def script():
-        hold(tmp_path / "run" / ".lock")
+        hold(tmp_path / "run" / ".lock", tmp_path / "run")
         with pytest.raises(UserError, match=f"--out {tmp_path / 'run'}: another process is writing there"):
-            hold(tmp_path / "run" / ".lock")
+            hold(tmp_path / "run" / ".lock", tmp_path / "run")
         raise UserError("done")
 
     for _ in range(2):
@@ -150,5 +150,5 @@ def test_a_lock_is_lifted_and_removed_when_the_script_ends(tmp_path):
 
 def test_a_lock_that_a_dead_process_left_is_taken(tmp_path):
     (tmp_path / ".lock").touch()
-    run_script(lambda: hold(tmp_path / ".lock"))
+    run_script(lambda: hold(tmp_path / ".lock", tmp_path))
     assert not (tmp_path / ".lock").exists()
