@@ -85,7 +85,9 @@ def run_script(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        reason = str(error).split("\n")[0].strip().rstrip(".")
+        # the cause, where there is one, knows the signal or the status
+        known = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error
+        reason = str(known).split("\n")[0].strip().rstrip(".")
         print(f"error: {reason}; if memory was short, pass a smaller --num-workers", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -470,11 +472,9 @@ def open_run(args: argparse.Namespace, script: str, checkpoint: Path | None = No
 
 
 def hold(path: Path, out: Path) -> None:
-    """Lock the file `path`, which stands for the folder `out`, until the script ends.
+    """Lock the file `path`, which stands for the folder `out`, until the script ends; the system lifts a dead process's lock.
 
-    Raises UserError where another process has it, or it cannot be made.
-
-    The system lifts the lock of a process that dies. File systems without locks go without.
+    File systems without locks go without. Raises UserError where another process has it, or it cannot be made.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -128,8 +128,8 @@ def test_a_worker_that_dies_ends_the_run_with_its_reason(how, monkeypatch):
     monkeypatch.setattr(PhantomDataset, "prepare", dies)
     result = call("main-vqvae", "--no-tqdm --num-workers 1 --no-save")
     assert result.code == 2 and result.err.count("\n") == 1
-    said = "is killed by signal: Killed" if how == "kill" else "exited unexpectedly"
-    assert re.fullmatch(rf"error: DataLoader worker \(pid\(?s?\)? \d+\) {said}.*smaller --num-workers\n", result.err)
+    said = "is killed by signal: Killed" if how == "kill" else "exited unexpectedly with exit code 3"
+    assert re.fullmatch(rf"error: DataLoader worker \(pid \d+\) {said}.*smaller --num-workers\n", result.err)
 
 
 # --- locks -------------------------------------------------------------------------------------------------------------
