@@ -232,6 +232,9 @@ ROWS = r"""
 2 | main-vqvae | --task folder --data-root {images} --cache {garbage} | --cache {garbage}: cannot be written
 2 | main-vqvae | --task folder --data-root {images} --cache /proc/x | --cache /proc/x: cannot be written
 2 | main-vqvae | --load-path {busy} --epochs 2 | --out {busy}: another process is writing there
+2 | main-vqvae+ | --load-path {odd-log} --epochs 2 | {odd-log}/log.csv: not a readable log
+2 | main-vqvae | --hps image_shape={deep} | the value must be a list
+2 | main-restore | {models} {scan} --out x --samples 1 --calibration {deep-file} | {deep-file}: not a calibration
 2 | main-vqvae | --out {busy-new} | --out {busy-new}: another process is writing there
 2 | main-latents | {vqvae} --out {busy-new}/latents | another process is writing there
 2 | main-vqvae$+ | limit: --epochs 1 --out run | cannot be written \(File too large\)
@@ -542,8 +545,13 @@ def make_files(work: Path, trained: Mapping[str, Path]) -> dict[str, str]:
     for name in ("busy", "busy-new", "disk"):
         paths[name].mkdir()
     (paths["busy"] / "last.pt").write_bytes(vqvae.read_bytes())
+    paths["odd-log"], paths["deep-file"] = work / "odd-log", bad / "deep-file"
+    paths["odd-log"].mkdir()
+    (paths["odd-log"] / "last.pt").write_bytes(vqvae.read_bytes())
+    (paths["odd-log"] / "log.csv").write_bytes(bytes(range(256)))
+    paths["deep-file"].write_text("[" * 100_000)
     models = f"--vqvae-path {vqvae} --load-path {trained['diffusion']}"
-    return {name: str(path) for name, path in paths.items()} | {"models": models}
+    return {name: str(path) for name, path in paths.items()} | {"models": models, "deep": "[" * 100_000}
 
 
 def zip_bytes() -> bytes:
