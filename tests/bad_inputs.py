@@ -551,7 +551,7 @@ def make_files(work: Path, trained: Mapping[str, Path]) -> dict[str, str]:
     (paths["odd-log"] / "log.csv").write_bytes(bytes(range(256)))
     paths["deep-file"].write_text("[" * 100_000)
     models = f"--vqvae-path {vqvae} --load-path {trained['diffusion']}"
-    return {name: str(path) for name, path in paths.items()} | {"models": models, "deep": "[" * 100_000}
+    return {name: str(path) for name, path in paths.items()} | {"models": models, "deep": "[" * 2_000}
 
 
 def zip_bytes() -> bytes:
