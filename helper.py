@@ -330,9 +330,10 @@ def load_checkpoint(path: Path, kind: str, *, lazily: bool = False) -> Checkpoin
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; name a .pt file or a run folder that holds last.pt")
     try:
-        with zipfile.ZipFile(path) as archive:  # as torch writes them: what is compressed may grow past all memory
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("compressed")
+        with zipfile.ZipFile(path) as archive:
+            # torch compresses nothing: what is compressed may grow past all memory; and it does not look at the checksums
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()) or archive.testzip():
+                raise ValueError("compressed or damaged")
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a broken file
         raise UserError(
