@@ -255,8 +255,8 @@ def make_test(target: Target, examples: int, seed: int) -> Callable[[], None]:
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 target.check(*case)
-        except UserError as error:
-            assert "\n" not in str(error).rstrip("\n") or len(str(error)) < 2000
+        except UserError:
+            pass
         finally:
             signal.alarm(0)
 

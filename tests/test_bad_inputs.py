@@ -63,7 +63,10 @@ FLAGS = "--task folder --no-tqdm --hps flip=false"
 @pytest.mark.parametrize("cache", [None, "cache"])
 def test_another_image_stands_in_the_same_one_wherever_it_is_asked_for(tree, tmp_path, cache):
     kept = None if cache is None else tmp_path / cache
-    make = lambda seed=0: get_datasets("folder", SETTINGS, ["train"], tree, seed, cache=kept, progress=False)[0]  # noqa: E731
+
+    def make(seed=0):
+        return get_datasets("folder", SETTINGS, ["train"], tree, seed, cache=kept, progress=False)[0]
+
     samples = [make()[i] for i in range(8)]
     failures = [sample.meta[0].failure for sample in samples]
     assert [bool(failure) for failure in failures] == [False, False, True, True, False, False, False, False]
