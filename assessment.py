@@ -251,12 +251,13 @@ def restore_test_set(
     first_stage: VQVAE2Wrapper,
     checkpoints: tuple[Checkpoint, Checkpoint],
     device: torch.device,
-) -> None:
+) -> list[str]:
     """Table, files, pictures and page of the restored test set: DDIM samples, and the mean that one evaluation gives.
 
-    The expected error is calibrated on validation images first.
+    The expected error is calibrated on validation images first. Returns what was wrong with images that are left out.
     """
     validation_set, test_set = load_datasets(args, hps, "validation", "test")
+    left_out = [*validation_set.left_out, *test_set.left_out]
     progress = not args.no_tqdm
     sampler = Restorer(first_stage.to(device), model.to(device), hps, hps.ddim_steps, seed=args.seed)
     mean = dataclasses.replace(sampler, steps=1)
@@ -330,7 +331,7 @@ def restore_test_set(
         print(coverage_text(coverage))
     folder = evaluation_folder(args, args.load_path)
     if folder is None:
-        return
+        return left_out
     if collector is not None:
         write_coverage(folder, collector.calibration, coverage)
     splits, spectra = {}, {}
@@ -354,3 +355,4 @@ def restore_test_set(
         spectra=spectra,
     )
     print(f"the page to look at: {page}")
+    return left_out

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from helper import UserError, atomic_path, seeded_generator, worker_count
+from helper import ImageError, UserError, atomic_path, one_line, seeded_generator, worker_count
 from prepared import LEVELS, Grid, Prepared, Record, prepare_record
 
 CACHE_FORMAT = 1  # raised when the layout of an entry changes, or what `prepare_record` makes of an image
@@ -37,15 +37,25 @@ class PreparedCache:
     def __init__(self, folder: Path, image_shape: Sequence[int]):
         self.image_shape = list(image_shape)
         self.root, self.folder = folder, folder / f"{image_shape[1]}x{image_shape[2]}-v{CACHE_FORMAT}"
+        self.failures: dict[Path, str] = {}  # of sources that `build` could not read
         self._paths: dict[tuple[Path, Path | None], Path] = {}
 
-    def build(self, records: Sequence[Record], workers: int = 0, progress: bool = True) -> None:
+    def build(self, records: Sequence[Record], workers: int = 0, progress: bool = True, *, strict: bool = True) -> None:
         """Make the entries that are missing or stale, in `workers` processes beside this one (0: in this one).
 
-        Raises UserError for a source that cannot be read, a folder that cannot be written, and too little disk space.
+        Raises UserError for a folder that cannot be written, too little disk space and, with `strict`, a source that cannot
+        be read; else `failures` says what was wrong with it, and so does `load`.
         """
         records = list({self.path(record): record for record in records}.values())
-        missing = [record for record in records if not self.holds(record)]
+        missing = []
+        for record in records:
+            try:
+                if not self.holds(record):
+                    missing.append(record)
+            except ImageError as error:
+                if strict:
+                    raise
+                self.failures[record.path] = one_line(error)
         if not missing:
             print(f"{self.folder}: all {len(records)} images are prepared")
             return
@@ -55,13 +65,14 @@ class PreparedCache:
         # processes that build at once begin at different images, and so share the work
         random.Random(os.getpid()).shuffle(missing)
         loader = DataLoader(
-            _Entries(self, missing),
+            _Entries(self, missing, strict),
             batch_size=None,
             generator=seeded_generator("workers"),  # else it draws a seed from the global generator
             num_workers=worker_count(min(workers, len(missing))),
         )
-        for _ in tqdm(loader, desc="preparing", disable=not progress, unit="image"):
-            pass
+        for index, failure in tqdm(loader, desc="preparing", disable=not progress, unit="image"):
+            if failure:
+                self.failures[missing[index].path] = failure
 
     def load(self, record: Record) -> Prepared:
         """A record's image, equal to the last bit to what `prepare_record` makes of it; its sources are not looked at.
@@ -69,6 +80,8 @@ class PreparedCache:
         Raises UserError naming the file where the entry is missing or damaged.
         """
         path = self.path(record)
+        if record.path in self.failures:
+            raise ImageError(self.failures[record.path])
         try:
             planes, mask, _, grid = self._read(record)
         except (OSError, ValueError) as error:
@@ -119,7 +132,7 @@ class PreparedCache:
                 try:
                     status = source.stat()
                 except OSError as error:
-                    raise UserError(f"{source}: cannot be read ({error.strerror}); put it back") from None
+                    raise ImageError(f"{source}: cannot be read ({error.strerror}); put it back") from None
                 sources.append([str(source.resolve()), status.st_size, status.st_mtime_ns])
         return {"format": CACHE_FORMAT, "image_shape": self.image_shape, "sources": sources}
 
@@ -167,15 +180,24 @@ class PreparedCache:
 
 @dataclasses.dataclass
 class _Entries(Dataset):
-    """Makes entry number i when asked for it, unless another process has made it meanwhile."""
+    """Makes entry number i when asked for it, unless another process has made it meanwhile.
+
+    Returns i and what was wrong with its sources, where not `strict`.
+    """
 
     cache: PreparedCache
     records: list[Record]
+    strict: bool
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> int:
-        if not self.cache.holds(self.records[index]):
-            self.cache.make(self.records[index])
-        return index
+    def __getitem__(self, index: int) -> tuple[int, str]:
+        try:
+            if not self.cache.holds(self.records[index]):
+                self.cache.make(self.records[index])
+        except ImageError as error:
+            if self.strict:
+                raise
+            return index, one_line(error)
+        return index, ""

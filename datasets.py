@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import contextlib
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,16 +15,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pydicom
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from cache import PreparedCache
-from helper import DATA_IDENTITY, SETTINGS_ADDED, UserError, seed_of, seeded_generator, worker_count
+from helper import (
+    DATA_IDENTITY,
+    SETTINGS_ADDED,
+    ImageError,
+    UserError,
+    one_line,
+    seed_of,
+    seeded_generator,
+    worker_count,
+)
 from hps import HParams
-from images import find_images, is_dicom
+from images import dicom_tag, find_images, is_dicom
 from phantom import Calcification, add_calcifications, generate_phantom
 from prepared import Prepared, Record, prepare_record
 from preprocessing.degrade import NoiseModel, simulate_low_dose
@@ -31,6 +42,7 @@ from preprocessing.stabilize import stabilize, unstabilize
 
 SPLITS = ("train", "validation", "test")
 FAINTEST, BRIGHTEST = 0.01, 0.6  # contrast of calcifications drawn on training crops
+STAND_INS = 8  # images tried in the place of one that cannot be read
 LATENT_FORMAT = 1  # raised when the layout of a latent data set changes
 
 
@@ -54,6 +66,7 @@ class Meta:
     key: SampleKey
     patient: str = ""
     info: dict = field(default_factory=dict)  # what a data set knows beyond that, e.g. lesions or the grid transform
+    failure: str = ""  # why the image that the key names could not be read, where this one stands in for it
 
 
 @dataclass
@@ -171,7 +184,8 @@ class MammogramDataset(Dataset):
     """Pairs of clean and simulated low-dose images, as a `Batch` of one sample.
 
     Training samples are crops with fresh noise, keyed by (seed, epoch, index); validation and test images are whole and
-    always carry the same noise, seeded by their path. Subclasses say what the images are.
+    always carry the same noise, seeded by their path. A training image that cannot be read is replaced by another
+    (`Meta.failure`), unless `strict`. Subclasses say what the images are.
     """
 
     def __init__(self, hps: HParams, split: str, seed: int = 0):
@@ -179,6 +193,8 @@ class MammogramDataset(Dataset):
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
         self.hps, self.split, self.seed = hps, split, seed
         self.train = split == "train"
+        self.strict = False  # an image that cannot be read is an error
+        self.left_out: list[str] = []  # what was wrong with images that are left out
         self._cache: dict[int, Prepared] = {}
 
     def image_count(self) -> int:
@@ -223,13 +239,32 @@ class MammogramDataset(Dataset):
             key = SampleKey(0, key, key)
         if not 0 <= key.index < len(self):
             raise IndexError(key.index)
-        index = key.index // self.hps.crops_per_image if self.train else key.index
-        image, meta = self.prepared(index), self.meta(index, key)
         if not self.train:
+            image, meta = self.prepared(key.index), self.meta(key.index, key)
             return self._sample(image, meta, seeded_generator("noise of", meta.path))
+        image, meta = self._image_or_another(key)
         generator = seeded_generator("sample", self.seed, key.epoch, key.index)
         sample = self._sample(self._augment(image, generator), meta, generator)
         return one_side(sample, generator) if self.hps.part_edges else sample
+
+    def _image_or_another(self, key: SampleKey) -> tuple[Prepared, Meta]:
+        """The training image of a key or, where it cannot be read and not `strict`, another, drawn by the key.
+
+        So batches keep their size, and epochs and processes stay in step. Raises ImageError where `STAND_INS` others cannot
+        be read either.
+        """
+        index = key.index // self.hps.crops_per_image
+        try:
+            return self.prepared(index), self.meta(index, key)
+        except ImageError as error:
+            if self.strict:
+                raise
+            failure = one_line(error)
+        generator = seeded_generator("instead of", self.seed, key.epoch, key.index)
+        for other in torch.randint(self.image_count(), (STAND_INS,), generator=generator).tolist():
+            with contextlib.suppress(ImageError):
+                return self.prepared(other), replace(self.meta(other, key), failure=failure)
+        raise ImageError(f"{failure}; nor can {STAND_INS} others be read")
 
     def whole(self, index: int, realisation: int) -> Batch:
         """A training image uncropped, with noise draw number `realisation` (for latent extraction)."""
@@ -409,6 +444,33 @@ class RecordDataset(MammogramDataset):
             return prepare_record(record, self.hps.image_shape, self.hps.native)
         return self.cache.load(record)
 
+    def leave_out_unreadable(self, progress: bool = True) -> None:
+        """Read every image; leave out what cannot be read, with a line on stderr each.
+
+        Raises ImageError where nothing is left or, with `strict`, for the first of them.
+        """
+        kept = []
+        for i, record in enumerate(
+            tqdm(self.records, desc=f"checking {self.split}", disable=not progress, unit="image")
+        ):
+            try:
+                if self.cache is None:
+                    self.prepared(i)
+                elif record.path in self.cache.failures:
+                    raise ImageError(self.cache.failures[record.path])
+                kept.append(record)
+            except ImageError as error:
+                if self.strict:
+                    raise
+                self.left_out.append(one_line(error))
+        if not self.left_out:
+            return
+        if not kept:
+            raise ImageError(f"{self.left_out[0]} (and no other image for {self.split} can be read)")
+        for failure in self.left_out:
+            print(f"warning: {failure}; left out", file=sys.stderr)
+        self.records, self._cache = kept, {}
+
     def meta(self, index: int, key: SampleKey) -> Meta:
         if index >= len(self.records):
             return self.phantoms.meta(index - len(self.records), key)
@@ -440,8 +502,7 @@ def patient_of(path: Path, root: Path, pattern: str = "") -> str:
         return match[1]
     if is_dicom(path):
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
-            if patient := str(header.PatientID or "").strip():
+            if patient := dicom_tag(path, "PatientID"):
                 return patient
         except Exception:  # noqa: BLE001  an unreadable file is reported when it is loaded; until then its name serves
             pass
@@ -511,15 +572,24 @@ def folder_records(root: Path, hps: HParams) -> dict[str, list[Record]]:
     return {split: [r for r in records if of_patient[r.patient] == split] for split in SPLITS}
 
 
+def refuse_escape(value: str, file: Path) -> None:
+    """Raise UserError for a path, that `file` holds, that is absolute or climbs: it could lead out of the data root.
+
+    Links below the root are followed wherever they lead: whoever made the tree chose them.
+    """
+    if re.match(r"[/\\]|[A-Za-z]:", value) or ".." in re.split(r"[/\\]", value):
+        raise UserError(f"{file}: the path {value!r} leads out of the data root; mend or download the file again")
+
+
 def split_by_file(records: list[Record], path: Path) -> dict[str, list[Record]]:
     """Assign records by a CSV with columns file, split and optionally patient; a file may be named without its suffix.
 
     Records that are not in it are left out, and the number is printed. Raises UserError where the file does not fit.
     """
+    if not path.is_file():  # a device or a pipe, which a checkpoint could name, would never end
+        raise UserError(f"--hps split_csv={path}: no such file")
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise UserError(f"--hps split_csv={path}: no such file") from None
     except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
         raise UserError(f"{path}: not a readable CSV file ({str(error).splitlines()[0]})") from None
     table = table.apply(lambda column: column.str.strip())
@@ -529,6 +599,8 @@ def split_by_file(records: list[Record], path: Path) -> dict[str, list[Record]]:
     unknown = sorted(set(table["split"]) - set(SPLITS))
     if unknown:
         raise UserError(f"{path}: split {unknown[0]!r} is none of {', '.join(SPLITS)}")
+    for name in table["file"]:
+        refuse_escape(name, path)
     twice = table["file"][table["file"].duplicated()]
     if len(twice):
         raise UserError(f"{path}: {twice.iloc[0]} stands in it twice")
@@ -566,7 +638,8 @@ def get_datasets(
 ) -> list[MammogramDataset]:
     """The images of some of a task's splits: "train", "validation", "test"; the disk is looked through once.
 
-    With `strict` a missing image of cbis-ddsm is an error. With a `cache` folder, images on disk are prepared there first,
+    Validation and test images are looked through first, and left out where they cannot be read. With `strict` an image that
+    cannot be read, or that cbis-ddsm misses, is an error. With a `cache` folder, images on disk are prepared there first,
     with a bar where `progress` says so. Raises UserError where the data root is missing, or holds no images for a split,
     or the cache cannot be built.
     """
@@ -589,8 +662,14 @@ def get_datasets(
     images = None
     if cache is not None:
         images = PreparedCache(cache, hps.image_shape)
-        images.build([record for split in splits for record in records[split]], hps.nb_workers, progress)
-    return [RecordDataset(records[split], hps, split, seed, images) for split in splits]
+        every = [record for split in splits for record in records[split]]
+        images.build(every, hps.nb_workers, progress, strict=strict)
+    datasets = [RecordDataset(records[split], hps, split, seed, images) for split in splits]
+    for dataset in datasets:
+        dataset.strict = strict
+        if not dataset.train:
+            dataset.leave_out_unreadable(progress)
+    return datasets
 
 
 def get_dataset(
@@ -630,6 +709,7 @@ class LatentDataset(Dataset):
 
     def __init__(self, root: Path, split: str, hps: HParams, seed: int = 0):
         self.root, self.split, self.hps, self.seed = Path(root), split, hps, seed
+        self.left_out: list[str] = []
         self.train = split == "train"
         self.index = read_latent_index(self.root)
         if self.index["codes_only"]:
@@ -675,11 +755,18 @@ class LatentDataset(Dataset):
     def _open(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         path = self.root / self.split / f"{name}.npy"
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not readable ({str(error).splitlines()[0]}); extract the latents again") from None
+            array = np.lib.format.open_memmap(path, mode="r")
+        except Exception as error:  # noqa: BLE001  numpy parses a literal in the header, and raises what that raises
+            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+            raise UserError(f"{path}: not readable ({reason}); extract the latents again") from None
         if array.shape != shape:
             raise UserError(f"{path}: shape {array.shape}, but the index says {shape}; extract the latents again")
+        kinds = ("bool",) if name == "mask" else ("float16", "float32")
+        if array.dtype.name not in kinds or array.offset + array.nbytes != path.stat().st_size:
+            raise UserError(
+                f"{path}: {path.stat().st_size} bytes of {array.dtype}, not what the shape takes in {' or '.join(kinds)}; "
+                "extract the latents again"
+            )
         return array
 
     def __len__(self) -> int:
@@ -713,11 +800,19 @@ def read_latent_index(root: Path) -> dict:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         version = index["format_version"]
-        for key in ("codes_only", "latent_shape", "rate", "scale", "first_stage", "checkpoint", "hps"):
-            index[key]
+        kinds = dict(codes_only=bool, latent_shape=list, rate=int, scale=int, first_stage=str, checkpoint=str, hps=dict)
+        numbers = [*index["latent_shape"], index["rate"], index["scale"]]
         for entry in index["splits"].values():
-            entry["images"], entry["realisations"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+            numbers += [entry["realisations"], len(entry["images"])]
+            for image in entry["images"]:
+                if not isinstance(image["patient"], str):
+                    raise ValueError
+                refuse_escape(image["path"], path)
+        if any(type(index[key]) is not kind for key, kind in kinds.items()) or len(index["latent_shape"]) != 3:
+            raise ValueError
+        if any(type(number) is not int or number < 1 for number in numbers) or index["scale"] % index["rate"]:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: damaged; extract the latents again") from None
     if version != LATENT_FORMAT:
         raise UserError(f"{path}: format {version}, this version reads {LATENT_FORMAT}; extract the latents again")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from datasets import RecordDataset
+from datasets import RecordDataset, refuse_escape
 from helper import UserError, seed_of
 from hps import HParams
 from prepared import Record
@@ -199,18 +199,12 @@ def _read_table(path: Path, columns: Collection[str]) -> pd.DataFrame:
 
 def _case_of(value: str, file: Path) -> str:
     """Case name of a mammogram's path in a case file, CASE/study/series/name."""
-    _refuse_escape(value, file)
+    refuse_escape(value, file)
     case = value.split("/")[0]
     match = _CASE.fullmatch(case)
     if match is None or match["lesion"]:
         raise UserError(f"{file}: {value!r} is not the path of a full mammogram; download the file again")
     return case
-
-
-def _refuse_escape(value: str, file: Path) -> None:
-    """Raise UserError for a path, of a CSV file, that is absolute or climbs."""
-    if re.match(r"[/\\]|[A-Za-z]:", value) or ".." in re.split(r"[/\\]", value):
-        raise UserError(f"{file}: the path {value!r} leads out of the data root; mend or download the file again")
 
 
 def _number(text: str) -> int | str:
@@ -289,7 +283,7 @@ def jpeg_images(info: Path, folder: Path, cases: Iterable[str]) -> dict[str, Pat
     """
     table = _read_table(info, INFO_COLUMNS)
     for value in table["image_path"]:
-        _refuse_escape(value, info)
+        refuse_escape(value, info)
     described = table["SeriesDescription"].str.lower()
     table = table[table["PatientID"].isin(set(cases)) & described.isin(("full mammogram images", ""))]
     images: dict[str, Path] = {}

@@ -11,12 +11,15 @@ import json
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hps import HParams, apply_overrides
+from hps import (
+    ARCHITECTURE_DIFFUSION,
+    ARCHITECTURE_VQVAE,
+    HPS_DIFFUSION,
+    HPS_VQVAE,
+    TASKS,
+    HParams,
+    apply_overrides,
+    check,
+)
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: runs are not locked there
+    fcntl = None
 
 # Settings that came after the first checkpoints, at what those were trained with.
 SETTINGS_ADDED = {
@@ -33,28 +50,59 @@ SETTINGS_ADDED = {
 }  # fmt: skip
 CHECKPOINT_FORMAT = 1  # raised when the layout of a checkpoint changes
 _ROOT = Path(__file__).resolve().parent
+_HELD = contextlib.ExitStack()  # locks, which a script keeps until it ends
 
 
 class UserError(Exception):
     """Something the user can mend. Its text is one sentence that names the file or flag and the remedy."""
 
 
-def one_line(error: UserError) -> str:
+class ImageError(UserError):
+    """An image that cannot be used, where others may be."""
+
+
+def one_line(error: Exception | str) -> str:
     """The sentence of an error, on one line whatever the names in it hold."""
     # a loader worker hands its error over wrapped in a traceback: the sentence is what follows the last marker
-    return str(error).rsplit("UserError: ", 1)[-1].strip().replace("\n", "\\n")
+    sentence = re.split(r"(?:User|Image)Error: ", str(error))[-1].strip()
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: match[0].encode("unicode_escape").decode(), sentence)
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`: a `UserError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    """Run a script's `main`: what the user can mend becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be Unicode
     try:
         main()
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        sentence = f"{error.filename or 'a file'}: {error.strerror or error}; free space, or see that it can be used"
+        print(f"error: {one_line(sentence)}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        # the cause, where there is one, knows the signal or the status
+        known = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error
+        reason = str(known).split("\n")[0].strip().rstrip(".")
+        print(f"error: {reason}; if memory was short, pass a smaller --num-workers", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        _HELD.close()
+
+
+def finish_batch(failures: Sequence[str]) -> None:
+    """End a script that went on past `failures`: their sentences on stderr and exit status 1, or nothing without any."""
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if failures:
+        sys.exit(1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,7 +134,7 @@ def base_parser(description: str, tasks: Sequence[str]) -> argparse.ArgumentPars
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("--task", choices=tasks, help="settings and data set (default: the checkpoint's, else phantom)")
     parser.add_argument("--data-root", type=Path, help="folder of the data set (default for cbis-ddsm: data/cbis-ddsm)")
-    parser.add_argument("--strict", action="store_true", help="cbis-ddsm: a missing image is an error, not a note")
+    parser.add_argument("--strict", action="store_true", help="an image that is missing or cannot be read is an error")
     parser.add_argument("--out", type=Path, help="output folder (default: a new one under runs/)")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
     parser.add_argument("--epochs", type=positive_int, help="override max_epochs from hps.py")
@@ -110,18 +158,25 @@ def base_parser(description: str, tasks: Sequence[str]) -> argparse.ArgumentPars
 
 
 def device_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --cpu and --no-tqdm."""
-    parser.add_argument("--cpu", action="store_true", help="disable GPU, run on CPU")
+    """Add --cpu, --cuda and --no-tqdm."""
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--cpu", action="store_true", help="disable GPU, run on CPU")
+    device.add_argument("--cuda", action="store_true", help="no CUDA device is an error (default: run on the CPU then)")
     parser.add_argument("--no-tqdm", action="store_true", help="disable progress bars")
 
 
 # --- devices and numbers ---------------------------------------------------------------------------------------------
 
 
-def get_device(cpu: bool = False) -> torch.device:
-    """CUDA where there is a device and `cpu` does not forbid it, else the CPU; says so when it falls back."""
+def get_device(cpu: bool = False, cuda: bool = False) -> torch.device:
+    """CUDA where there is a device and `cpu` does not forbid it, else the CPU; says so when it falls back.
+
+    Raises UserError where `cuda` asks for a device and there is none.
+    """
     if not cpu and torch.cuda.is_available():
         return torch.device("cuda")
+    if cuda:
+        raise UserError("--cuda: no CUDA device found; check the driver and CUDA_VISIBLE_DEVICES, or leave it out")
     if not cpu:
         print("no CUDA device found: running on the CPU")
     return torch.device("cpu")
@@ -275,6 +330,10 @@ def load_checkpoint(path: Path, kind: str, *, lazily: bool = False) -> Checkpoin
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; name a .pt file or a run folder that holds last.pt")
     try:
+        with zipfile.ZipFile(path) as archive:
+            # torch compresses nothing: what is compressed may grow past all memory; and it does not look at the checksums
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()) or archive.testzip():
+                raise ValueError("compressed or damaged")
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a broken file
         raise UserError(
@@ -282,22 +341,76 @@ def load_checkpoint(path: Path, kind: str, *, lazily: bool = False) -> Checkpoin
         ) from None
     if not isinstance(payload, dict) or "format_version" not in payload or "kind" not in payload:
         raise UserError(f"{path}: not a checkpoint of this project; train one with main-vqvae.py or main-diffusion.py")
-    if payload["format_version"] != CHECKPOINT_FORMAT:
+    version, other = payload["format_version"], str(payload["kind"])[:40]
+    if type(version) is not int or version != CHECKPOINT_FORMAT:
         raise UserError(
-            f"{path}: checkpoint format {payload['format_version']}, but this version reads {CHECKPOINT_FORMAT}; "
+            f"{path}: checkpoint format {str(version)[:40]}, but this version reads {CHECKPOINT_FORMAT}; "
             "use the version it came from"
         )
-    if payload["kind"] != kind:
+    if other != kind:
         scripts = {"vqvae": "main-vqvae.py (stage 1)", "diffusion": "main-diffusion.py (stage 2)"}
         raise UserError(
-            f"{path}: a checkpoint of {scripts.get(payload['kind'], payload['kind'])}, but one of {scripts[kind]} is needed here"
+            f"{path}: a checkpoint of {scripts.get(other, other)}, but one of {scripts[kind]} is needed here"
         )
     del payload["format_version"]
     try:
         payload["hps"] = HParams(SETTINGS_ADDED | payload["hps"])
-        return Checkpoint(**payload)
+        checkpoint = Checkpoint(**payload)
+        wrong = _wrong_part(checkpoint, path.stat().st_size)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: parts of the checkpoint are missing; use the one before it") from None
+    if wrong:
+        raise UserError(f"{path}: parts of the checkpoint are damaged ({wrong}); use the one before it")
+    return checkpoint
+
+
+def _wrong_part(checkpoint: Checkpoint, size: int) -> str:
+    """The first part of a checkpoint, in a file of `size` bytes, that is not what it should be; empty where all are."""
+    table = HPS_VQVAE if checkpoint.kind == "vqvae" else HPS_DIFFUSION
+    if checkpoint.task not in TASKS:
+        return f"task {str(checkpoint.task)[:40]!r}"
+    for key, value in checkpoint.hps.items():
+        if not isinstance(key, str):
+            return "settings"
+        if key in table[checkpoint.task] and not _is_like(value, table[checkpoint.task][key]):
+            return f"setting {key}"
+    for key in (*ARCHITECTURE_VQVAE, *ARCHITECTURE_DIFFUSION):
+        values = checkpoint.hps.get(key)
+        # no width or count is greater than the weights have bytes: to build such a model would take all memory
+        if any(isinstance(v, int) and v > size for v in (values if isinstance(values, list) else [values])):
+            return f"setting {key}={values}"
+    for name in ("epoch", "step"):
+        if type(getattr(checkpoint, name)) is not int or getattr(checkpoint, name) < 0:
+            return name
+    if not isinstance(checkpoint.best, (int, float)):
+        return "best"
+    for name in ("model", "training", "extra"):
+        if not isinstance(getattr(checkpoint, name), dict):
+            return name
+    for name, value in checkpoint.model.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            return "model"
+    patients = checkpoint.extra.get("patients", [])
+    if not isinstance(patients, list) or not all(isinstance(patient, str) for patient in patients):
+        return "patients"
+    return ""
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Whether a setting has the type of its default; a whole number may stand for a fraction."""
+    if isinstance(default, list):
+        return isinstance(value, list) and all(type(v) in (int, float) for v in value)
+    return type(value) is type(default) or (type(default) is float and type(value) is int)
+
+
+def build_model(make: Callable[[HParams], nn.Module], checkpoint: Checkpoint, path: Path) -> nn.Module:
+    """What `make` builds of a checkpoint's settings; raises UserError where these make no model."""
+    try:
+        check(checkpoint.hps)
+        return make(checkpoint.hps)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, MemoryError) as error:
+        reason = str(error).split("\n")[0][:160] or type(error).__name__
+        raise UserError(f"{path}: no model can be built of its settings ({reason}); use the one before it") from None
 
 
 def warn_of_shared_patients(patients: list[str], task: str, *checkpoints: Checkpoint) -> list[str]:
@@ -320,6 +433,9 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"{path}: the weights do not fit the model of its settings: {reason}") from None
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{path}: the weights are damaged ({name} is not finite); use the one before it")
 
 
 # --- run folders -----------------------------------------------------------------------------------------------------
@@ -356,6 +472,37 @@ def open_run(args: argparse.Namespace, script: str, checkpoint: Path | None = No
     raise UserError(f"runs/: a thousand runs of {script} started in the same second; name one with --out")
 
 
+def hold(path: Path, out: Path) -> None:
+    """Lock the file `path`, which stands for the folder `out`, until the script ends; the system lifts a dead process's lock.
+
+    File systems without locks go without. Raises UserError where another process has it, or it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
+    _HELD.callback(file.close)
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise BlockingIOError  # the process that had it has just removed it
+    except BlockingIOError:
+        raise UserError(
+            f"--out {out}: another process is writing there; wait for it, or choose another folder"
+        ) from None
+    except OSError:
+        pass
+    _HELD.callback(_remove, path)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
 def evaluation_folder(args: argparse.Namespace, checkpoint: Path) -> Path | None:
     """Where an evaluation goes: --out, else `evaluation` beside the checkpoint; None under --no-save."""
     if args.no_save:
@@ -370,10 +517,7 @@ def evaluation_folder(args: argparse.Namespace, checkpoint: Path) -> Path | None
 
 def record_run(folder: Path, hps: HParams, seed: int, name: str = "run.json", **more: Any) -> None:
     """Write command, settings, seed, git revision, package versions and what is `more` to the file `name`."""
-    revision = ""
-    if shutil.which("git"):
-        command = ["git", "-C", str(_ROOT), "rev-parse", "HEAD"]
-        revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    revision = _git("rev-parse", "HEAD")
     write_json(
         folder / name,
         {
@@ -381,14 +525,35 @@ def record_run(folder: Path, hps: HParams, seed: int, name: str = "run.json", **
             "hps": dict(hps),
             "seed": seed,
             "revision": revision or None,
+            "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")) if revision else None,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
+            "packages": _package_versions(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
             "started": datetime.datetime.now().isoformat(timespec="seconds"),
             **more,
         },
     )
+
+
+def _git(*words: str) -> str:
+    """What git says of the code, empty where there is no git or no repository."""
+    if not shutil.which("git"):
+        return ""
+    return subprocess.run(["git", "-C", str(_ROOT), *words], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _package_versions() -> dict[str, str | None]:
+    """Versions of the packages in requirements.txt; None for what is not installed under its name."""
+    versions = {}
+    for line in (_ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"[\w.-]+", line):
+            try:
+                versions[match[0]] = metadata.version(match[0])
+            except metadata.PackageNotFoundError:
+                versions[match[0]] = None
+    return versions
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -306,7 +306,7 @@ def _parse(key: str, text: str, default: Any) -> Any:
                 raise ValueError(text)
             return [item(v) if item else v for v in value]
         return kind(text)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         wanted = f"a list such as {json.dumps(default)}" if kind is list else f"of type {kind.__name__}"
         raise ValueError(f"--hps {key}={text}: the value must be {wanted}") from None
 

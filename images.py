@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import math
+import re
+import struct
 import warnings
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +19,19 @@ import pydicom
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from pydicom.dataset import FileMetaDataset
+from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import _read_file_meta_info, read_preamble
 from pydicom.multival import MultiValue
 from pydicom.pixels import apply_modality_lut, get_decoder
-from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless, generate_uid
 
-from helper import UserError, atomic_path
+from helper import ImageError, UserError, atomic_path
 
 IMAGE_SUFFIXES = (".pgm", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
+FORMATS = ("PNG", "JPEG", "TIFF", "PPM")  # of pictures; Pillow reads others, some by running other programs
+MAX_PIXELS = 2**27  # four times the largest film digitised at 50 micrometres; more is taken for a trap
+MAX_HEADER_BYTES = 2**24  # of a DICOM file, beside its pixels
 SOFTWARE = "Low-dose mammography restoration"  # marks what `Mammogram.write` wrote
 _PHOTOMETRIC_TAG, _BITS_TAG, _ORIENTATION_TAG, _RESOLUTION_TAG = 262, 258, 274, 282  # TIFF 6.0
 # What holds no longer once the pixels are others: thumbnails, signatures, and where compressed frames begin.
@@ -149,13 +159,17 @@ def is_restored(path: Path) -> bool:
     """Whether `Mammogram.write` wrote this file."""
     try:
         if is_dicom(path):
-            tag = "DerivationDescription"
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[tag])
-            return str(header.get(tag, "")).startswith(SOFTWARE)
-        with Image.open(path) as image:
+            return dicom_tag(path, "DerivationDescription").startswith(SOFTWARE)
+        with Image.open(path, formats=FORMATS) as image:
             return image.info.get("Software") == SOFTWARE
     except Exception:  # noqa: BLE001  whatever cannot be read is not ours
         return False
+
+
+def dicom_tag(path: Path, tag: str) -> str:
+    """One element of a DICOM file as text, empty where it has none; raises what pydicom raises for a broken file."""
+    _refuse_inflation(path)
+    return str(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[tag]).get(tag) or "").strip()
 
 
 def is_dicom(path: Path) -> bool:
@@ -208,25 +222,35 @@ def read_mammogram(path: Path) -> Mammogram:
 
     DICOM values go through the modality LUT, not through a VOI window (which is for viewing and cannot be undone), are
     divided by what the stored bits can hold, and MONOCHROME1 is inverted; pixels with the padding value are background.
-    Raises UserError naming the file.
+    More than `MAX_PIXELS`, as the file's header or a compressed stream in it declares them, are refused before they are
+    decoded. Raises ImageError naming the file.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they warn of either is an error below or does not matter
             return _read_dicom(path) if is_dicom(path) else _read_picture(path)
-    except UserError:
+    except ImageError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise ImageError(f"{path}: no such file") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{path}: declares more than {MAX_PIXELS:,} pixels; no mammogram, remove it") from None
     except (InvalidDicomError, UnidentifiedImageError) as error:
         lack = "no DICOM header" if isinstance(error, InvalidDicomError) else "of no known format"
-        raise UserError(f"{path}: not a readable image ({lack}); remove or replace it") from None
+        raise ImageError(f"{path}: not a readable image ({lack}); remove or replace it") from None
     except Exception as error:  # noqa: BLE001  decoders raise many kinds for a broken file
-        raise UserError(f"{path}: not a readable image ({_reason(error)}); remove or replace it") from None
+        raise ImageError(f"{path}: not a readable image ({_reason(error)}); remove or replace it") from None
 
 
 def _reason(error: Exception) -> str:
     return str(error).split("\n")[0][:120] or type(error).__name__
+
+
+def _refuse_size(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"{path}: declares {width:,} x {height:,} pixels, more than {MAX_PIXELS:,}; no mammogram, remove it"
+        )
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -234,11 +258,12 @@ def _reason(error: Exception) -> str:
 
 def _read_picture(path: Path) -> Mammogram:
     if path.stat().st_size == 0:
-        raise UserError(f"{path}: not a readable image (the file is empty); remove or replace it")
+        raise ImageError(f"{path}: not a readable image (the file is empty); remove or replace it")
     # by its name Pillow would map the file, and scramble a TIFF that is to be turned
-    with path.open("rb") as file, Image.open(file) as image:
-        if getattr(image, "n_frames", 1) > 1:
-            raise UserError(f"{path}: holds {image.n_frames} pages; only single images can be read")
+    with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+        _refuse_size(path, *image.size)
+        if getattr(image, "is_animated", False):  # to count them would be to look for each
+            raise ImageError(f"{path}: holds several pages; only single images can be read")
         values, bits, full_scale = _grayscale(image, path)
         if image.mode.startswith("I") and image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC_TAG) == 0:
             values = full_scale - values  # white is zero; Pillow inverts that at 8 bits only
@@ -267,20 +292,20 @@ def _grayscale(image: Image.Image, path: Path) -> tuple[np.ndarray, int, int]:
         layout = image.tile[0].args if image.tile else ""
         layout, *rest = (layout,) if isinstance(layout, str) else layout
         if ";16" in str(layout) or (image.format == "PPM" and rest and rest[0] > 255):
-            raise UserError(f"{path}: several channels of 16 bits, of which 8 would be lost; convert it to grayscale")
+            raise ImageError(f"{path}: several channels of 16 bits, of which 8 would be lost; convert it to grayscale")
         channels = np.asarray(image.convert("RGB"))
         if (channels != channels[..., :1]).any():
-            raise UserError(f"{path}: a colour image; mammograms are grayscale, remove it or convert it")
+            raise ImageError(f"{path}: a colour image; mammograms are grayscale, remove it or convert it")
         return channels[..., 0], 8, 255
     if image.mode == "L":
         return np.asarray(image), 8, 255
     if image.mode.startswith("I"):  # 16 bit, which Pillow opens as I;16 or, for PGM, as I
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise UserError(f"{path}: its values do not fit 16 bits; convert it to 16-bit grayscale")
+            raise ImageError(f"{path}: its values do not fit 16 bits; convert it to 16-bit grayscale")
         stored = image.tag_v2.get(_BITS_TAG, (16,))[0] if image.format == "TIFF" else 16
         return values, 16, 2 ** min(16, stored) - 1
-    raise UserError(f"{path}: pixel format {image.mode} is not 8- or 16-bit grayscale; convert it")
+    raise ImageError(f"{path}: pixel format {image.mode} is not 8- or 16-bit grayscale; convert it")
 
 
 # --- DICOM -----------------------------------------------------------------------------------------------------------
@@ -329,17 +354,21 @@ def _is_inverted(header: pydicom.Dataset) -> bool:
 
 def _read_dicom(path: Path) -> Mammogram:
     if path.stat().st_size == 0:
-        raise UserError(f"{path}: not a readable image (the file is empty); remove or replace it")
+        raise ImageError(f"{path}: not a readable image (the file is empty); remove or replace it")
+    _refuse_inflation(path)
     header = pydicom.dcmread(path)
     if int(header.get("NumberOfFrames", 1) or 1) > 1 or int(header.get("SamplesPerPixel", 1)) > 1:
-        raise UserError(f"{path}: a multi-frame or colour DICOM; only single grayscale images can be read")
+        raise ImageError(f"{path}: a multi-frame or colour DICOM; only single grayscale images can be read")
     if header.get("PhotometricInterpretation", "MONOCHROME2") not in ("MONOCHROME1", "MONOCHROME2"):
-        raise UserError(f"{path}: a {header.PhotometricInterpretation} DICOM; only single grayscale images can be read")
+        raise ImageError(
+            f"{path}: a {header.PhotometricInterpretation} DICOM; only single grayscale images can be read"
+        )
     if "PixelData" not in header:
-        raise UserError(f"{path}: a DICOM file cut short or without pixel data; remove or replace it")
+        raise ImageError(f"{path}: a DICOM file cut short or without pixel data; remove or replace it")
+    _refuse_size(path, int(header.Columns), int(header.Rows))
     scaling = _Scaling.of(header)
     if not 1 <= scaling.bits <= 16 or int(header.get("HighBit", header.BitsStored - 1)) != header.BitsStored - 1:
-        raise UserError(
+        raise ImageError(
             f"{path}: {header.BitsStored} bits with high bit {header.get('HighBit')}; only up to 16, from bit 0 on, can be read"
         )
     stored = _decode(path, header)
@@ -370,8 +399,44 @@ def _padding(header: pydicom.Dataset, stored: np.ndarray) -> np.ndarray | None:
     return (stored >= ends.min()) & (stored <= ends.max())
 
 
+def _refuse_inflation(path: Path) -> None:
+    """Raise ImageError for a DICOM file whose deflated data set grows past what a mammogram can take."""
+    with path.open("rb") as file:
+        read_preamble(file, force=False)
+        meta = _read_file_meta_info(file)
+        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return
+        inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while chunk := inflate.unconsumed_tail or file.read(2**16):
+            size += len(inflate.decompress(chunk, 2**20))
+            if size > 2 * MAX_PIXELS + MAX_HEADER_BYTES:
+                raise ImageError(f"{path}: inflates to more than {size:,} bytes; no mammogram, remove it")
+
+
+def _stream_size(stream: bytes) -> tuple[int, int]:
+    """Width and height that a JPEG, JPEG-LS or JPEG 2000 stream declares; (0, 0) where it declares none.
+
+    ISO/IEC 10918-1 B.2.2 (SOF), 14495-1 C.2.2, 15444-1 A.5.1 (SIZ).
+    """
+    sizes = []
+    for siz in re.finditer(rb"\xff\x4f\xff\x51", stream):  # behind the boxes of a JP2 file, where there are any
+        width, height, left, top = struct.unpack_from(">4I", stream, siz.start() + 8)
+        sizes.append((width - left, height - top))
+    if sizes:
+        return max(sizes, key=math.prod)
+    place = 2
+    while place + 9 <= len(stream) and stream[place] == 0xFF:
+        marker, length = stream[place + 1], int.from_bytes(stream[place + 2 : place + 4], "big")
+        # start of frame: C0 to CF but for DHT, JPG and DAC; F7 is that of JPEG-LS
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            height, width = struct.unpack_from(">2H", stream, place + 5)
+            return width, height
+        place += 1 if marker == 0xFF else 2 + length
+    return 0, 0
+
+
 def _decode(path: Path, header: pydicom.Dataset) -> np.ndarray:
-    """The stored values (H, W). Raises UserError, naming the package to install, for what nothing installed decompresses."""
+    """The stored values (H, W). Raises ImageError, naming the package to install, for what nothing installed decompresses."""
     syntax = header.file_meta.get("TransferSyntaxUID", ExplicitVRLittleEndian)
     if not syntax.is_compressed or syntax == RLELossless:
         return header.pixel_array
@@ -383,15 +448,17 @@ def _decode(path: Path, header: pydicom.Dataset) -> np.ndarray:
     try:
         available = get_decoder(syntax).is_available
     except NotImplementedError:
-        raise UserError(
+        raise ImageError(
             f"{path}: {syntax.name} is a compression that cannot be read; convert it to uncompressed DICOM"
         ) from None
+    with contextlib.suppress(ValueError):  # of what is not encapsulated, which the decoder says
+        _refuse_size(path, *_stream_size(get_frame(header.PixelData, 0, number_of_frames=1)))
     if not available:
-        raise UserError(f"{path}: compressed as {syntax.name}, whose decoder is not installed; pip install {wanted}")
+        raise ImageError(f"{path}: compressed as {syntax.name}, whose decoder is not installed; pip install {wanted}")
     try:
         return header.pixel_array
     except Exception:  # noqa: BLE001  Pillow decodes some images of a kind and not others
-        raise UserError(
+        raise ImageError(
             f"{path}: compressed as {syntax.name}, which the decoders here fail on; replace it if it is damaged, "
             f"else pip install {wanted}"
         ) from None

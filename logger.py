@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from helper import write_text
+from helper import UserError, write_text
 
 
 class Logger:
     """Logs scalars and pictures of a run; `folder=None` logs to the console alone.
 
     `log.csv` has one row a call: step, epoch, split, then a column for every name seen. Rows written after `step` (a run
-    that is resumed from an older checkpoint) are dropped, so that no step stands in it twice.
+    that is resumed from an older checkpoint) are dropped, so that no step stands in it twice. Raises UserError where it
+    cannot be read or written.
     """
 
     def __init__(self, folder: Path | None, step: int = 0):
@@ -28,10 +29,17 @@ class Logger:
         self.columns = ["step", "epoch", "split"]
         self.rows: list[dict[str, str]] = []
         if self.path and self.path.is_file():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                self.rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
-                self.columns = list(reader.fieldnames or self.columns)
+            try:
+                with self.path.open(newline="", encoding="utf-8") as file:
+                    reader = csv.DictReader(file)
+                    self.rows = [
+                        row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) <= step
+                    ]
+                    self.columns = list(reader.fieldnames or self.columns)
+            except (ValueError, csv.Error):
+                raise UserError(
+                    f"{self.path}: not a readable log; remove it to go on without the figures so far"
+                ) from None
         if step == 0:
             self.rows = []
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None) if folder else None
@@ -49,13 +57,18 @@ class Logger:
         self.stale = False
         self.columns += new
         self.rows.append(row)
-        if rewrite:
-            write_text(self.path, self._lines([dict(zip(self.columns, self.columns, strict=True)), *self.rows]))
-        else:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                file.write(self._lines([row]))
-        for name, value in values.items():
-            self.writer.add_scalar(f"{split}/{name}", value, step)
+        try:
+            if rewrite:
+                write_text(self.path, self._lines([dict(zip(self.columns, self.columns, strict=True)), *self.rows]))
+            else:
+                with self.path.open("a", newline="", encoding="utf-8") as file:
+                    file.write(self._lines([row]))
+            for name, value in values.items():
+                self.writer.add_scalar(f"{split}/{name}", value, step)
+        except OSError as error:
+            raise UserError(
+                f"{self.path.parent}: the log cannot be written ({error.strerror or error}); free space"
+            ) from None
 
     def _lines(self, rows: list[dict[str, str]]) -> str:
         text = io.StringIO()

@@ -12,6 +12,7 @@ from datasets import LatentDataset, load_datasets
 from helper import (
     UserError,
     base_parser,
+    finish_batch,
     get_device,
     load_checkpoint,
     resolve_settings,
@@ -63,12 +64,12 @@ def main() -> None:
         )
     if checkpoint is not None:
         check_first_stage(checkpoint, args.load_path, weights_digest(vqvae), args.vqvae_path)
-    device = get_device(args.cpu)
+    device = get_device(args.cpu, args.cuda)
     torch.manual_seed(args.seed)
     model = make_diffusion(hps)
     if args.evaluate:
         load_averages(model, checkpoint, args.load_path)
-        restore_test_set(args, hps, model, first_stage, (vqvae_checkpoint, checkpoint), device)
+        finish_batch(restore_test_set(args, hps, model, first_stage, (vqvae_checkpoint, checkpoint), device))
         return
     if args.latents and hps.noise_levels:
         raise UserError(

@@ -11,6 +11,7 @@ from helper import (
     Checkpoint,
     Parser,
     UserError,
+    build_model,
     load_checkpoint,
     run_script,
     save_checkpoint,
@@ -62,7 +63,7 @@ def main() -> None:
         raise UserError(str(error)) from None
     if fixed := sorted(changed - set(SAMPLER)):
         raise UserError(f"--hps {fixed[0]}: the weights were trained with it; only {', '.join(SAMPLER)} can be changed")
-    model = make_diffusion(stage_2.hps)
+    model = build_model(make_diffusion, stage_2, args.load_path)
     load_averages(model, stage_2, args.load_path)
     paths = args.out / "vqvae.pt", args.out / "diffusion.pt"
     if existing := [path for path in paths if path.exists()]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,22 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from datasets import LATENT_FORMAT, SPLITS, Batch, MammogramDataset, SampleKey, load_datasets, make_loader
+from datasets import (
+    LATENT_FORMAT,
+    SPLITS,
+    Batch,
+    MammogramDataset,
+    RecordDataset,
+    SampleKey,
+    load_datasets,
+    make_loader,
+)
 from helper import (
     UserError,
     base_parser,
+    finish_batch,
     get_device,
+    hold,
     positive_int,
     resolve_settings,
     run_script,
@@ -64,7 +76,12 @@ def write_split(
 
     def array(name: str, kind: np.dtype, *shape: int) -> np.ndarray:
         if name not in arrays:
-            arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, shape)
+            path = folder / f"{name}.npy"
+            arrays[name] = np.lib.format.open_memmap(path, "w+", kind, shape)
+            if hasattr(os, "posix_fallocate"):
+                # a disk that is full is an error now, and a signal that ends the process when a page is written
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return arrays[name]
 
     entries = []
@@ -105,7 +122,9 @@ def main() -> None:
             "--hps native=false"
         )
     images = dict(zip(SPLITS, load_datasets(args, hps, *SPLITS), strict=True))
-    device = get_device(args.cpu)
+    if isinstance(images["train"], RecordDataset):
+        images["train"].leave_out_unreadable(not args.no_tqdm)
+    device = get_device(args.cpu, args.cuda)
     first_stage = VQVAE2Wrapper(vqvae.eval()).to(device)
     height, width = hps.image_shape[1:]
     channels, rows, columns = first_stage.latent_shape(height, width)
@@ -141,6 +160,7 @@ def main() -> None:
         )
 
     partial = out.with_name(f".{out.name}.part")
+    hold(out.with_name(f".{out.name}.lock"), out)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         index = {
@@ -172,6 +192,7 @@ def main() -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"latents written to {out}")
+    finish_batch([failure for split in SPLITS for failure in images[split].left_out])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from helper import (
     Parser,
     UserError,
     device_arguments,
+    finish_batch,
     format_table,
     get_device,
     non_negative_int,
@@ -396,8 +396,8 @@ def main() -> None:
     if foreign:
         raise UserError(f"--out: {args.out / foreign[0]} is not of this script's making; choose another folder")
     restorer = Restorer.load(
-        args.vqvae_path, args.load_path, get_device(args.cpu), steps=args.steps, samples=args.samples or 1, views=args.views,
-        seed=args.seed,
+        args.vqvae_path, args.load_path, get_device(args.cpu, args.cuda), steps=args.steps, samples=args.samples or 1,
+        views=args.views, seed=args.seed,
     )  # fmt: skip
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -420,10 +420,7 @@ def main() -> None:
         record_run(args.out, restorer.hps, args.seed, RECORD, model=restorer.name, failures=failures)
         report(rows, args)
         print(f"{len({row['path'] for row in rows})} images restored into {args.out}")
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    if failures:
-        sys.exit(1)
+    finish_batch(failures)
 
 
 if __name__ == "__main__":

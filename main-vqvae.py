@@ -15,6 +15,7 @@ from helper import (
     Checkpoint,
     UserError,
     base_parser,
+    finish_batch,
     get_device,
     load_checkpoint,
     load_weights,
@@ -92,6 +93,7 @@ def evaluate_vqvae(
             f"codebook {book['level']}: perplexity {book['perplexity']:.1f}, "
             f"{book['entries_used']} of {hps.nb_entries} entries used by {book['vectors']} vectors"
         )
+    finish_batch(test_set.left_out)
 
 
 def main() -> None:
@@ -100,7 +102,7 @@ def main() -> None:
         raise UserError("--evaluate needs --load-path, the checkpoint to evaluate")
     checkpoint = load_checkpoint(args.load_path, "vqvae") if args.load_path else None
     hps = resolve_settings(args, HPS_VQVAE, checkpoint=checkpoint, architecture=ARCHITECTURE_VQVAE)
-    device = get_device(args.cpu)
+    device = get_device(args.cpu, args.cuda)
     torch.manual_seed(args.seed)
     vqvae = VQVAE(**hps.arguments(VQVAE))
     if args.evaluate:

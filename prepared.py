@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from helper import UserError
+from helper import ImageError
 from images import read_image
 from metrics import breast_mask
 
@@ -126,11 +126,11 @@ def prepare_record(record: Record, image_shape: Sequence[int], native: bool = Fa
 
     With `native` the breast's box at its own pixels, whatever its size.
 
-    Raises UserError naming the file that cannot be read, is too small, or does not fit its pair.
+    Raises ImageError naming the file that cannot be read, is too small, or does not fit its pair.
     """
     image = read_image(record.path)
     if min(image.shape) < 16:
-        raise UserError(f"{record.path}: {image.shape[1]} x {image.shape[0]} pixels are too few; remove it")
+        raise ImageError(f"{record.path}: {image.shape[1]} x {image.shape[0]} pixels are too few; remove it")
     mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
     grid = Grid.native(mask) if native else Grid.fit(image, mask, tuple(image_shape[1:]))
     clean = _rounded(grid.apply(image))
@@ -138,7 +138,7 @@ def prepare_record(record: Record, image_shape: Sequence[int], native: bool = Fa
     if record.degraded is not None:
         low = read_image(record.degraded)
         if low.shape != image.shape:
-            raise UserError(
+            raise ImageError(
                 f"{record.degraded}: {low.shape[1]} x {low.shape[0]} pixels, "
                 f"but its full-dose pair has {image.shape[1]} x {image.shape[0]}"
             )

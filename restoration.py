@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from datasets import oriented, upright
 from diffusion import LatentDiffusion, NoiseField, UNet, sample_latents
-from helper import Checkpoint, UserError, load_checkpoint, load_weights, seeded_generator, weights_digest
+from helper import Checkpoint, UserError, build_model, load_checkpoint, load_weights, seeded_generator, weights_digest
 from hps import HParams
 from metrics import breast_mask
 from preprocessing.degrade import NoiseModel
@@ -107,7 +107,7 @@ class Restorer:
         checkpoint = load_checkpoint(load_path, "diffusion", lazily=True)
         check_first_stage(checkpoint, load_path, digest, vqvae_path)
         hps = checkpoint.hps
-        model = make_diffusion(hps)
+        model = build_model(make_diffusion, checkpoint, load_path)
         load_averages(model, checkpoint, load_path)
         if steps is None:
             steps = 1 if samples == 1 else hps.ddim_steps

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from helper import (
     Checkpoint,
     UserError,
     get_parameter_count,
+    hold,
     load_weights,
     open_run,
     randn_by_sample,
@@ -102,6 +105,8 @@ class Trainer:
         self.optimizer = self.make_optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         self.epoch, self.step, self.best = 0, 0, math.inf
+        self.unreadable: set[str] = set()  # what was wrong with training images of all epochs
+        self.skipped: Counter[str] = Counter()  # training samples of images that could not be read, by what was wrong
         self.logger: Logger | None = None
 
     # --- what a stage says ---
@@ -186,6 +191,7 @@ class Trainer:
         for batch in self.loader:
             group = min(self.hps.batch_size, samples - seen // self.hps.batch_size * self.hps.batch_size)
             share = len(batch) / group
+            self.skipped.update(meta.failure for meta in batch.meta if meta.failure)
             batch = batch.to(self.device)
             with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
                 result = self.loss(batch)
@@ -205,6 +211,19 @@ class Trainer:
                 bar.set_postfix(loss=f"{values['loss']:.4g}")
             logs = {}
         bar.close()
+        self.report_skipped()
+
+    def report_skipped(self) -> None:
+        """At the end of an epoch: name the images that could not be read in it, and count the samples they were to give."""
+        for failure in self.skipped:
+            tqdm.write(f"warning: {failure}", file=sys.stderr)
+        if self.skipped:
+            tqdm.write(
+                f"epoch {self.epoch + 1}: {len(self.skipped)} images could not be read; others took their place in "
+                f"{self.skipped.total()} samples"
+            )
+        self.unreadable |= set(self.skipped)
+        self.skipped.clear()
 
     def check_finite(self, value: float) -> None:
         """Raises UserError where a loss or score is no number any more."""
@@ -289,7 +308,7 @@ class Trainer:
             set_rng_state(training["rng"])
             self.seed = self.loader.sampler.seed = self.loader.dataset.seed = training["seed"]
             self.load_extra_state(training)
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise UserError(
                 f"{path}: its training state does not fit ({error}); train anew without --load-path"
             ) from None
@@ -492,6 +511,8 @@ def run_training(
     """What a training script does once it has model and data: open the run folder, train from the start or go on from
     `checkpoint`, and say where the output lies. `kwargs` go to the stage's constructor."""
     folder = open_run(args, stage.kind, args.load_path)
+    if folder is not None:
+        hold(folder / ".lock", folder)
     trainer = stage(
         args.task,
         hps,
@@ -517,4 +538,6 @@ def run_training(
     parameters, samples = get_parameter_count(model), len(train_set)
     print(f"{parameters:,} parameters; {samples} samples and {trainer.steps_per_epoch} steps an epoch")
     trainer.fit()
+    if unreadable := len(trainer.unreadable) + len(validation_set.left_out):
+        print(f"{unreadable} images could not be read and were skipped")
     print(f"checkpoints written to {folder}" if folder else "nothing saved (--no-save)")

@@ -193,7 +193,7 @@ class Calibration:
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); name a calibration file") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{path}: not a calibration, no JSON; fit one on validation images") from None
         if not isinstance(content, dict) or content.pop("kind", None) != KIND:
             raise UserError(f"{path}: not a calibration of the uncertainty; fit one on validation images")

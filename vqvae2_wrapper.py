@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from helper import Checkpoint, load_checkpoint, load_weights
+from helper import Checkpoint, build_model, load_checkpoint, load_weights
 from preprocessing.degrade import NoiseModel
 from preprocessing.stabilize import stabilize, unstabilize
 from vqvae import VQVAE
@@ -32,7 +32,7 @@ def from_domain(values: Tensor, noise: NoiseModel | None) -> Tensor:
 def load_vqvae(path: Path) -> tuple[VQVAE, Checkpoint]:
     """The VQ-VAE-2 of a stage-1 checkpoint, built from the settings it carries; raises UserError where it is none."""
     checkpoint = load_checkpoint(path, "vqvae")
-    vqvae = VQVAE(**checkpoint.hps.arguments(VQVAE))
+    vqvae = build_model(lambda hps: VQVAE(**hps.arguments(VQVAE)), checkpoint, path)
     load_weights(vqvae, checkpoint.model, path)
     return vqvae, checkpoint
 

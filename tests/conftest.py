@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from phantom import generate_phantom  # noqa: E402
 from scripts import shell, succeed  # noqa: E402
 
 
@@ -57,3 +59,19 @@ def other_vqvae(work):
     """A first stage of other weights."""
     succeed("main-vqvae", f"--seed 1 --epochs 1 --no-tqdm --out {work / 'other'}")
     return work / "other" / "last.pt"
+
+
+@pytest.fixture(scope="session")
+def latents(work, vqvae):
+    """Single-precision latents with two noise draws per training image."""
+    line = f"{vqvae} --task phantom --realisations 2 --float32 --no-tqdm --out {work / 'latents'}"
+    return work / "latents", shell("main-latents", line)
+
+
+@pytest.fixture(scope="session")
+def folder_of_pngs(work):
+    (work / "images").mkdir(exist_ok=True)
+    for i in range(6):
+        image = generate_phantom(9, i, (1, 128, 96)).image[0]
+        Image.fromarray((image * 255).byte().numpy()).save(work / "images" / f"p{i}.png")
+    return work / "images"

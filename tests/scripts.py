@@ -42,7 +42,7 @@ def arguments(script, line):
 def shell(script, line):
     """Run a script as a process of its own."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *arguments(script, line)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     return Result(done.returncode, done.stdout, done.stderr)
 
 

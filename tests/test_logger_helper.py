@@ -9,8 +9,10 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import PIL
 import pytest
 import torch
+import tqdm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import helper
@@ -206,6 +208,13 @@ def test_cpu_is_taken_where_asked_for_and_announced_where_there_is_nothing_else(
     assert "running on the CPU" in capsys.readouterr().out
 
 
+def test_a_device_that_is_asked_for_and_not_there_is_an_error():
+    with mock.patch("torch.cuda.is_available", return_value=False), pytest.raises(UserError, match="--cuda: no CUDA"):
+        get_device(cuda=True)
+    with mock.patch("torch.cuda.is_available", return_value=True):
+        assert get_device(cuda=True).type == "cuda"
+
+
 def test_parameter_count_leaves_frozen_ones_out():
     model = torch.nn.Linear(3, 2)
     model.bias.requires_grad_(False)
@@ -249,10 +258,12 @@ def test_run_is_recorded_with_and_without_git(tmp_path, monkeypatch):
     record_run(tmp_path, HParams(beta=0.5), 3)
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["command"].endswith("main-vqvae.py --out 'a b'") and run["hps"] == {"beta": 0.5} and run["seed"] == 3
+    assert run["packages"]["pillow"] == PIL.__version__ and run["packages"]["tqdm"] == tqdm.__version__
+    assert set(run["packages"]) >= {"torch", "torchvision", "pandas", "pydicom", "scipy", "tensorboard"}
     monkeypatch.setenv("PATH", "")
     record_run(tmp_path, HParams(beta=0.5), 4)
     run = json.loads((tmp_path / "run.json").read_text())
-    assert run["seed"] == 4 and run["revision"] is None
+    assert run["seed"] == 4 and run["revision"] is None and run["uncommitted_changes"] is None
 
 
 def test_settings_come_from_task_checkpoint_and_flags_in_this_order():

@@ -1,6 +1,5 @@
 """The three scripts from the shell: what they write, what they refuse, and that a run can be repeated and resumed."""
 
-import io
 import json
 import math
 import shlex
@@ -15,8 +14,7 @@ import torch
 from PIL import Image
 
 from datasets import SPLITS, LatentDataset, get_dataset
-from helper import CHECKPOINT_FORMAT, load_checkpoint, weights_digest
-from phantom import generate_phantom
+from helper import load_checkpoint, weights_digest
 from scripts import ROOT, call, shell, succeed, written
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
@@ -41,13 +39,6 @@ def assert_same(a, b, where="checkpoint"):
             assert_same(x, y, f"{where}[{i}]")
     else:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
-
-
-@pytest.fixture(scope="session")
-def latents(work, vqvae):
-    """Single-precision latents with two noise draws per training image."""
-    line = f"{vqvae} --task phantom --realisations 2 --float32 --no-tqdm --out {work / 'latents'}"
-    return work / "latents", shell("main-latents", line)
 
 
 @pytest.fixture(scope="session")
@@ -306,252 +297,7 @@ def test_stage_2_trains_from_latents_without_the_images(latents, vqvae, tmp_path
     assert load(tmp_path / "run" / "last.pt")["step"] == 4
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
-
-
-class Code:
-    """Its pickle makes a folder when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.mkdir, (self.path,)
-
-
-@pytest.fixture(scope="session")
-def folder_of_pngs(work):
-    (work / "images").mkdir(exist_ok=True)
-    for i in range(6):
-        image = generate_phantom(9, i, (1, 128, 96)).image[0]
-        Image.fromarray((image * 255).byte().numpy()).save(work / "images" / f"p{i}.png")
-    return work / "images"
-
-
-@pytest.fixture(scope="session")
-def files(work, vqvae, other_vqvae, diffusion, latents, folder_of_pngs):
-    """Names of good and bad files, as they stand in the calls below."""
-    bad = work / "bad"
-    bad.mkdir()
-    paths = {"vqvae": vqvae, "diffusion": diffusion, "latents": latents[0], "images": folder_of_pngs}
-    paths |= {
-        name: bad / name for name in ("missing", "empty", "garbage", "void", "code", "foreign", "future", "partial")
-    }
-    paths["empty"].mkdir()
-    paths["garbage"].write_bytes(bytes(range(256)) * 10)
-    paths["void"].write_bytes(b"")
-    torch.save(Code(bad / "ran"), paths["code"])
-    torch.save({"weight": torch.zeros(2)}, paths["foreign"])
-    torch.save({"format_version": CHECKPOINT_FORMAT + 1, "kind": "vqvae"}, paths["future"])
-    torch.save({"format_version": CHECKPOINT_FORMAT, "kind": "vqvae"}, paths["partial"])
-    paths |= {"other": other_vqvae, "wide": work / "wide" / "last.pt"}
-    succeed("main-vqvae", f"--hps hidden_channels=32 --epochs 1 --out {work / 'wide'}")
-    paths["codes"] = work / "codes"
-    succeed("main-latents", f"{vqvae} --codes-only --out {paths['codes']}")
-
-    def images(name, *patients):
-        paths[name] = bad / name
-        for patient in patients or ("a", "b", "c"):
-            path = bad / name / f"{patient}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes((folder_of_pngs / "p0.png").read_bytes())
-        return sorted(paths[name].rglob("*.png"))
-
-    images("two", "a", "b")
-    for path in images("text"):
-        path.write_text("this is no image")
-    for path in images("colour"):
-        Image.new("RGB", (64, 48), (200, 100, 50)).save(path)
-    for path in images("cut"):
-        path.write_bytes(path.read_bytes()[:200])
-    for path in images("dot"):
-        Image.new("L", (1, 1), 100).save(path)
-    images("unpaired", "full/a", "full/b", "full/c", "low/a", "low/b")
-    images("sizes", *(f"{half}/{patient}" for half in ("full", "low") for patient in "abc"))
-    for path in sorted((bad / "sizes" / "low").iterdir()):
-        Image.new("L", (50, 50), 99).save(path)
-    for name, text in (
-        ("no-column", "file,part\na,train\n"),
-        ("no-split", "file,split\na,training\n"),
-        ("two-splits", "file,split,patient\na,train,1\nb,test,1\nc,validation,2\n"),
-        ("no-test", "file,split\na,train\nb,train\nc,validation\n"),
-    ):
-        images(name)
-        (bad / name / "split.csv").write_text(text)
-
-    def broken(name, file, content):
-        paths[name] = bad / name
-        for path in latents[0].rglob("*.*"):
-            copy = bad / name / path.relative_to(latents[0])
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(content(path) if path.relative_to(latents[0]).as_posix() == file else path.read_bytes())
-
-    def without(key):
-        return lambda path: json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}).encode()
-
-    broken("text-index", "index.json", lambda _: b"{")
-    broken("list-index", "index.json", lambda _: b"[1]")
-    broken("binary-index", "index.json", lambda _: b"\xff\xfe")
-    broken("no-splits", "index.json", without("splits"))
-    broken("no-digest", "index.json", without("first_stage"))
-    broken("hollow-index", "index.json", lambda path: path.read_bytes().replace(b'"realisations"', b'"draws"'))
-    broken(
-        "new-index",
-        "index.json",
-        lambda path: path.read_bytes().replace(b'"format_version": 1', b'"format_version": 9'),
-    )
-    broken("cut-array", "train/clean.npy", lambda path: path.read_bytes()[:1000])
-    broken("text-array", "train/degraded.npy", lambda _: b"no array")
-    broken("pickled-array", "train/clean.npy", lambda _: pickled_array())
-    broken("short-array", "validation/clean.npy", lambda _: array_bytes(np.zeros((1, 16, 16, 12), np.float32)))
-    return paths
-
-
-def array_bytes(array, **options):
-    file = io.BytesIO()
-    np.save(file, array, **options)
-    return file.getvalue()
-
-
-def pickled_array():
-    return array_bytes(np.array([{"a": 1}], dtype=object), allow_pickle=True)
-
-
-REFUSED = """
-main-vqvae | --task nowhere | argument --task: invalid choice: 'nowhere'
-main-vqvae | --tasks phantom | unrecognized arguments: --tasks
-main-vqvae | --batch-size 0 | argument --batch-size: must be a whole number
-main-vqvae | --batch-size two | argument --batch-size: must be a whole number
-main-vqvae | --epochs 0 | argument --epochs: must be a whole number of at least 1
-main-vqvae | --epochs -1 | argument --epochs: must be a whole number
-main-vqvae | --seed -1 | argument --seed: must be a whole number
-main-vqvae | --seed 99999999999999999999999 | --seed
-main-vqvae | --num-workers x | argument --num-workers: must be a whole number
-main-vqvae | --amp --no-amp | not allowed with argument --amp
-main-vqvae | --evaluate | --evaluate needs --load-path
-main-vqvae | --task folder | --task folder needs --data-root
-main-vqvae | --task folder --data-root {missing} | --data-root {missing}: no such folder
-main-vqvae | --task cbis-ddsm --data-root {missing} | {missing}
-main-vqvae | --task cbis-ddsm --data-root {empty} | {empty}
-main-vqvae | --task folder --data-root {void} | --data-root {void}: no such folder
-main-vqvae | --task folder --data-root {empty} | {empty}: no images in it
-main-vqvae | --task folder --data-root {two} | 2 patients are too few
-main-vqvae | --task folder --data-root {text} | .png: not a readable image
-main-vqvae | --task folder --data-root {text} --num-workers 0 | .png: not a readable image
-main-vqvae | --task folder --data-root {cut} | .png: not a readable image
-main-vqvae | --task folder --data-root {colour} | .png: a colour image
-main-vqvae | --task folder --data-root {dot} | .png
-main-vqvae | --task folder --data-root {unpaired} | c.png: has no low-dose image
-main-vqvae | --task folder --data-root {sizes} | .png: 50 x 50 pixels, but its full-dose pair has 96 x 128
-main-vqvae | --task folder --data-root {no-column} | {no-column}/split.csv: has no column 'split'
-main-vqvae | --task folder --data-root {no-split} | {no-split}/split.csv: split 'training' is none of
-main-vqvae | --task folder --data-root {two-splits} | {two-splits}/split.csv: patient 1 stands in
-main-vqvae | --task folder --data-root {images} --hps split_csv={missing} | split_csv={missing}: no such file
-main-vqvae | --task folder --data-root {images} --hps split_csv={garbage} | {garbage}: not a readable CSV
-main-vqvae | --task folder --data-root {images} --hps patient_pattern=(x) | patient_pattern=(x): its first group
-main-vqvae | --task folder --data-root {images} --hps patient_pattern=(x | patient_pattern=(x
-main-vqvae | --load-path {missing} | {missing}: no such checkpoint
-main-vqvae | --load-path {empty} | {empty}: no such checkpoint
-main-vqvae | --load-path {garbage} | {garbage}: not a readable checkpoint
-main-vqvae | --load-path {void} | {void}: not a readable checkpoint
-main-vqvae | --load-path {code} | {code}: not a readable checkpoint
-main-vqvae | --load-path {foreign} | {foreign}: not a checkpoint of this project
-main-vqvae | --load-path {future} | {future}: checkpoint format 2, but this version reads 1
-main-vqvae | --load-path {partial} | {partial}: parts of the checkpoint are missing
-main-vqvae | --load-path {diffusion} | {diffusion}: a checkpoint of main-diffusion.py (stage 2)
-main-vqvae | --load-path {vqvae} --task folder | {vqvae} was trained on phantom
-main-vqvae | --load-path {vqvae} --hps hidden_channels=32 | hidden_channels=32: the checkpoint was trained with 16
-main-vqvae | --out {latents}/../vqvae | holds a run already
-main-vqvae | --out {garbage} | --out {garbage}: cannot be made
-main-vqvae | --hps learning_rat=1 | learning_rat: no such hyperparameter; did you mean learning_rate?
-main-vqvae | --hps learning_rate | --hps learning_rate: write it as key=value
-main-vqvae | --hps learning_rate=fast | --hps learning_rate=fast: the value must be of type float
-main-vqvae | --hps learning_rate=-1 | --hps learning_rate=-1.0: must be greater than 0
-main-vqvae | --hps learning_rate=nan | --hps learning_rate=nan: must be greater than 0
-main-vqvae | --hps noise_level=inf | --hps noise_level=inf
-main-vqvae | --hps nb_levels=2.5 | --hps nb_levels=2.5: the value must be of type int
-main-vqvae | --hps amp=maybe | --hps amp=maybe: the value must be of type bool
-main-vqvae | --hps image_shape=1,64 | --hps image_shape=[1, 64]: must be channels, height, width
-main-vqvae | --hps image_shape=big | --hps image_shape=big: the value must be a list
-main-vqvae | --hps image_shape=3,64,48 | --hps in_channels=1: image_shape has 3 channels
-main-vqvae | --hps image_shape=3,64,48 --hps in_channels=3 | image_shape
-main-vqvae | --hps image_shape=1,16,16 --hps crop_size=0 | image_shape
-main-vqvae | --hps crop_size=64 | --hps crop_size=64: larger than image_shape
-main-vqvae | --hps scaling_rates=4,2,2 | --hps scaling_rates=[4, 2, 2]: must hold nb_levels=2 rates
-main-vqvae | --hps embed_dim=32 | embed_dim
-main-vqvae | --hps recon_loss=huber | --hps recon_loss=huber: must be one of mse, l1
-main-vqvae | --hps mini_batch_size=3 | --hps mini_batch_size=3: must divide batch_size 4
-main-vqvae | --hps model_channels=64 | --hps model_channels: no such hyperparameter
-main-latents |  | the following arguments are required: checkpoint
-main-latents | {diffusion} | {diffusion}: a checkpoint of main-diffusion.py (stage 2)
-main-latents | {vqvae} --out {latents} | --out {latents}: exists already
-main-latents | {vqvae} --out {garbage}/x | --out {garbage}/x: cannot be written
-main-latents | {vqvae} --realisations 0 | argument --realisations: must be a whole number
-main-latents | {vqvae} --task folder | --task folder needs --data-root
-main-latents | {vqvae} --task folder --data-root {no-test} --out x | {no-test}: no images for test
-main-diffusion |  | the following arguments are required: --vqvae-path
-main-diffusion | --vqvae-path {missing} | {missing}: no such checkpoint
-main-diffusion | --vqvae-path {diffusion} | {diffusion}: a checkpoint of main-diffusion.py (stage 2)
-main-diffusion | --vqvae-path {vqvae} --evaluate | --evaluate needs --load-path
-main-diffusion | --vqvae-path {vqvae} --load-path {vqvae} | {vqvae}: a checkpoint of main-vqvae.py (stage 1)
-main-diffusion | --vqvae-path {wide} | --vqvae-path {wide}: its latents have 32 channels
-main-diffusion | --vqvae-path {other} --load-path {diffusion} | {diffusion} was trained on another VQ-VAE-2
-main-diffusion | --vqvae-path {other} --load-path {diffusion} --evaluate | {diffusion} was trained on another VQ-VAE-2
-main-diffusion | --vqvae-path {vqvae} --load-path {diffusion} --hps model_channels=64 | was trained with 32
-main-diffusion | --vqvae-path {other} --latents {latents} | {latents}: extracted with {vqvae}, not with {other}
-main-diffusion | --vqvae-path {vqvae} --latents {missing} | --latents {missing}: no index.json
-main-diffusion | --vqvae-path {vqvae} --latents {codes} | --latents {codes}: holds code indices only
-main-diffusion | --vqvae-path {vqvae} --latents {text-index} | {text-index}/index.json: damaged
-main-diffusion | --vqvae-path {vqvae} --latents {list-index} | {list-index}/index.json: damaged
-main-diffusion | --vqvae-path {vqvae} --latents {binary-index} | {binary-index}/index.json: damaged
-main-diffusion | --vqvae-path {vqvae} --latents {no-splits} | {no-splits}/index.json: damaged
-main-diffusion | --vqvae-path {vqvae} --latents {no-digest} | {no-digest}/index.json: damaged
-main-diffusion | --vqvae-path {vqvae} --latents {hollow-index} | {hollow-index}/index.json: damaged
-main-diffusion | --vqvae-path {vqvae} --latents {new-index} | {new-index}/index.json: format 9, this version reads 1
-main-diffusion | --vqvae-path {vqvae} --latents {cut-array} | {cut-array}/train/clean.npy: not readable
-main-diffusion | --vqvae-path {vqvae} --latents {text-array} | {text-array}/train/degraded.npy: not readable
-main-diffusion | --vqvae-path {vqvae} --latents {pickled-array} | {pickled-array}/train/clean.npy: not readable
-main-diffusion | --vqvae-path {vqvae} --latents {short-array} | {short-array}/validation/clean.npy: shape (1, 16,
-main-diffusion | --vqvae-path {vqvae} --latents {latents} --hps crop_size=20 | crop_size=20: must be a multiple of 8
-main-diffusion | --vqvae-path {vqvae} --latents {latents} --hps noise_level=0.4 | extracted with noise_level=0.2
-main-diffusion | --vqvae-path {vqvae} --hps num_head_channels=48 | num_head_channels
-main-diffusion | --vqvae-path {vqvae} --hps model_channels=40 | --hps model_channels=40: must be a multiple of 32
-main-diffusion | --vqvae-path {vqvae} --hps in_channels=16 | --hps in_channels=16: must be twice out_channels=16
-main-diffusion | --vqvae-path {vqvae} --hps attention_levels=2 | --hps attention_levels=[2]: channel_mult has 2 levels
-main-diffusion | --vqvae-path {vqvae} --hps ddim_steps=1001 | --hps ddim_steps=1001: more than timesteps=1000
-main-diffusion | --vqvae-path {vqvae} --hps linear_end=1.5 | linear_end
-main-diffusion | --vqvae-path {vqvae} --hps learning_rate=1e30 --hps log_frequency=1 --epochs 3 | no longer finite
-"""
-
-
-@pytest.mark.parametrize("case", REFUSED.split("\n")[1:-1])
-def test_bad_input_gives_one_clear_line_and_exit_status_2(case, files):
-    script, line, sentence = (part.format(**files) for part in case.split(" | "))
-    result = call(script, f"--no-tqdm {line}")
-    assert result.code == 2
-    assert result.err.startswith("error: ") and result.err.count("\n") == 1 and sentence in result.err
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["--load-path {code}", "--task folder --data-root {text} --num-workers 1", "--task folder --data-root {text}"],
-)
-def test_refusal_reaches_the_shell_without_a_traceback(line, files):
-    result = shell("main-vqvae", f"--no-tqdm {line.format(**files)}")
-    assert result.code == 2
-    assert result.err.startswith("error: ") and result.err.count("\n") == 1
-    assert not (files["code"].parent / "ran").exists()
-
-
-def test_refused_call_leaves_nothing_behind(vqvae, files, tmp_path):
-    for script, line in (
-        ("main-vqvae", "--hps embed_dim=0"),
-        ("main-vqvae", f"--task folder --data-root {files['two']}"),
-        ("main-diffusion", f"--vqvae-path {files['wide']}"),
-        ("main-latents", f"{vqvae} --task folder --data-root {files['text']} --no-cache --out {tmp_path / 'latents'}"),
-    ):
-        assert call(script, line).code == 2
-    assert list(tmp_path.iterdir()) == []
+# --- unusual input ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", ["--hps timesteps=5", "--hps noise_level=0"])
