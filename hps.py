@@ -57,6 +57,7 @@ _DATA = HParams(
         1.0,
     ],  # training crops are resized by a factor between these, drawn log-uniformly, half of the time
     phantoms=0,  # folder: phantoms at the size of image_shape, added to the training images for their calcifications
+    degrade_on_device=False,  # draw a training sample's low dose in the step, on the GPU if there is one, not in the loader
     cache_images=False,  # keep prepared images in memory after their first use (small sets only)
     nb_workers=4,  # data loader processes
     split="patient",  # cbis-ddsm: `patient` keeps the official split with shared patients out of train; `official` as is
@@ -85,6 +86,7 @@ HPS_VQVAE["cbis-ddsm"] = HParams(
     **copy.deepcopy(_DATA)
     | copy.deepcopy(_LOOP)
     | dict(
+        degrade_on_device=True,  # stage 1 trains on clean images: their low dose is never drawn
         in_channels=1,  # image channels (grayscale)
         hidden_channels=128,  # width of encoders and decoders, and channels of the stage-2 latent
         res_channels=32,  # width inside a residual block
