@@ -37,7 +37,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of a forward pass, counted on the meta device: the CPU's fused attention would count as none."""
+    """FLOPs of a forward pass."""
 
     convolution: int  # and other products of weights
     attention: int
@@ -90,7 +90,7 @@ def measure_rates() -> Rates:
 
 
 def count(model: nn.Module, *inputs: torch.Tensor) -> Work:
-    """FLOPs of a forward pass of a model on the meta device."""
+    """FLOPs of a forward pass; of a model with attention on the meta device, for the CPU's fused one counts as none."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs)
     by_kind = counter.get_flop_counts()["Global"]
