@@ -204,6 +204,7 @@ class MammogramDataset(Dataset):
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
         self.hps, self.split, self.seed = hps, split, seed
         self.train = split == "train"
+        self.degrade_on_device = hps.degrade_on_device
         self._cache: dict[int, Prepared] = {}
 
     def image_count(self) -> int:
@@ -253,7 +254,7 @@ class MammogramDataset(Dataset):
         if not self.train:
             return self._sample(image, meta, seeded_generator("noise of", meta.path))
         generator = seeded_generator("sample", self.seed, key.epoch, key.index)
-        return self._sample(self._augment(image, generator), meta, generator, self.hps.degrade_on_device)
+        return self._sample(self._augment(image, generator), meta, generator, self.degrade_on_device)
 
     def whole(self, index: int, realisation: int) -> Batch:
         """A training image uncropped, with noise draw number `realisation` (for latent extraction)."""

@@ -86,7 +86,6 @@ HPS_VQVAE["cbis-ddsm"] = HParams(
     **copy.deepcopy(_DATA)
     | copy.deepcopy(_LOOP)
     | dict(
-        degrade_on_device=True,  # stage 1 trains on clean images: their low dose is never drawn
         in_channels=1,  # image channels (grayscale)
         hidden_channels=128,  # width of encoders and decoders, and channels of the stage-2 latent
         res_channels=32,  # width inside a residual block

@@ -301,6 +301,10 @@ class VQVAETrainer(Trainer):
     kind = "vqvae"
     model: VQVAE
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.loader.dataset.degrade_on_device = True  # training looks at clean images: their low dose is never drawn
+
     def make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.model.parameters(), lr=self.hps.learning_rate, fused=True)
 

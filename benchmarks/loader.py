@@ -86,7 +86,7 @@ def main() -> None:
     prepare(args)
     torch.set_num_threads(1)  # as in a worker
     workers = worker_count(HPS.nb_workers)
-    stages = {"stage 1": HPS, "stage 2": HPS_DIFFUSION["cbis-ddsm"]}
+    stages = {"stage 1": HPS.updated(degrade_on_device=True), "stage 2": HPS_DIFFUSION["cbis-ddsm"]}
     stages["stage 2, degrade_on_device"] = stages["stage 2"].updated(degrade_on_device=True)
     limits = dict(zip(("stage 1", "stage 2"), gpu_samples(), strict=True))
     rows = []
