@@ -18,7 +18,7 @@ from classical import vst_bm3d
 from datasets import Batch, MammogramDataset, load_datasets
 from diffusion import LatentDiffusion
 from evaluation import INPUT, Evaluation, run_evaluation, save_picture
-from helper import Checkpoint, evaluation_folder, seeded_generator, write_json
+from helper import Checkpoint, evaluation_folder, half_precision, seeded_generator, write_json
 from hps import HParams
 from metrics import ErrorSplit, PowerSpectrum, image_metrics, mnse_decomposition, noise_power_spectrum
 from preprocessing.degrade import NoiseModel, simulate_low_dose
@@ -259,7 +259,8 @@ def restore_test_set(
     validation_set, test_set = load_datasets(args, hps, "validation", "test")
     left_out = [*validation_set.left_out, *test_set.left_out]
     progress = not args.no_tqdm
-    sampler = Restorer(first_stage.to(device), model.to(device), hps, hps.ddim_steps, seed=args.seed)
+    amp = half_precision(device, args.half)
+    sampler = Restorer(first_stage.to(device), model.to(device), hps, hps.ddim_steps, seed=args.seed, amp=amp)
     mean = dataclasses.replace(sampler, steps=1)
     default = dataclasses.replace(mean, views=hps.views)
 

@@ -8,7 +8,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,20 @@ class Meta:
     failure: str = ""  # why the image that the key names could not be read, where this one stands in for it
 
 
+@dataclass(frozen=True)
+class PendingNoise:
+    """A low dose that the loader leaves to the device to draw."""
+
+    level: float
+    state: Tensor  # of the sample's generator, when it is the noise's turn
+
+
 @dataclass
 class Batch:
     """Clean and degraded images (N, C, H, W) in [0, 1], or latents of both; `mask` (N, 1, H, W) is True in the breast.
 
-    `level` (N,) is the noise level of each degraded image.
+    `level` (N,) is the noise level of each degraded image. Images with `pending` noise are clean in `degraded` until
+    `degrade` is called.
     """
 
     clean: Tensor
@@ -81,6 +90,25 @@ class Batch:
     meta: list[Meta]
     level: Tensor
     mask: Tensor | None = None
+    pending: list[PendingNoise | None] = field(default_factory=list)  # by image; empty: nothing is left to draw
+
+    def degrade(self) -> Batch:
+        """The batch with the noise drawn that is pending, on the device where it is.
+
+        On the CPU it is what the loader would have drawn. A GPU's generator draws other numbers: keyed by sample too.
+        """
+        if not self.pending:
+            return self
+        device, images = self.clean.device, list(self.degraded)
+        for i, noise in enumerate(self.pending):
+            if noise is None:
+                continue
+            if device.type == "cpu":
+                generator = torch.Generator().set_state(noise.state)
+            else:
+                generator = seeded_generator("low dose", noise.state.numpy().tobytes(), device=device)
+            images[i] = simulate_low_dose(self.clean[i], noise.level, generator)
+        return replace(self, degraded=torch.stack(images), pending=[])
 
     @property
     def noise(self) -> NoiseModel:
@@ -92,35 +120,35 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; the copy does not block where the memory is pinned."""
-        return replace(
-            self,
-            clean=self.clean.to(device, non_blocking=True),
-            degraded=self.degraded.to(device, non_blocking=True),
-            level=self.level.to(device, non_blocking=True),
-            mask=None if self.mask is None else self.mask.to(device, non_blocking=True),
-        )
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The batch in pinned memory (called by DataLoader)."""
-        mask = None if self.mask is None else self.mask.pin_memory()
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        clean = move(self.clean)
         return replace(
             self,
-            clean=self.clean.pin_memory(),
-            degraded=self.degraded.pin_memory(),
-            level=self.level.pin_memory(),
-            mask=mask,
+            clean=clean,
+            degraded=clean if self.degraded is self.clean else move(self.degraded),  # pending: one copy will do
+            level=move(self.level),
+            mask=None if self.mask is None else move(self.mask),
         )
 
     @classmethod
     def collate(cls, items: Sequence[Batch]) -> Batch:
         """Join batches of one sample each."""
         masks = [item.mask for item in items]
+        pending = [noise for item in items for noise in item.pending or [None]]
+        clean = torch.cat([item.clean for item in items])
         return cls(
-            clean=torch.cat([item.clean for item in items]),
-            degraded=torch.cat([item.degraded for item in items]),
+            clean=clean,
+            degraded=clean if all(pending) else torch.cat([item.degraded for item in items]),
             meta=[meta for item in items for meta in item.meta],
             level=torch.cat([item.level for item in items]),
             mask=None if masks[0] is None else torch.cat(masks),
+            pending=pending if any(pending) else [],
         )
 
 
@@ -195,6 +223,7 @@ class MammogramDataset(Dataset):
         self.train = split == "train"
         self.strict = False  # an image that cannot be read is an error
         self.left_out: list[str] = []  # what was wrong with images that are left out
+        self.degrade_on_device = hps.degrade_on_device
         self._cache: dict[int, Prepared] = {}
 
     def image_count(self) -> int:
@@ -244,7 +273,7 @@ class MammogramDataset(Dataset):
             return self._sample(image, meta, seeded_generator("noise of", meta.path))
         image, meta = self._image_or_another(key)
         generator = seeded_generator("sample", self.seed, key.epoch, key.index)
-        sample = self._sample(self._augment(image, generator), meta, generator)
+        sample = self._sample(self._augment(image, generator), meta, generator, self.degrade_on_device)
         return one_side(sample, generator) if self.hps.part_edges else sample
 
     def _image_or_another(self, key: SampleKey) -> tuple[Prepared, Meta]:
@@ -271,14 +300,19 @@ class MammogramDataset(Dataset):
         image, meta = self.prepared(index), self.meta(index, SampleKey(0, index, index))
         return self._sample(image, meta, seeded_generator("realisation", self.seed, realisation, meta.path))
 
-    def _sample(self, image: Prepared, meta: Meta, generator: torch.Generator) -> Batch:
+    def _sample(self, image: Prepared, meta: Meta, generator: torch.Generator, on_device: bool = False) -> Batch:
+        """The sample of an image; `on_device` leaves a simulated low dose to `Batch.degrade`."""
         meta.info.update(image.info)
-        degraded, level = image.degraded, self.hps.noise_level
+        degraded, level, pending = image.degraded, self.hps.noise_level, []
         if degraded is None:
             if self.train and self.hps.noise_levels:
                 level = log_uniform(*self.hps.noise_levels, generator)
-            degraded = simulate_low_dose(image.clean, level, generator)
-        return Batch(image.clean[None], degraded[None], [meta], torch.tensor([float(level)]), image.mask[None])
+            if on_device:
+                degraded, pending = image.clean, [PendingNoise(level, generator.get_state())]
+            else:
+                degraded = simulate_low_dose(image.clean, level, generator)
+        level = torch.tensor([float(level)])
+        return Batch(image.clean[None], degraded[None], [meta], level, image.mask[None], pending)
 
     def _augment(self, image: Prepared, generator: torch.Generator) -> Prepared:
         """A random crop, mirrored half of the time; its noise is drawn after it."""

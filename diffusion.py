@@ -98,8 +98,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.in_layers(x)
-        h = h + self.emb_layers(emb).to(h.dtype)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        h += self.emb_layers(emb).to(h.dtype)[:, :, None, None]  # no backward pass looks at what a convolution returned
+        h = self.out_layers(h)
+        h += self.skip_connection(x)
+        return h
 
 
 class AttentionBlock(nn.Module):
@@ -115,12 +117,14 @@ class AttentionBlock(nn.Module):
         self.proj_out = _zero(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        # (N, heads, 3, D, L) to three (N, heads, L, D); contiguous, or the fused kernels are passed over
-        qkv = self.qkv(self.norm(x).reshape(n, c, h * w)).view(n, -1, 3, self.head_channels, h * w)
-        q, k, v = (part.transpose(-1, -2).contiguous() for part in qkv.unbind(2))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(out.transpose(-1, -2).reshape(n, c, h * w)).view(n, c, h, w)
+        # (N, L, 3C) to three (N, heads, L, D) with D contiguous, or the fused kernels are passed over; in channels_last
+        # nothing is copied on the way there and back
+        positions = self.norm(x).flatten(2).transpose(1, 2)
+        qkv = F.linear(positions, self.qkv.weight.squeeze(-1), self.qkv.bias)
+        q, k, v = qkv.unflatten(2, (-1, 3, self.head_channels)).permute(3, 0, 2, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = F.linear(out, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
+        return x + out.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
 class Downsample(nn.Module):
@@ -208,6 +212,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             GroupNorm(32, channels), nn.SiLU(), _zero(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
+        self.to(memory_format=torch.channels_last)
 
     def normalize_within(self, window: int) -> None:
         """Let every `GroupNorm` measure, in evaluation, over windows of `window` latents; 0: over the whole map."""
@@ -235,7 +240,9 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, log_level: Tensor | None = None) -> Tensor:
         height, width = x.shape[-2:]
-        h = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
+        h = x.contiguous(memory_format=torch.channels_last)
+        if height % self.stride or width % self.stride:
+            h = F.pad(h, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
         emb = self.time_embed(timestep_embedding(t, self.model_channels))
         if self.noise_embed is not None:
             emb = emb + self.noise_embed(timestep_embedding(NOISE_STEP * log_level, self.model_channels))
@@ -502,6 +509,10 @@ class LatentDiffusion(nn.Module):
             return (self._knots(log_level.exp2()) @ self.wiener_error.log()).exp()[:, None, None, None]
         return self.degradation_scale
 
+    def view(self, cond: Tensor, level: Tensor | None = None) -> ConditioningView:
+        """What the network sees of a conditioning latent (N, C, H, W), normalised, at every timestep alike; see `predict`."""
+        return self._view(cond.float(), self._log_level(cond, level))
+
     def _view(self, cond: Tensor, log_level: Tensor) -> ConditioningView:
         """How the network meets a degraded latent (N, C, H, W), normalised."""
         with torch.autocast(cond.device.type, enabled=False):
@@ -541,13 +552,14 @@ class LatentDiffusion(nn.Module):
             return abar.sqrt() * x - (1 - abar).sqrt() * output
         return output
 
-    def predict(self, x: Tensor, t: Tensor, cond: Tensor, level: Tensor | None = None) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, cond: Tensor | ConditioningView, level: Tensor | None = None) -> Prediction:
         """Clean latent and noise predicted from x_t (N, C, H, W), t (N,) and the conditioning latent, all normalised.
 
-        `level` (N,) is the noise level of the degraded images; None: `noise_level`.
+        `level` (N,) is the noise level of the degraded images; None: `noise_level`. Whoever asks more than once hands over
+        `view(cond, level)` in place of both.
         """
-        x, cond = x.float(), cond.float()
-        view = self._view(cond, self._log_level(x, level))
+        x = x.float()
+        view = cond if isinstance(cond, ConditioningView) else self.view(cond, level)
         output = self._network(x, t, view)
         x_start = self._x_start(output, x, t, view)
         if self.precondition == "none" and self.parameterization == "eps":
@@ -634,18 +646,17 @@ class DDIMSampler:
     @torch.no_grad()
     def sample(
         self,
-        cond: Tensor,
+        cond: Tensor | ConditioningView,
         x_T: Tensor,
         steps: int = 50,
         eta: float = 0.0,
         draw: Callable[[], Tensor] | None = None,
         progress: bool = False,
-        level: Tensor | None = None,
     ) -> Tensor:
         """Sample clean latents given conditioning latents, both (N, C, H, W) and normalised.
 
         Args:
-            level: noise level of the degraded images (N,), for a model that wants it.
+            cond: conditioning latents, or what the model's `predict` takes in their place.
             x_T: unit Gaussian noise to start from, like cond.
             steps: number of network evaluations.
             eta: 0 is deterministic, 1 has the variance of the ancestral sampler.
@@ -661,8 +672,7 @@ class DDIMSampler:
         previous = F.pad(abars[1:], (0, 1), value=self.final_alpha_cumprod)
         x = x_T
         for i, t in enumerate(tqdm(schedule.tolist(), desc="DDIM", leave=False, disable=not progress)):
-            told = () if level is None else (level,)
-            prediction = self.model.predict(x, torch.full((len(x),), t, device=x.device), cond, *told)
+            prediction = self.model.predict(x, torch.full((len(x),), t, device=x.device), cond)
             x = self.step(x, prediction, abars[i], previous[i], eta, draw() if eta > 0 else None)
         return x
 
@@ -692,6 +702,7 @@ class NoiseField:
         return torch.randn(self.channels, self.BLOCK, self.BLOCK, generator=generator, device=device)
 
 
+@torch.no_grad()
 def sample_latents(
     model: LatentDiffusion,
     cond: Tensor,
@@ -718,7 +729,8 @@ def sample_latents(
         number = next(draws)
         return orient(torch.stack([field.window(number, *origin, *size, cond.device) for field in fields]))
 
-    return DDIMSampler(model, spacing).sample(cond, draw(), steps, eta, draw, progress, level)
+    view = model.view(cond, level)  # the same at every step
+    return DDIMSampler(model, spacing).sample(view, draw(), steps, eta, draw, progress)
 
 
 class LitEma(nn.Module):

@@ -182,6 +182,22 @@ def get_device(cpu: bool = False, cuda: bool = False) -> torch.device:
     return torch.device("cpu")
 
 
+def amp_dtype(device: torch.device, enabled: bool) -> torch.dtype | None:
+    """Precision of autocast: bfloat16 where the device has it, else float16; None where it is off."""
+    if not enabled:
+        return None
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return torch.float16
+    return torch.bfloat16
+
+
+def half_precision(device: torch.device, half: bool) -> torch.dtype | None:
+    """Precision that `--half` runs the UNet in; raises UserError on the CPU, whose half precision is slower than single."""
+    if half and device.type == "cpu":
+        raise UserError("--half: needs a CUDA device; leave it out on the CPU, where single precision is faster")
+    return amp_dtype(device, half)
+
+
 def worker_count(wanted: int) -> int:
     """Of `wanted` worker processes, as many as there are cores for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -59,6 +59,7 @@ _DATA = HParams(
     part_edges=False,  # training crops go on past edges far above the noise, as restoring has them (preprocessing/sides.py)
     calcifications=0.0,  # share of training crops in which simulated calcifications are drawn
     phantoms=0,  # folder: phantoms at the size of image_shape, added to the training images for their calcifications
+    degrade_on_device=False,  # draw a training sample's low dose in the step, on the GPU if there is one, not in the loader
     cache_images=False,  # keep prepared images in memory after their first use (small sets only)
     nb_workers=4,  # data loader processes
     split="patient",  # cbis-ddsm: `patient` keeps the official split with shared patients out of train; `official` as is
@@ -372,6 +373,8 @@ def check(hps: HParams) -> None:
             raise ValueError(f"--hps {key}={pair}: must be two numbers greater than 0, the lesser first")
     if hps.stabilize and not hps.noise_level:
         raise ValueError("--hps stabilize=True: needs a noise_level greater than 0")
+    if hps.part_edges and hps.degrade_on_device:
+        raise ValueError("--hps degrade_on_device=True: edges are taken apart in the loader; pass part_edges=False too")
     if hps.noise_levels and not hps.stabilize:
         raise ValueError(
             f"--hps noise_levels={hps.noise_levels}: one model serves several levels with stabilize=True alone"

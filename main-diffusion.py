@@ -30,10 +30,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vqvae-path", type=Path, required=True, help="path to pre-trained VQ-VAE-2 checkpoint")
     parser.add_argument("--load-path", type=Path, help="resume diffusion training from a saved checkpoint")
     parser.add_argument("--latents", type=Path, help="train from a latent data set of main-latents.py, not from images")
+    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile before training")
     parser.add_argument("--save-jpg", action="store_true", help="save output images as JPEG instead of PNG")
     parser.add_argument(
         "--evaluate", action="store_true", help="restore the test set with the checkpoint of --load-path"
     )
+    parser.add_argument("--half", action="store_true", help="with --evaluate on CUDA: the UNet in half precision")
     parser.add_argument(
         "--bm3d", action="store_true", help="with --evaluate: VST-BM3D in the table too (half a minute a megapixel)"
     )
@@ -44,6 +46,8 @@ def main() -> None:
     args = parse_arguments()
     if args.bm3d and not args.evaluate:
         raise UserError("--bm3d goes with --evaluate")
+    if args.half and not args.evaluate:
+        raise UserError("--half goes with --evaluate; training has half precision by itself, unless --no-amp is given")
     if args.bm3d and not bm3d_is_there():
         raise UserError(
             "--bm3d: not installed; pip install -r requirements-benchmarks.txt (free for non-commercial use only)"

@@ -26,6 +26,7 @@ from helper import (
     finish_batch,
     format_table,
     get_device,
+    half_precision,
     non_negative_int,
     one_line,
     positive_int,
@@ -130,6 +131,7 @@ def parse_arguments() -> argparse.Namespace:
         help="uncertainty.json of an evaluation of the model, for --samples (default: that beside --load-path)",
     )
     parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("--half", action="store_true", help="on CUDA: the UNet in half precision")
     parser.add_argument("--compare", action="store_true", help="write a side-by-side PNG beside each restored image")
     device_arguments(parser)
     args = parser.parse_args()
@@ -395,9 +397,10 @@ def main() -> None:
     foreign = [name for name in TABLES if (args.out / name).exists() and not (args.out / RECORD).exists()]
     if foreign:
         raise UserError(f"--out: {args.out / foreign[0]} is not of this script's making; choose another folder")
+    device = get_device(args.cpu, args.cuda)
     restorer = Restorer.load(
-        args.vqvae_path, args.load_path, get_device(args.cpu, args.cuda), steps=args.steps, samples=args.samples or 1,
-        views=args.views, seed=args.seed,
+        args.vqvae_path, args.load_path, device, steps=args.steps, samples=args.samples or 1, views=args.views,
+        seed=args.seed, amp=half_precision(device, args.half),
     )  # fmt: skip
     try:
         args.out.mkdir(parents=True, exist_ok=True)

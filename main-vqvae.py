@@ -31,6 +31,7 @@ from vqvae2_wrapper import from_domain, to_domain
 def parse_arguments() -> argparse.Namespace:
     parser = base_parser(__doc__, TASKS)
     parser.add_argument("--load-path", type=Path, help="resume training from a saved checkpoint (or its run folder)")
+    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile before training")
     parser.add_argument("--save-jpg", action="store_true", help="save output images as JPEG instead of PNG")
     parser.add_argument("--evaluate", action="store_true", help="run evaluation only (no training)")
     return parser.parse_args()

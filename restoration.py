@@ -79,7 +79,7 @@ class Restorer:
     views: int = 1  # orientations of the image whose restorations are averaged
     seed: int = 0
     name: str = ""  # of the model, for a derived image's description
-    amp: bool = False  # bfloat16 in the UNet, and nowhere else: the decoder alone would lose 2 dB
+    amp: torch.dtype | None = None  # half precision in the UNet, and nowhere else: the decoder alone would lose 2 dB
 
     def __post_init__(self):
         self.model.eval().model.normalize_within(self.hps.crop_size // self.first_stage.vqvae.scaling_rates[0])
@@ -95,8 +95,9 @@ class Restorer:
         samples: int = 1,
         views: int | None = None,
         seed: int = 0,
+        amp: torch.dtype | None = None,
     ) -> Restorer:
-        """The stages of two checkpoints, on `device`.
+        """The stages of two checkpoints, on `device`, the UNet in `amp`.
 
         `steps` None is 1, or the checkpoint's where `samples` are averaged; `views` None is the checkpoint's of one
         evaluation, else 1. Raises UserError where the checkpoints cannot
@@ -121,7 +122,7 @@ class Restorer:
         first_stage = VQVAE2Wrapper(vqvae).to(device)
         if views is None:
             views = hps.views if steps == 1 else 1  # samples differ by themselves
-        return cls(first_stage, model.to(device), hps, steps, samples, views, seed, name)
+        return cls(first_stage, model.to(device), hps, steps, samples, views, seed, name, amp)
 
     @property
     def evaluations(self) -> int:
@@ -197,7 +198,7 @@ class Restorer:
         for view, sample in itertools.product(range(self.views), range(self.samples)):
             image = oriented(padded, view)
             cond = self.model.normalize(self.first_stage.encode(image, noise))
-            with torch.autocast(degraded.device.type, torch.bfloat16, enabled=self.amp):
+            with torch.autocast(degraded.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
                 z = sample_latents(
                     self.model, cond, fields, self.steps, self.hps.ddim_eta, spacing, origin=place,
                     first_draw=sample * (self.steps + 1), progress=progress, level=levels,

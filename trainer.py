@@ -24,6 +24,7 @@ from evaluation import comparison, save_picture
 from helper import (
     Checkpoint,
     UserError,
+    amp_dtype,
     get_parameter_count,
     hold,
     load_weights,
@@ -53,15 +54,6 @@ class StepResult:
 
     loss: Tensor
     logs: dict[str, Tensor]
-
-
-def amp_dtype(device: torch.device, enabled: bool) -> torch.dtype | None:
-    """Precision of autocast: bfloat16 where the device has it, else float16; None where it is off."""
-    if not enabled:
-        return None
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        return torch.float16
-    return torch.bfloat16
 
 
 def learning_rate(hps: HParams, step: int, total: int) -> float:
@@ -114,6 +106,10 @@ class Trainer:
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser over `self.model`."""
         raise NotImplementedError
+
+    def compile(self) -> None:
+        """Compile what `loss` runs; in place, so that the names in a state dict stay what they are."""
+        self.model.compile()
 
     def setup(self) -> None:
         """Once, before the first step of a new run: initialise from data."""
@@ -324,8 +320,12 @@ class VQVAETrainer(Trainer):
     kind = "vqvae"
     model: VQVAE
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.loader.dataset.degrade_on_device = True  # training looks at clean images: their low dose is never drawn
+
     def make_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.model.parameters(), lr=self.hps.learning_rate, fused=self.device.type == "cuda")
+        return torch.optim.Adam(self.model.parameters(), lr=self.hps.learning_rate, fused=True)
 
     def setup(self) -> None:
         batches = [self.images(batch.to(self.device)) for batch in self.first_batches(self.hps.codebook_batches)]
@@ -399,9 +399,10 @@ class DiffusionTrainer(Trainer):
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(
-            parameters, lr=self.hps.learning_rate, weight_decay=self.hps.weight_decay, fused=self.device.type == "cuda"
-        )
+        return torch.optim.AdamW(parameters, lr=self.hps.learning_rate, weight_decay=self.hps.weight_decay, fused=True)
+
+    def compile(self) -> None:
+        self.model.model.compile()  # the UNet: what stands around it takes no time
 
     @functools.cached_property
     def first_stage_digest(self) -> str:
@@ -412,6 +413,7 @@ class DiffusionTrainer(Trainer):
         """Clean and degraded first-stage latents of a batch on the device, in float32 also under autocast."""
         if self.latents:
             return batch.clean.float(), batch.degraded.float()
+        batch = batch.degrade()
         with torch.autocast(self.device.type, enabled=False):
             clean, degraded = (self.first_stage.encode(v, batch.noise) for v in (batch.clean, batch.degraded))
         return clean, degraded
@@ -527,6 +529,8 @@ def run_training(
         picture_suffix=".jpg" if args.save_jpg else ".png",
         **kwargs,
     )
+    if args.compile:
+        trainer.compile()
     if checkpoint is not None:
         trainer.resume(checkpoint, args.load_path)
         if trainer.seed != args.seed:

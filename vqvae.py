@@ -18,7 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOOKUP_ROWS = 16384  # rows of the distance matrix held at once in a codebook lookup
+LOOKUP_ROWS = 2048  # rows of the distance matrix held at once in a codebook lookup: what a core's cache holds ...
+LOOKUP_ROWS_GPU = 65536  # ... and what keeps a GPU busy
 
 
 def _centre_tap(matrix: Tensor, kernel_size: int = 3) -> nn.Conv2d:
@@ -41,7 +42,8 @@ class ReZeroBlock(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.alpha * self.conv2(F.relu(self.conv1(F.relu(x))))
+        # in place: no backward pass looks at what a convolution returned
+        return x + self.alpha * self.conv2(F.relu(self.conv1(F.relu(x)), inplace=True))
 
 
 def _residual_stack(channels: int, res_channels: int, nb_res_layers: int) -> nn.Sequential:
@@ -79,7 +81,8 @@ class VectorQuantizer(nn.Module):
         vectors = vectors.float()
         bias = 0.5 * self.codebook.pow(2).sum(1)
         # argmin ||v - e||^2 = argmin ||e||^2 / 2 - v.e, in chunks: no M x K matrix is kept
-        chunks = [torch.addmm(bias, rows, self.codebook.t(), alpha=-1).argmin(1) for rows in vectors.split(LOOKUP_ROWS)]
+        size = LOOKUP_ROWS if vectors.device.type == "cpu" else LOOKUP_ROWS_GPU
+        chunks = [torch.addmm(bias, rows, self.codebook.t(), alpha=-1).argmin(1) for rows in vectors.split(size)]
         return torch.cat(chunks)
 
     def embed(self, indices: Tensor) -> Tensor:
@@ -167,9 +170,10 @@ class VectorQuantizer(nn.Module):
             indices = self.lookup(x.detach().permute(0, 2, 3, 1).reshape(-1, d)).view(n, h, w)
             entries = self.embed(indices)
             weight = chosen.float()
-            error = (x - entries).pow(2).mean(dim=(1, 2, 3))
+            rest = entries - x
+            error = rest.square().mean(dim=(1, 2, 3))
             commitment_loss = (error * weight).sum() / weight.sum().clamp(min=1)
-            code = torch.where(chosen[:, None, None, None], x + (entries - x).detach(), x)
+            code = x + rest.detach() * weight[:, None, None, None]
             if self.training:
                 counts = self.update(x.detach(), indices, chosen, generator)
             else:
@@ -253,6 +257,7 @@ class VQVAE(nn.Module):
             self.inputs.append(_centre_tap(code_plus_above))
             self.decoders.append(_residual_stack(hidden_channels, res_channels, nb_res_layers))
             self.ups.append(_centre_tap(down.t()))
+        self.to(memory_format=torch.channels_last)
 
     def encode(self, x: Tensor) -> Tensor:
         """Features of the finest level before quantisation: (N, C, H, W) to (N, hidden_channels, H', W').

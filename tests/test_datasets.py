@@ -568,3 +568,35 @@ def test_a_crop_at_a_films_border_goes_on_past_it_from_either_side():
     assert dark.clean[..., :29].max() < 1e-3 and dark.clean[..., 30:34].max() < 0.3
     plain = Batch(clean[..., 40:], low[..., 40:], [], level, None)
     assert one_side(plain, seeded_generator("side")) is plain
+
+
+# --- degradation on the device ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [[], [0.05, 0.8]])
+def test_a_low_dose_drawn_in_the_step_equals_the_loaders_exactly_and_reads_the_same_in_any_batch(levels):
+    settings = SETTINGS.updated(stabilize=bool(levels), noise_levels=levels)
+    loaded, left = (
+        get_dataset("phantom", settings.updated(degrade_on_device=on_device), "train", 3) for on_device in (False, True)
+    )
+    keys = [SampleKey(epoch, i, i) for epoch in range(2) for i in range(4)]
+    own, pending = (Batch.collate([data[key] for key in keys]) for data in (loaded, left))
+    assert torch.equal(pending.degraded, pending.clean) and len(pending.pending) == len(keys)
+    drawn = pending.degrade()
+    assert torch.equal(drawn.degraded, own.degraded) and torch.equal(drawn.level, own.level) and not drawn.pending
+    assert torch.equal(drawn.clean, own.clean) and torch.equal(drawn.mask, own.mask)
+    assert (own.degraded - own.clean).abs().max() > 0.01
+    assert torch.equal(left[keys[5]].degrade().degraded[0], own.degraded[5])
+    assert drawn.degrade() is drawn
+
+
+def test_only_training_samples_leave_their_low_dose_to_the_step():
+    settings = SETTINGS.updated(degrade_on_device=True)
+    assert not get_dataset("phantom", settings, "validation")[0].pending
+    assert not get_dataset("phantom", settings, "train").whole(0, 0).pending
+
+
+def test_pending_noise_outlives_a_workers_queue():
+    data = get_dataset("phantom", SETTINGS.updated(degrade_on_device=True), "train")
+    here, there = (next(iter(make_loader(data, 2, workers=workers, limit=2))).degrade() for workers in (0, 1))
+    assert torch.equal(here.degraded, there.degraded)

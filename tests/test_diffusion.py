@@ -696,3 +696,45 @@ def test_the_noise_level_is_an_optional_module_of_the_unet():
     assert torch.equal(told(x, t, torch.tensor([-2.0, 1.0])), plain(x, t))
     nn.init.normal_(told.noise_embed[2].weight)
     assert not torch.allclose(told(x, t, torch.tensor([-2.0, 1.0])), told(x, t, torch.tensor([-2.0, 0.0])))
+
+
+# --- what a sample computes once -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precondition", ["conditioning", "wiener", "none"])
+def test_a_sampler_that_looks_at_the_conditioning_once_draws_what_one_that_looks_at_every_step_does(precondition):
+    channels = 3
+    unet = UNet((3 if precondition == "wiener" else 2) * channels, channels, 32, (1, 2), 1, (1,), 32).eval()
+    nn.init.normal_(unet.out[2].weight, std=0.1)
+    model = LatentDiffusion(unet, precondition=precondition, noise_levels=(0.05, 0.8))
+    clean, level = torch.randn(4, channels, 16, 16), torch.tensor([0.1, 0.2, 0.3, 0.6])
+    degraded = clean + level[:, None, None, None] * torch.randn_like(clean)
+    model.measure_statistics([(clean, degraded)], [level])
+    cond = model.normalize(degraded)
+    fields = [diffusion.NoiseField(("view", i), channels) for i in range(4)]
+    looked = []
+    view = model._view
+    model._view = lambda *args: looked.append(1) or view(*args)
+    once = diffusion.sample_latents(model, cond, fields, 5, level=level)
+    assert len(looked) == 1
+
+    class EveryStep:
+        alphas_cumprod = model.alphas_cumprod
+
+        def predict(self, x, t, cond):
+            return model.predict(x, t, cond, level)
+
+    start = torch.stack([field.window(0, 0, 0, 16, 16, cond.device) for field in fields])
+    assert torch.equal(once, DDIMSampler(EveryStep()).sample(cond, start, 5))
+    assert len(looked) == 6
+
+
+def test_what_the_attention_kernel_is_given_is_contiguous_in_the_channels_of_a_head_and_copied_nowhere(monkeypatch):
+    block = diffusion.AttentionBlock(64, 32).eval()
+    given = []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: given.extend(qkv) or attend(*qkv))
+    result = block(torch.randn(2, 64, 6, 5).contiguous(memory_format=torch.channels_last), None)
+    assert all(part.shape == (2, 2, 30, 32) and part.stride(-1) == 1 for part in given)
+    assert len({part.untyped_storage().data_ptr() for part in given}) == 1  # views of one product
+    assert result.is_contiguous(memory_format=torch.channels_last)

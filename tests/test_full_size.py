@@ -86,6 +86,25 @@ def test_the_model_in_the_box_trains_and_restores_on_the_gpu(fake_cuda):
     assert image.shape == (4, 1, 96, 96) and image.device.type == "cuda"
 
 
+@pytest.mark.parametrize("kind", [VQVAETrainer, DiffusionTrainer])
+def test_a_step_of_the_optimiser_never_waits_for_the_gpu(fake_cuda, kind):
+    """Reading a fake tensor raises; gradients are given, for fake CUDA tensors have no backward pass."""
+    hps, words = HPS_VQVAE["mammogram"], {}
+    with CUDA:
+        model = VQVAE(**hps.arguments(VQVAE))
+        if kind is DiffusionTrainer:
+            words["first_stage"], hps = VQVAE2Wrapper(model), HPS_DIFFUSION["mammogram"]
+            model = LatentDiffusion(UNet(**hps.arguments(UNet)), latent_channels=32, **hps.arguments(LatentDiffusion))
+    stage = make(kind, hps, model.train(), **words)
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        stage.optimizer_step(10)
+    assert stage.step == 2 and all(parameter.grad is None for parameter in model.parameters())
+    state = stage.optimizer.state[next(p for p in model.parameters() if p.requires_grad)]
+    assert state["exp_avg"].device.type == "cuda" and stage.optimizer.param_groups[0]["fused"]
+
+
 def test_a_tensor_left_on_the_cpu_fails_the_dry_run(fake_cuda):
     hps = HPS_VQVAE["cbis-ddsm"]
     with CUDA:

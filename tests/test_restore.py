@@ -558,3 +558,9 @@ def test_short_memory_is_a_sentence(vqvae, diffusion, tmp_path, monkeypatch):
     result = call("main-restore", line)
     assert result.code == 2
     assert result.err == f"error: {tmp_path}/a\\nb.png: not enough memory for its tiles; pass a smaller --tile\n"
+
+
+def test_half_precision_is_refused_on_the_cpu(restore):
+    png("a.png")
+    assert "--half: needs a CUDA device" in line_of(restore("a.png --out out --half"))
+    assert not Path("out").exists()

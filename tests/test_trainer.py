@@ -243,3 +243,34 @@ def test_samples_depend_on_their_noise_field_and_draws_not_on_the_batch():
     torch.testing.assert_close(alone, both[1:], atol=1e-4, rtol=1e-4)
     for field, options in ((other, {}), (b, {"first_draw": 4}), (b, {"origin": (0, 8)})):
         assert (sample_latents(model, cond[1:], [field], 3, eta=1.0, **options) - both[1:]).abs().max() > 0.01
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [stage_1, stage_2])
+def test_compiling_leaves_the_names_of_a_state_dict_and_the_loss_as_they_are(make, monkeypatch):
+    compiled = []
+    # the compiler itself is torch's, and takes a minute: what it is given here runs as it stands
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    plain, trainer = make(4), make(4)
+    trainer.compile()
+    assert len(compiled) == 1
+    assert list(trainer.model.state_dict()) == list(plain.model.state_dict())
+    batches = [next(iter(own.loader)) for own in (plain, trainer)]
+    assert trainer.loss(batches[1]).loss.item() == plain.loss(batches[0]).loss.item()
+
+
+def test_stage_2_draws_the_low_dose_that_its_loader_left_to_it():
+    losses = []
+    for on_device in (False, True):
+        trainer = stage_2(4, degrade_on_device=on_device)
+        trainer.setup()
+        losses.append(trainer.loss(next(iter(trainer.loader))).loss.item())
+    assert losses[0] == losses[1]
+
+
+def test_stage_1_draws_no_low_dose_for_training():
+    trainer = stage_1(4)
+    batch = next(iter(trainer.loader))
+    assert len(batch.pending) == 4 and batch.degraded is batch.clean

@@ -61,6 +61,17 @@ def test_lookup_does_not_depend_on_how_many_rows_it_holds(monkeypatch):
     assert torch.equal(quantizer.lookup(vectors), whole)
 
 
+def test_lookup_at_full_width_equals_the_argmin_of_all_distances_in_several_chunks():
+    quantizer = VectorQuantizer(512, 64)
+    vectors = torch.randn(2 * vqvae.LOOKUP_ROWS + 100, 64)
+    distances = torch.cdist(vectors.double(), quantizer.codebook.double())
+    indices = quantizer.lookup(vectors)
+    # entries that are as near as single precision can tell may stand for one another
+    own, least = distances.gather(1, indices[:, None])[:, 0], distances.min(1).values
+    assert (own - least).max() < 1e-5
+    assert (indices == distances.argmin(1)).float().mean() > 0.999
+
+
 def test_ema_step_equals_one_computed_by_hand():
     quantizer = VectorQuantizer(3, 2, decay=0.9, revive_threshold=0)
     entries = torch.tensor([[0.0, 0.0], [1.0, 1.0], [5.0, -5.0]])
