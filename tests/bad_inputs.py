@@ -202,7 +202,7 @@ ROWS = r"""
 2 | main-restore | {models} {missing} --out x | {missing}: no such file or folder
 2 | main-restore | {models} {empty} --out x | {empty}: no images in it
 2 | main-restore | {models} {scan} | the following arguments are required: --out
-2 | main-restore | {models} {scan} --out {images} | --out: .* is no restored image and is not overwritten
+2 | main-restore | {models} {scan} --out {images} | --out: .*p0.png is an input and is not overwritten
 2 | main-restore | {models} {scan} --out {garbage} | {garbage}.*(cannot be|is no)
 2 | main-restore | {models} {scan} --out /proc/x | --out /proc/x: cannot be made
 2 | main-restore | {models} {scan} --out x --noise-level loud | argument --noise-level: must be auto, trained
