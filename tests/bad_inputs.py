@@ -13,6 +13,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -177,7 +178,7 @@ ROWS = r"""
 2 | main-vqvae | --task cbis-ddsm --data-root {kaggle-climbing} | dicom_info.csv: the path '.*\.\./.*' leads out of the data root
 2 | main-vqvae | --task cbis-ddsm --strict --data-root {cbis-gap} | mammograms are missing, such as
 2 | main-vqvae | --task folder --data-root {one-bad} --strict | z\.png: not a readable image
-2 | main-vqvae | --task folder --data-root {one-bad} --strict --no-cache | z\.png: not a readable image
+2 | main-vqvae+ | --task folder --data-root {one-bad} --strict --no-cache | z\.png: not a readable image
 2 | main-latents | {vqvae} --task folder --data-root {one-bad} --strict | z\.png: not a readable image
 0 | main-vqvae+ | --task folder --data-root {one-bad} --epochs 1 --num-workers 0 | ^warning: .*z\.png: not a
 0 | main-vqvae+ | --task folder --data-root {one-bad} --epochs 1 --num-workers 1 --no-cache | ^warning: .*z\.png: not a
@@ -201,7 +202,7 @@ ROWS = r"""
 2 | main-restore | {models} {missing} --out x | {missing}: no such file or folder
 2 | main-restore | {models} {empty} --out x | {empty}: no images in it
 2 | main-restore | {models} {scan} | the following arguments are required: --out
-2 | main-restore | {models} {scan} --out {images} | --out: .* is no restored image and is not overwritten
+2 | main-restore | {models} {scan} --out {images} | --out: .*p0.png is an input and is not overwritten
 2 | main-restore | {models} {scan} --out {garbage} | {garbage}.*(cannot be|is no)
 2 | main-restore | {models} {scan} --out /proc/x | --out /proc/x: cannot be made
 2 | main-restore | {models} {scan} --out x --noise-level loud | argument --noise-level: must be auto, trained
@@ -391,7 +392,7 @@ def write_trees(folder: Path) -> dict[str, Path]:
         "kaggle-climbing": tree("kaggle-climbing"),
     }
     next(paths["cbis-binary"].rglob("mass_case_description_train_set.csv")).write_bytes(bytes(range(256)) * 9)
-    next(paths["cbis-gap"].rglob("1-1.dcm")).unlink()
+    shutil.rmtree(paths["cbis-gap"] / "CBIS-DDSM" / "Mass-Training_P_00001_LEFT_CC")
     write_kaggle(paths["kaggle-climbing"], own_case_files())
     info = next(paths["kaggle-climbing"].rglob("dicom_info.csv"))
     info.write_text(info.read_text().replace("CBIS-DDSM/jpeg/", "CBIS-DDSM/../jpeg/", 1))
