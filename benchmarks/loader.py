@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
-from rates import parser, prepare
+from rates import parser, prepare, seconds
 
 from cache import PreparedCache
 from datasets import RecordDataset, make_loader
@@ -73,10 +72,12 @@ def loader_samples(records: list[Record], hps: HParams, cache: PreparedCache, wo
     loader = make_loader(data, hps.batch_size, shuffle=True, workers=workers)
     for _ in loader:  # starts the workers
         pass
-    start = time.perf_counter()
-    for _ in loader:
-        pass
-    return count / (time.perf_counter() - start)
+
+    def epoch() -> None:
+        for _ in loader:
+            pass
+
+    return count / seconds(epoch)
 
 
 def main() -> None:
@@ -85,7 +86,7 @@ def main() -> None:
     args = arguments.parse_args()
     prepare(args)
     torch.set_num_threads(1)  # as in a worker
-    workers = worker_count(HPS.nb_workers)
+    workers = 0 if args.busy else worker_count(HPS.nb_workers)  # a worker's processor time does not count as this one's
     stages = {"stage 1": HPS.updated(degrade_on_device=True), "stage 2": HPS_DIFFUSION["cbis-ddsm"]}
     stages["stage 2, degrade_on_device"] = stages["stage 2"].updated(degrade_on_device=True)
     limits = dict(zip(("stage 1", "stage 2"), gpu_samples(), strict=True))
@@ -101,11 +102,11 @@ def main() -> None:
         for stage, hps in stages.items():
             own = sorted(loader_samples(records, hps, cache, workers, args.count) for _ in range(args.rounds))
             own, needed = own[len(own) // 2], limits[stage.partition(",")[0]]
-            at_four = own / workers * HPS.nb_workers
+            at_four = own / max(1, workers) * HPS.nb_workers
             rows.append((stage, f"{own:.0f}", f"{at_four:.0f}", f"{needed:.0f}", f"{at_four / needed:.2f}"))
     print(format_table(("", "samples/s", f"at {HPS.nb_workers} workers", "H100 at most", "ratio"), rows))
     print(
-        f"{workers} workers, one a core, and from them what {HPS.nb_workers} on as many cores load; prepared images of "
+        f"{workers or 'no'} workers, and from them what {HPS.nb_workers} on as many cores load; prepared images of "
         f"{HPS.image_shape[1]} x {HPS.image_shape[2]} in the system's file cache; the GPU never waits where the ratio is above 1"
     )
 

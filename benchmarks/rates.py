@@ -68,10 +68,14 @@ def prepare(args: argparse.Namespace) -> None:
         _clock = time.process_time
 
 
-def seconds(function: Callable[[], object], calls: int = 1) -> float:
-    """Mean time of a call, by all threads that torch uses."""
-    timer = Timer("f()", globals={"f": function}, timer=_clock, num_threads=torch.get_num_threads())
-    return timer.timeit(calls).mean
+def seconds(function: Callable[[], object], calls: int = 0) -> float:
+    """Mean time of `calls` calls by all threads that torch uses, after two to warm up; 0: of one that needs no warming up."""
+    if calls:
+        timer = Timer("f()", globals={"f": function}, timer=_clock, num_threads=torch.get_num_threads())
+        return timer.timeit(calls).mean
+    start = _clock()
+    function()
+    return _clock() - start
 
 
 @torch.no_grad()
@@ -85,7 +89,7 @@ def measure_rates() -> Rates:
     return Rates(
         2 * a.shape[0] ** 3 / seconds(lambda: a @ a, 3),
         2 * 9 * 192 * x.numel() / seconds(lambda: F.conv2d(x, weight, padding=1), 3),
-        4 * q.numel() * q.shape[2] / seconds(lambda: F.scaled_dot_product_attention(q, q, q)),
+        4 * q.numel() * q.shape[2] / seconds(lambda: F.scaled_dot_product_attention(q, q, q), 1),
     )
 
 
