@@ -674,13 +674,14 @@ def measure_memory(setting: Setting) -> dict[str, float]:
     return {"bytes": _status("VmHWM") - before}
 
 
-def _median_seconds(function: Callable[[], object], runs: int) -> float:
+def _cpu_seconds(function: Callable[[], object], runs: int) -> float:
+    """Median processor time of a call, after one that does not count: that of other processes is not in it."""
     function()
     times = []
     for _ in range(runs):
-        start = time.perf_counter()
+        start = time.process_time()
         function()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return sorted(times)[len(times) // 2]
 
 
@@ -705,17 +706,204 @@ def measure_rates(setting: Setting) -> Machine:
     rates = {}
     for packet, args in calls:
         kind = KINDS.get(packet, "matrix product")
-        seconds = _median_seconds(lambda packet=packet, args=args: packet(*args), 5)
+        seconds = _cpu_seconds(lambda packet=packet, args=args: packet(*args), 5)
         rates[kind] = FLOP_FORMULAS[packet](*args, out_val=packet(*args)) / seconds
     large = torch.rand(2**24)
-    bandwidth = 3 * large.nbytes / _median_seconds(lambda: large + large, 5)
+    bandwidth = 3 * large.nbytes / _cpu_seconds(lambda: large + large, 5)
     return Machine("this CPU", 0.0, bandwidth, rates)
 
 
 def measure_time(setting: Setting) -> dict[str, Any]:
-    """Seconds of a step, and the rates and bandwidth of this machine."""
-    machine = measure_rates(setting)
+    """Seconds of a step on one core, and the rates and bandwidth of this machine, before and after."""
+    torch.set_num_threads(1)
+    before = measure_rates(setting)
     trainer = setting.make(torch.device("cpu"), None)
     batch = setting.samples(trainer.device)
-    seconds = _median_seconds(lambda: train_step(trainer, batch, setting.passes), 3)
-    return {"seconds": seconds, "rates": dict(machine.rates), "bandwidth": machine.bandwidth}
+    seconds = _cpu_seconds(lambda: train_step(trainer, batch, setting.passes), 3)
+    after = measure_rates(setting)
+    rates = {kind: (rate * after.rates[kind]) ** 0.5 for kind, rate in before.rates.items()}
+    return {"seconds": seconds, "rates": rates, "bandwidth": (before.bandwidth * after.bandwidth) ** 0.5}
+
+
+# An allocator that returns memory at once, so that resident memory is what lives; and one that keeps it, as CUDA's does.
+ALLOCATORS = {
+    "memory": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+    "time": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)},
+}
+
+
+def measured(setting: Setting, what: str) -> dict[str, Any]:
+    """What a fresh process measures of a setting: "memory" or "time"."""
+    plain = {"stage": setting.stage, "task": setting.task, "hps": setting.hps, "hps_vqvae": setting.hps_vqvae}
+    command = [sys.executable, __file__, "--measure", what, json.dumps(plain)]
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"} | ALLOCATORS[what]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"--check: a step failed ({done.stderr.strip().splitlines()[-1]}); free memory or lower --check-batch")
+    return json.loads(done.stdout)
+
+
+def check(setting: Setting, progress: bool) -> list[dict[str, Any]]:
+    """Predicted and measured memory and time of steps on this CPU at two sizes, in float32."""
+    rows = []
+    variants = [setting.changed(use_checkpoint=use) for use in (False, True)] if setting.stage == "2" else [setting]
+    jobs = list(itertools.product(variants, CHECK_SIDES[setting.stage]))
+    for variant, sides in tqdm(jobs, desc="check", unit="step", leave=False, disable=not progress):
+        small = variant.with_batch(CHECK_BATCH).with_sides(sides)
+        trace = Tracer(small, gpu=False).trace(small)
+        timing = measured(small, "time")
+        machine = Machine("this CPU", 0.0, timing["bandwidth"], timing["rates"])
+        rows.append(
+            {"stage": setting.stage, "checkpointing": small.hps.get("use_checkpoint", False), "shape": small.shape}
+            | {"predicted_bytes": trace.peak_bytes, "measured_bytes": measured(small, "memory")["bytes"]}
+            | {"predicted_seconds": machine.seconds(trace.work), "measured_seconds": timing["seconds"]}
+            | {"rates": timing["rates"], "bandwidth": timing["bandwidth"]}
+        )
+    return rows
+
+
+def print_check(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Predictions beside what was measured."""
+    cells = []
+    for row in rows:
+        memory = row["predicted_bytes"] / row["measured_bytes"] - 1
+        seconds = row["predicted_seconds"] / row["measured_seconds"] - 1
+        within = abs(memory) <= MEMORY_TOLERANCE and abs(seconds) <= TIME_TOLERANCE
+        cells.append(
+            [f"stage {row['stage']}{', checkpointing' if row['checkpointing'] else ''}", " x ".join(map(str, row["shape"]))]
+            + [f"{row['predicted_bytes'] / GIB:.3f}", f"{row['measured_bytes'] / GIB:.3f}", f"{100 * memory:+.0f} %"]
+            + [f"{row['predicted_seconds']:.2f}", f"{row['measured_seconds']:.2f}", f"{100 * seconds:+.0f} %"]
+            + ["yes" if within else "NO"]
+        )
+    header = ["", "images", "GiB predicted", "measured", "error", "s predicted", "measured", "error", "within bounds"]
+    print(f"\ncheck on this CPU: steps of batch {CHECK_BATCH}, float32, one core; bounds {100 * MEMORY_TOLERANCE:.0f} % "
+          f"of memory, {100 * TIME_TOLERANCE:.0f} % of time")  # fmt: skip
+    print(format_table(header, cells))
+
+
+# --- the script ------------------------------------------------------------------------------------------------------
+
+
+def _share(text: str) -> float:
+    """An argparse type: a number above 0 and up to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and up to 1, not {text!r}")
+    return value
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--task", choices=TASKS, default="cbis-ddsm", help="whose settings (default: cbis-ddsm)")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="what to plan (default: all)")
+    parser.add_argument("--cards", nargs="+", choices=list(CARDS), default=list(CARDS), help="for which (default: all)")
+    parser.add_argument("--hps", action="append", default=[], metavar="KEY=VALUE", help="override an entry of hps.py")
+    parser.add_argument("--batch-size", type=positive_int, help="override batch size from hps.py")
+    parser.add_argument(
+        "--images", type=positive_int,
+        help=f"training images (default: those of CBIS-DDSM, {CBIS_TRAINING_IMAGES:,}; phantom: its own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--efficiency", type=_share, default=0.5, help="share of a card's rates that is reached (default: 0.5)"
+    )
+    parser.add_argument(
+        "--bandwidth-efficiency", type=_share, default=0.8, help="share of its bandwidth (default: 0.8)"
+    )
+    parser.add_argument(
+        "--reserve", type=_share, default=0.1,
+        help="share of its memory for the CUDA context, workspaces and fragmentation (default: 0.1)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="folder of plan.json and of the plots (default: none are written)")
+    parser.add_argument("--check", action="store_true", help="hold the prediction against steps on this CPU")
+    parser.add_argument("--no-tqdm", action="store_true", help="disable progress bars")
+    parser.add_argument("--measure", nargs=2, metavar=("WHAT", "SETTING"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def resolve_tables(args: argparse.Namespace) -> tuple[HParams, HParams]:
+    """The settings of stage 1 and 2 with the overrides of the call, each in the tables that have it; raises UserError."""
+    tables = []
+    for table in (HPS_VQVAE[args.task], HPS_DIFFUSION[args.task]):
+        other = (HPS_DIFFUSION if table is HPS_VQVAE[args.task] else HPS_VQVAE)[args.task]
+        own = [text for text in args.hps if (key := text.partition("=")[0].strip()) in table or key not in other]
+        sizes = {} if args.batch_size is None else {"batch_size": args.batch_size, "mini_batch_size": 0}
+        try:
+            tables.append(apply_overrides(table.updated(**sizes), own)[0])
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    vqvae, diffusion = tables
+    if vqvae.hidden_channels != diffusion.out_channels:
+        raise UserError(
+            f"--hps out_channels={diffusion.out_channels}: must be hidden_channels={vqvae.hidden_channels} of stage 1"
+        )
+    return vqvae, diffusion
+
+
+def settings_of(args: argparse.Namespace) -> list[Setting]:
+    """What the call asks for; images are sampled one at a time unless --batch-size says otherwise."""
+    vqvae, diffusion = resolve_tables(args)
+    settings = []
+    for stage in args.stage:
+        hps = vqvae if stage == "1" else diffusion
+        if stage == "sampling":
+            settings.append(Setting(stage, args.task, hps, vqvae).with_batch(args.batch_size or 1))
+        else:
+            passes = hps.batch_size // (hps.mini_batch_size or hps.batch_size)
+            settings.append(Setting(stage, args.task, hps, vqvae, passes))
+    return settings
+
+
+def samples_of(args: argparse.Namespace, hps: HParams) -> int:
+    """Training samples an epoch: images, and phantoms among them, times the crops drawn from each."""
+    own = hps.phantom_counts[0] if args.task == "phantom" else CBIS_TRAINING_IMAGES + hps.phantoms
+    return (args.images or own) * hps.crops_per_image
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.measure:
+        what, text = args.measure
+        plain = json.loads(text)
+        setting = Setting(plain["stage"], plain["task"], HParams(plain["hps"]), HParams(plain["hps_vqvae"]))
+        print(json.dumps({"memory": measure_memory, "time": measure_time}[what](setting)))
+        return
+    settings = settings_of(args)
+    results: dict[str, Any] = {}
+    for setting in settings:
+        assumed = Assumptions(args.efficiency, args.bandwidth_efficiency, args.reserve, samples_of(args, setting.hps))
+        planner = Planner(setting, [CARDS[name] for name in args.cards], assumed, not args.no_tqdm)
+        result = planner.plan()
+        if args.out:
+            result["growth"] = planner.growth()
+        planner.bar.close()
+        print_plan(result, assumed)
+        if args.out:
+            draw_growth(result["growth"], f"{result['title']}, task {args.task}", args.out / f"growth-{setting.stage}.png")
+        results[setting.stage] = result
+    print(
+        f"\nassumed: {samples_of(args, settings[0].hps):,} training samples an epoch, fed as fast as they are used; validation "
+        f"not counted;\n{args.efficiency:g} of the rates, {args.bandwidth_efficiency:g} of the bandwidth and "
+        f"{1 - args.reserve:g} of the memory of"
+    )
+    for card in (CARDS[name] for name in args.cards):
+        rates = ", ".join(f"{name} {rate / TERA:g}" for name, rate in card.rates.items())
+        print(f"{card.name}: {rates} TFLOP/s, {card.bandwidth / GB:,.0f} GB/s, {card.memory / GIB:.0f} GiB ({card.source})")
+    checks = []
+    if args.check:
+        for setting in settings:
+            if setting.stage != "sampling":
+                checks += check(setting, not args.no_tqdm)
+        print_check(checks)
+    if args.out:
+        cards = {name: dataclasses.asdict(CARDS[name]) for name in args.cards}
+        shares = {name: getattr(args, name) for name in ("efficiency", "bandwidth_efficiency", "reserve")}
+        write_json(args.out / "plan.json", {"stages": results, "cards": cards, "assumed": shares, "check": checks})
+        names = ", ".join(f"growth-{stage}.png" for stage in results)
+        print(f"\nplan.json, {names} written to {args.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)
