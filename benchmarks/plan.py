@@ -44,7 +44,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import trainer as trainer_module
 from datasets import Batch, Meta, PhantomDataset, SampleKey
 from diffusion import DDIMSampler
-from helper import Parser, UserError, atomic_path, format_table, get_parameter_count, positive_int, run_script, write_json
+from helper import (
+    Parser,
+    UserError,
+    atomic_path,
+    format_table,
+    get_parameter_count,
+    positive_int,
+    run_script,
+    write_json,
+)
 from hps import HPS_DIFFUSION, HPS_VQVAE, TASKS, HParams, apply_overrides
 from restoration import make_diffusion
 from trainer import DiffusionTrainer, Trainer, VQVAETrainer
@@ -193,7 +202,9 @@ class Meter(TorchDispatchMode):
             self._record(packet, inputs, outputs, args, kwargs or {}, out)
         return out
 
-    def _record(self, packet: Any, inputs: list[Tensor], outputs: list[Tensor], args: tuple, kwargs: dict, out: Any) -> None:
+    def _record(
+        self, packet: Any, inputs: list[Tensor], outputs: list[Tensor], args: tuple, kwargs: dict, out: Any
+    ) -> None:
         formula = FLOP_FORMULAS.get(packet)
         flops = formula(*args, **kwargs, out_val=out) if formula else 0
         kind = KINDS.get(packet, "matrix product") if formula else "other"
@@ -588,11 +599,17 @@ def print_plan(result: Mapping[str, Any], assumed: Assumptions) -> None:
     if "forward" in result:
         ahead = result["forward"]
         same = ahead["flops_on_cuda"] == ahead["flops"]["all"] and abs(ahead["kept_on_cuda"] / ahead["kept"] - 1) < 1e-3
-        parts = ", ".join(f"{kind} {value / TERA:.3g}" for kind, value in ahead["flops"].items() if kind != "all" and value)
+        parts = ", ".join(
+            f"{kind} {value / TERA:.3g}" for kind, value in ahead["flops"].items() if kind != "all" and value
+        )
         print(
             f"{result['parameters'] / 1e6:.1f} M parameters; forward pass {ahead['flops']['all'] / TERA:.3g} TFLOP ({parts}), "
             f"keeps {ahead['kept'] / GIB:.2f} GiB; on fake CUDA tensors "
-            + ("the same" if same else f"{ahead['flops_on_cuda'] / TERA:.3g} TFLOP, {ahead['kept_on_cuda'] / GIB:.2f} GiB")
+            + (
+                "the same"
+                if same
+                else f"{ahead['flops_on_cuda'] / TERA:.3g} TFLOP, {ahead['kept_on_cuda'] / GIB:.2f} GiB"
+            )
         )
     labels = {"with": "with checkpointing", "without": "without", "": "a step" if "forward" in result else "an image"}
     rows = [
@@ -739,7 +756,9 @@ def measured(setting: Setting, what: str) -> dict[str, Any]:
     environment = os.environ | {"MALLOC_ARENA_MAX": "1"} | ALLOCATORS[what]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"--check: a step failed ({done.stderr.strip().splitlines()[-1]}); free memory or lower --check-batch")
+        raise UserError(
+            f"--check: a step failed ({done.stderr.strip().splitlines()[-1]}); free memory or lower --check-batch"
+        )
     return json.loads(done.stdout)
 
 
@@ -770,7 +789,10 @@ def print_check(rows: Sequence[Mapping[str, Any]]) -> None:
         seconds = row["predicted_seconds"] / row["measured_seconds"] - 1
         within = abs(memory) <= MEMORY_TOLERANCE and abs(seconds) <= TIME_TOLERANCE
         cells.append(
-            [f"stage {row['stage']}{', checkpointing' if row['checkpointing'] else ''}", " x ".join(map(str, row["shape"]))]
+            [
+                f"stage {row['stage']}{', checkpointing' if row['checkpointing'] else ''}",
+                " x ".join(map(str, row["shape"])),
+            ]
             + [f"{row['predicted_bytes'] / GIB:.3f}", f"{row['measured_bytes'] / GIB:.3f}", f"{100 * memory:+.0f} %"]
             + [f"{row['predicted_seconds']:.2f}", f"{row['measured_seconds']:.2f}", f"{100 * seconds:+.0f} %"]
             + ["yes" if within else "NO"]
@@ -881,7 +903,9 @@ def main() -> None:
         planner.bar.close()
         print_plan(result, assumed)
         if args.out:
-            draw_growth(result["growth"], f"{result['title']}, task {args.task}", args.out / f"growth-{setting.stage}.png")
+            draw_growth(
+                result["growth"], f"{result['title']}, task {args.task}", args.out / f"growth-{setting.stage}.png"
+            )
         results[setting.stage] = result
     print(
         f"\nassumed: {samples_of(args, settings[0].hps):,} training samples an epoch, fed as fast as they are used; validation "
@@ -890,7 +914,9 @@ def main() -> None:
     )
     for card in (CARDS[name] for name in args.cards):
         rates = ", ".join(f"{name} {rate / TERA:g}" for name, rate in card.rates.items())
-        print(f"{card.name}: {rates} TFLOP/s, {card.bandwidth / GB:,.0f} GB/s, {card.memory / GIB:.0f} GiB ({card.source})")
+        print(
+            f"{card.name}: {rates} TFLOP/s, {card.bandwidth / GB:,.0f} GB/s, {card.memory / GIB:.0f} GiB ({card.source})"
+        )
     checks = []
     if args.check:
         for setting in settings:
