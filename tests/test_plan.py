@@ -150,7 +150,7 @@ def test_the_largest_batch_of_a_traced_stage_fits_and_the_next_does_not(plan):
 
 
 def test_time_is_the_longer_of_arithmetic_and_traffic_and_hours_are_steps_times_time(plan):
-    card = plan.Machine("card", 16 * plan.GIB, 100.0, {"bf16": 1000.0, "convolution": 10.0})
+    card = plan.Machine("card", 40e6, 100.0, {"bf16": 1000.0, "convolution": 10.0})
     work = Counter({plan.Operator("attention", "bf16", 5000, 100): 2, plan.Operator("other", "fp32", 0, 400): 3,
                     plan.Operator("convolution", "bf16", 30, 0): 1})  # fmt: skip
     assert card.seconds(work) == 2 * 5 + 3 * 4 + 3
