@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import distributed
 from hps import HParams, apply_overrides
 
 # Settings that came after the first checkpoints, at what those were trained with.
@@ -45,16 +46,46 @@ def one_line(error: UserError) -> str:
     return str(error).rsplit("UserError: ", 1)[-1].strip().replace("\n", "\\n")
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`: a `UserError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+def run_script(main: Callable[[], None], *, parallel: bool = False) -> None:
+    """Run a script's `main`: a `UserError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
+
+    Of several processes the first to fail says why. Scripts that are not `parallel` refuse to be one of several.
+    """
     try:
+        distributed.start()
+        if not parallel:
+            refuse_torchrun("this script")
         main()
+        distributed.end()
     except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"error: {one_line(error)}", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        fail("interrupted", 130)
+    except RuntimeError as error:
+        if not distributed.is_lost_connection(error):
+            distributed.is_first_to_fail()
+            raise
+        fail(
+            "error: a process of this run ended without a reason (killed, or out of memory?); start again, a training "
+            "with --load-path",
+            1,
+        )
+    except Exception:
+        distributed.is_first_to_fail()  # the traceback is the reason
+        raise
+
+
+def fail(line: str, status: int) -> None:
+    """End the script with one line on stderr, unless another process of the run has said why it ends."""
+    if distributed.is_first_to_fail():
+        print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def refuse_torchrun(what: str) -> None:
+    """Raises UserError where this process is one of several."""
+    if distributed.size() > 1:
+        raise UserError(f"{what} runs in one process; call it with python, not torchrun")
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,7 +93,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """A wrong call: one line on stderr and exit status 2, without the usage block."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        fail(f"error: {message} (see {self.prog} --help)", 2)
 
 
 def positive_int(text: str) -> int:
@@ -112,15 +143,25 @@ def base_parser(description: str, tasks: Sequence[str]) -> argparse.ArgumentPars
 def device_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --cpu and --no-tqdm."""
     parser.add_argument("--cpu", action="store_true", help="disable GPU, run on CPU")
-    parser.add_argument("--no-tqdm", action="store_true", help="disable progress bars")
+    # of several processes one shows its progress
+    silent = not distributed.is_main()
+    parser.add_argument("--no-tqdm", action="store_true", default=silent, help="disable progress bars")
 
 
 # --- devices and numbers ---------------------------------------------------------------------------------------------
 
 
 def get_device(cpu: bool = False) -> torch.device:
-    """CUDA where there is a device and `cpu` does not forbid it, else the CPU; says so when it falls back."""
+    """CUDA where there is a device and `cpu` does not forbid it, else the CPU; says so when it falls back.
+
+    Raises UserError where a machine has fewer GPUs than processes.
+    """
     if not cpu and torch.cuda.is_available():
+        if not distributed.use_own_gpu():
+            raise UserError(
+                f"--nproc-per-node {distributed.local_size()}: this machine has {torch.cuda.device_count()} GPUs; start "
+                "as many processes, or pass --cpu"
+            )
         return torch.device("cuda")
     if not cpu:
         print("no CUDA device found: running on the CPU")
@@ -128,9 +169,9 @@ def get_device(cpu: bool = False) -> torch.device:
 
 
 def worker_count(wanted: int) -> int:
-    """Of `wanted` worker processes, as many as there are cores for."""
+    """Of `wanted` worker processes, as many as there are cores for; the run's processes on a machine share its cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(wanted, cores)
+    return min(wanted, max(1, cores // distributed.local_size()))
 
 
 def get_parameter_count(model: nn.Module) -> int:
@@ -328,9 +369,10 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
 def open_run(args: argparse.Namespace, script: str, checkpoint: Path | None = None) -> Path | None:
     """The folder that a training writes to: --out, else that of the checkpoint it resumes, else a new one under runs/.
 
-    None under --no-save. Raises UserError where it cannot be made, or holds another run's checkpoints.
+    None under --no-save, and in all but the main process. Raises UserError where it cannot be made, or holds another run's
+    checkpoints.
     """
-    if args.no_save:
+    if args.no_save or not distributed.is_main():
         return None
     resumed = checkpoint if checkpoint is None or checkpoint.is_dir() else checkpoint.parent
     out = args.out or resumed
