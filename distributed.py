@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
 import signal
 import sys
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,15 @@ def end() -> None:
     """Leave the run, when all is done."""
     if size() > 1:
         dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process. One of several goes at once: its connections, and so the others, must not wait for a tidy end."""
+    if size() == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 def is_first_to_fail() -> bool:
@@ -153,8 +163,10 @@ def parallel(module: nn.Module) -> nn.Module:
         return module
     for buffer in module.buffers():
         broadcast(buffer)
-    # what changes buffers in training keeps them equal itself
-    return DistributedDataParallel(module, broadcast_buffers=False)
+    # what changes buffers in training keeps them equal itself; torch has renamed the option
+    options = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+    return DistributedDataParallel(module, **{option: False})
 
 
 def synchronised(module: nn.Module, now: bool) -> contextlib.AbstractContextManager:

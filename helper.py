@@ -70,6 +70,8 @@ def run_script(main: Callable[[], None], *, parallel: bool = False) -> None:
             "with --load-path",
             1,
         )
+    except SystemExit as stop:
+        distributed.leave(stop.code)
     except Exception:
         distributed.is_first_to_fail()  # the traceback is the reason
         raise
@@ -79,7 +81,7 @@ def fail(line: str, status: int) -> None:
     """End the script with one line on stderr, unless another process of the run has said why it ends."""
     if distributed.is_first_to_fail():
         print(line, file=sys.stderr)
-    sys.exit(status)
+    distributed.leave(status)
 
 
 def refuse_torchrun(what: str) -> None:
@@ -93,7 +95,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """A wrong call: one line on stderr and exit status 2, without the usage block."""
-        fail(f"error: {message} (see {self.prog} --help)", 2)
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def positive_int(text: str) -> int:
