@@ -71,7 +71,7 @@ _DATA = HParams(
 # The optimisation loop of either stage.
 _LOOP = HParams(
     batch_size=4,  # samples per optimiser step, of all processes together
-    mini_batch_size=0,  # samples per forward pass, of all processes; the rest of batch_size is accumulated (codebooks learn per pass); 0: all at once
+    mini_batch_size=0,  # samples per forward pass, the rest of batch_size is accumulated (codebooks learn per pass); 0: all at once
     warmup_steps=100,  # linear learning-rate warm-up
     lr_schedule="cosine",  # to zero at the last step: the last epochs gain most; `constant`: off
     log_frequency=10,  # steps between readings of the loss (each one synchronises with the device)
