@@ -83,13 +83,13 @@ def end() -> None:
         dist.destroy_process_group()
 
 
-def leave(status: int) -> NoReturn:
+def leave(status: int | str | None) -> NoReturn:
     """End this process. One of several goes at once: its connections, and so the others, must not wait for a tidy end."""
     if size() == 1:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status or 0)
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def is_first_to_fail() -> bool:
@@ -102,9 +102,13 @@ def is_first_to_fail() -> bool:
         return True
 
 
-def is_lost_connection(error: RuntimeError) -> bool:
+def is_lost_connection(error: Exception) -> bool:
     """Whether an error says that another process is gone."""
-    return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error))
+    return (
+        size() > 1
+        and isinstance(error, RuntimeError)
+        and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error))
+    )
 
 
 # --- tensors and objects ---------------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -52,6 +53,13 @@ def run_script(main: Callable[[], None], *, parallel: bool = False) -> None:
     Of several processes the first to fail says why. Scripts that are not `parallel` refuse to be one of several.
     """
     try:
+        _run(main, parallel)
+    except SystemExit as stop:  # also that of a SIGTERM which came while an error was dealt with
+        distributed.leave(stop.code)
+
+
+def _run(main: Callable[[], None], parallel: bool) -> None:
+    try:
         distributed.start()
         if not parallel:
             refuse_torchrun("this script")
@@ -61,27 +69,25 @@ def run_script(main: Callable[[], None], *, parallel: bool = False) -> None:
         fail(f"error: {one_line(error)}", 2)
     except KeyboardInterrupt:
         fail("interrupted", 130)
-    except RuntimeError as error:
-        if not distributed.is_lost_connection(error):
-            distributed.is_first_to_fail()
+    except Exception as error:
+        if distributed.is_lost_connection(error):
+            fail(
+                "error: a process of this run ended without a reason (killed, or out of memory?); start again, a training "
+                "with --load-path",
+                1,
+            )
+        if distributed.size() == 1:
             raise
-        fail(
-            "error: a process of this run ended without a reason (killed, or out of memory?); start again, a training "
-            "with --load-path",
-            1,
-        )
-    except SystemExit as stop:
-        distributed.leave(stop.code)
-    except Exception:
         distributed.is_first_to_fail()  # the traceback is the reason
-        raise
+        traceback.print_exc()
+        sys.exit(1)
 
 
-def fail(line: str, status: int) -> None:
+def fail(line: str, status: int) -> NoReturn:
     """End the script with one line on stderr, unless another process of the run has said why it ends."""
     if distributed.is_first_to_fail():
         print(line, file=sys.stderr)
-    distributed.leave(status)
+    sys.exit(status)
 
 
 def refuse_torchrun(what: str) -> None:

@@ -24,10 +24,10 @@ STEPS = dict(max_epochs=5, warmup_steps=2, log_frequency=1, validation_frequency
 TRAININGS = {
     "stage 1": (stage_1, dict(STEPS, learning_rate=1e-3, revive_threshold=0.3)),
     "stage 1, accumulated": (stage_1, dict(STEPS, learning_rate=1e-3, revive_threshold=0.3, mini_batch_size=2)),
-    "stage 2": (stage_2, dict(STEPS, learning_rate=1e-3)),
+    "stage 2": (stage_2, dict(STEPS, learning_rate=2e-4)),
     "stage 2, accumulated": (
         stage_2,
-        dict(STEPS, learning_rate=1e-3, mini_batch_size=2, precondition="wiener", in_channels=48, batch_size=8),
+        dict(STEPS, learning_rate=2e-4, mini_batch_size=2, precondition="wiener", in_channels=48, batch_size=8),
     ),
 }
 RUN = "--task phantom --no-tqdm --epochs 4 --hps phantom_counts=5,3,2 --hps revive_threshold=0.3"
