@@ -104,11 +104,9 @@ def is_first_to_fail() -> bool:
 
 def is_lost_connection(error: Exception) -> bool:
     """Whether an error says that another process is gone."""
-    return (
-        size() > 1
-        and isinstance(error, RuntimeError)
-        and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error))
-    )
+    if size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 # --- tensors and objects ---------------------------------------------------------------------------------------------
