@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+import distributed
 from cache import PreparedCache
 from helper import (
     DATA_IDENTITY,
@@ -56,6 +57,7 @@ class SampleKey:
     epoch: int
     position: int  # place in the epoch's order
     index: int
+    counts: bool = True  # False: stands in where a process has no sample of a batch, and must not weigh in anything
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.clean)
 
+    @property
+    def counts(self) -> list[bool]:
+        """Which of the samples count, by sample; see `SampleKey`."""
+        return [meta.key.counts for meta in self.meta]
+
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; the copy does not block where the memory is pinned."""
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
@@ -155,12 +162,24 @@ class Batch:
 class KeyedSampler(Sampler[SampleKey]):
     """Yields a `SampleKey` for every index of an epoch, in an order that depends on seed and epoch alone.
 
-    `limit` keeps the first so many of them.
+    `limit` keeps the first `count` of them. Of several `processes` each takes its share of every `batch_size` samples in a
+    row: process `rank` the `rank`-th part, all parts alike to one sample, and at least one, if only one that does not count.
     """
 
-    def __init__(self, length: int, seed: int = 0, shuffle: bool = False, limit: int | None = None):
+    def __init__(
+        self,
+        length: int,
+        seed: int = 0,
+        shuffle: bool = False,
+        limit: int | None = None,
+        *,
+        batch_size: int = 1,
+        rank: int = 0,
+        processes: int = 1,
+    ):
         self.length, self.seed, self.shuffle = length, seed, shuffle
-        self.count = length if limit is None else min(limit, length)
+        self.count = length if limit is None else min(limit, length)  # samples of an epoch, of all processes
+        self.batch_size, self.rank, self.processes = batch_size, rank, processes
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -168,14 +187,25 @@ class KeyedSampler(Sampler[SampleKey]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.count
+        return sum(max(1, len(part)) for part in self._parts())
 
     def __iter__(self) -> Iterator[SampleKey]:
         order = range(self.length)
         if self.shuffle:
             order = torch.randperm(self.length, generator=seeded_generator("order", self.seed, self.epoch)).tolist()
-        for position, index in enumerate(order[: self.count]):
-            yield SampleKey(self.epoch, position, index)
+        for batch, part in enumerate(self._parts()):
+            for position in part:
+                yield SampleKey(self.epoch, position, order[position])
+            if not part:
+                first = batch * self.batch_size
+                yield SampleKey(self.epoch, first, order[first], counts=False)
+
+    def _parts(self) -> Iterator[range]:
+        """Positions of this process's part of every batch."""
+        for first in range(0, self.count, self.batch_size):
+            share, extra = divmod(min(self.batch_size, self.count - first), self.processes)
+            first += self.rank * share + min(self.rank, extra)
+            yield range(first, first + share + (self.rank < extra))
 
 
 def make_loader(
@@ -187,17 +217,20 @@ def make_loader(
     workers: int = 0,
     pin: bool = False,
     limit: int | None = None,
+    shared: bool = False,
 ) -> DataLoader:
     """A DataLoader of `Batch` over a data set of this module; its sampler is a `KeyedSampler`.
 
-    With `limit` it is for one pass over the first so many samples; else its workers live on from epoch to epoch.
+    With `limit` it is for one pass over the first so many samples; else its workers live on from epoch to epoch. `shared`
+    batches, of a size that is a multiple of the number of processes, are dealt out to the processes of the run.
     """
     workers = worker_count(workers)
+    rank, processes = (distributed.rank(), distributed.size()) if shared else (0, 1)
     return DataLoader(
         dataset,
-        batch_size=batch_size,
+        batch_size=batch_size // processes,
         generator=seeded_generator("workers", seed),  # else every pass draws a seed from the global generator
-        sampler=KeyedSampler(len(dataset), seed, shuffle, limit),
+        sampler=KeyedSampler(len(dataset), seed, shuffle, limit, batch_size=batch_size, rank=rank, processes=processes),
         num_workers=workers,
         collate_fn=Batch.collate,
         pin_memory=pin,

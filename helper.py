@@ -17,16 +17,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import distributed
 from hps import (
     ARCHITECTURE_DIFFUSION,
     ARCHITECTURE_VQVAE,
@@ -68,41 +70,76 @@ def one_line(error: Exception | str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: match[0].encode("unicode_escape").decode(), sentence)
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`: what the user can mend becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+def run_script(main: Callable[[], None], *, parallel: bool = False) -> None:
+    """Run a script's `main`: what the user can mend becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
+
+    Of several processes the first to fail says why. Scripts that are not `parallel` refuse to be one of several.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names need not be Unicode
     try:
-        main()
-    except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        sentence = f"{error.filename or 'a file'}: {error.strerror or error}; free space, or see that it can be used"
-        print(f"error: {one_line(sentence)}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        # the cause, where there is one, knows the signal or the status
-        known = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error
-        reason = str(known).split("\n")[0].strip().rstrip(".")
-        print(f"error: {reason}; if memory was short, pass a smaller --num-workers", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _run(main, parallel)
+    except SystemExit as stop:  # also that of a SIGTERM which came while an error was dealt with
+        _HELD.close()
+        distributed.leave(stop.code)
     finally:
         _HELD.close()
 
 
+def _run(main: Callable[[], None], parallel: bool) -> None:
+    try:
+        distributed.start()
+        if not parallel:
+            refuse_torchrun("this script")
+        main()
+        distributed.end()
+    except UserError as error:
+        fail(f"error: {one_line(error)}", 2)
+    except OSError as error:
+        sentence = f"{error.filename or 'a file'}: {error.strerror or error}; free space, or see that it can be used"
+        fail(f"error: {one_line(sentence)}", 2)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except Exception as error:
+        if str(error).startswith("DataLoader worker"):
+            # the cause, where there is one, knows the signal or the status
+            known = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error
+            reason = str(known).split("\n")[0].strip().rstrip(".")
+            fail(f"error: {reason}; if memory was short, pass a smaller --num-workers", 2)
+        if distributed.is_lost_connection(error):
+            fail(
+                "error: a process of this run ended without a reason (killed, or out of memory?); start again, a training "
+                "with --load-path",
+                1,
+            )
+        if distributed.size() == 1:
+            raise
+        distributed.is_first_to_fail()  # the traceback is the reason
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def fail(line: str, status: int) -> NoReturn:
+    """End the script with one line on stderr, unless another process of the run has said why it ends."""
+    if distributed.is_first_to_fail():
+        print(line, file=sys.stderr)
+    sys.exit(status)
+
+
 def finish_batch(failures: Sequence[str]) -> None:
     """End a script that went on past `failures`: their sentences on stderr and exit status 1, or nothing without any."""
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
+    if distributed.is_main():
+        for failure in failures:
+            print(f"error: {failure}", file=sys.stderr)
     if failures:
         sys.exit(1)
+
+
+def refuse_torchrun(what: str) -> None:
+    """Raises UserError where this process is one of several."""
+    if distributed.size() > 1:
+        raise UserError(f"{what} runs in one process; call it with python, not torchrun")
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,7 +147,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """A wrong call: one line on stderr and exit status 2, without the usage block."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def positive_int(text: str) -> int:
@@ -162,7 +199,9 @@ def device_arguments(parser: argparse.ArgumentParser) -> None:
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--cpu", action="store_true", help="disable GPU, run on CPU")
     device.add_argument("--cuda", action="store_true", help="no CUDA device is an error (default: run on the CPU then)")
-    parser.add_argument("--no-tqdm", action="store_true", help="disable progress bars")
+    # of several processes one shows its progress
+    silent = not distributed.is_main()
+    parser.add_argument("--no-tqdm", action="store_true", default=silent, help="disable progress bars")
 
 
 # --- devices and numbers ---------------------------------------------------------------------------------------------
@@ -171,9 +210,14 @@ def device_arguments(parser: argparse.ArgumentParser) -> None:
 def get_device(cpu: bool = False, cuda: bool = False) -> torch.device:
     """CUDA where there is a device and `cpu` does not forbid it, else the CPU; says so when it falls back.
 
-    Raises UserError where `cuda` asks for a device and there is none.
+    Raises UserError where `cuda` asks for a device and there is none, or a machine has fewer GPUs than processes.
     """
     if not cpu and torch.cuda.is_available():
+        if not distributed.use_own_gpu():
+            raise UserError(
+                f"--nproc-per-node {distributed.local_size()}: this machine has {torch.cuda.device_count()} GPUs; start "
+                "as many processes, or pass --cpu"
+            )
         return torch.device("cuda")
     if cuda:
         raise UserError("--cuda: no CUDA device found; check the driver and CUDA_VISIBLE_DEVICES, or leave it out")
@@ -199,9 +243,9 @@ def half_precision(device: torch.device, half: bool) -> torch.dtype | None:
 
 
 def worker_count(wanted: int) -> int:
-    """Of `wanted` worker processes, as many as there are cores for."""
+    """Of `wanted` worker processes, as many as there are cores for; the run's processes on a machine share its cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(wanted, cores)
+    return min(wanted, max(1, cores // distributed.local_size()))
 
 
 def get_parameter_count(model: nn.Module) -> int:
@@ -460,9 +504,10 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
 def open_run(args: argparse.Namespace, script: str, checkpoint: Path | None = None) -> Path | None:
     """The folder that a training writes to: --out, else that of the checkpoint it resumes, else a new one under runs/.
 
-    None under --no-save. Raises UserError where it cannot be made, or holds another run's checkpoints.
+    None under --no-save, and in all but the main process. Raises UserError where it cannot be made, or holds another run's
+    checkpoints.
     """
-    if args.no_save:
+    if args.no_save or not distributed.is_main():
         return None
     resumed = checkpoint if checkpoint is None or checkpoint.is_dir() else checkpoint.parent
     out = args.out or resumed
@@ -491,8 +536,11 @@ def open_run(args: argparse.Namespace, script: str, checkpoint: Path | None = No
 def hold(path: Path, out: Path) -> None:
     """Lock the file `path`, which stands for the folder `out`, until the script ends; the system lifts a dead process's lock.
 
-    File systems without locks go without. Raises UserError where another process has it, or it cannot be made.
+    File systems without locks go without, and of several processes of a run the main one locks for all. Raises UserError
+    where another has it, or it cannot be made.
     """
+    if not distributed.is_main():
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")

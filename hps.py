@@ -61,7 +61,7 @@ _DATA = HParams(
     phantoms=0,  # folder: phantoms at the size of image_shape, added to the training images for their calcifications
     degrade_on_device=False,  # draw a training sample's low dose in the step, on the GPU if there is one, not in the loader
     cache_images=False,  # keep prepared images in memory after their first use (small sets only)
-    nb_workers=4,  # data loader processes
+    nb_workers=4,  # data loader processes, of each process of a run
     split="patient",  # cbis-ddsm: `patient` keeps the official split with shared patients out of train; `official` as is
     abnormality="all",  # cbis-ddsm: `all`, `mass` or `calc` cases
     split_csv="",  # folder: a CSV with columns file, split and optionally patient; empty: DATA_ROOT/split.csv if it is there
@@ -73,7 +73,7 @@ _DATA = HParams(
 
 # The optimisation loop of either stage.
 _LOOP = HParams(
-    batch_size=4,  # samples per optimiser step
+    batch_size=4,  # samples per optimiser step, of all processes together
     mini_batch_size=0,  # samples per forward pass, the rest of batch_size is accumulated (codebooks learn per pass); 0: all at once
     warmup_steps=100,  # linear learning-rate warm-up
     lr_schedule="cosine",  # to zero at the last step: the last epochs gain most; `constant`: off

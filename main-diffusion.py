@@ -15,6 +15,7 @@ from helper import (
     finish_batch,
     get_device,
     load_checkpoint,
+    refuse_torchrun,
     resolve_settings,
     run_script,
     weights_digest,
@@ -52,8 +53,10 @@ def main() -> None:
         raise UserError(
             "--bm3d: not installed; pip install -r requirements-benchmarks.txt (free for non-commercial use only)"
         )
-    if args.evaluate and args.load_path is None:
-        raise UserError("--evaluate needs --load-path, the diffusion checkpoint to restore with")
+    if args.evaluate:
+        refuse_torchrun("--evaluate")
+        if args.load_path is None:
+            raise UserError("--evaluate needs --load-path, the diffusion checkpoint to restore with")
     vqvae, vqvae_checkpoint = load_vqvae(args.vqvae_path)
     checkpoint = load_checkpoint(args.load_path, "diffusion") if args.load_path else None
     hps = resolve_settings(
@@ -102,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, parallel=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import distributed
 from datasets import (
     LATENT_FORMAT,
     SPLITS,
@@ -65,49 +67,77 @@ class _Realisations(Dataset):
         return self.images.whole(index, realisation) if self.images.train else self.images[index]
 
 
-def write_split(
-    images: MammogramDataset, first_stage: VQVAE2Wrapper, folder: Path, dtype: np.dtype, device: torch.device,
-    *, realisations: int, codes_only: bool, workers: int, progress: bool,
-) -> dict:  # fmt: skip
-    """Write one split's arrays below `folder`; returns its entry in the index."""
-    folder.mkdir(parents=True)
-    n = images.image_count()
-    arrays: dict[str, np.ndarray] = {}
+# Name of an array to the type and shape of an image's entry.
+Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]
 
-    def array(name: str, kind: np.dtype, *shape: int) -> np.ndarray:
-        if name not in arrays:
+
+def split_layout(
+    first_stage: VQVAE2Wrapper, image_shape: list[int], dtype: np.dtype, realisations: int, codes_only: bool
+) -> Layout:
+    """The arrays of a split, and what each holds of an image."""
+    vqvae, latent = first_stage.vqvae, first_stage.latent_shape(*image_shape[1:])
+    layout: Layout = {}
+    for level in range(vqvae.nb_levels):
+        scale = math.prod(vqvae.scaling_rates[1 : level + 1])
+        layout[f"codes_{level}"] = np.dtype(np.uint16), (latent[1] // scale, latent[2] // scale)
+    if not codes_only:
+        layout["clean"] = dtype, latent
+        layout["degraded"] = dtype, (realisations, *latent)
+        layout["mask"] = np.dtype(np.bool_), latent[1:]
+    return layout
+
+
+def entry_bytes(layout: Layout, prefix: str = "") -> int:
+    """Bytes of an image's entries in the arrays whose names begin with `prefix`."""
+    return sum(dtype.itemsize * math.prod(shape) for name, (dtype, shape) in layout.items() if name.startswith(prefix))
+
+
+def write_split(
+    images: MammogramDataset, first_stage: VQVAE2Wrapper, folder: Path, layout: Layout, device: torch.device,
+    *, realisations: int, workers: int, progress: bool,
+) -> dict:  # fmt: skip
+    """Write one split's arrays below `folder`; returns its entry in the index. Several processes share the images."""
+    n = images.image_count()
+    if distributed.is_main():
+        folder.mkdir(parents=True)
+        for name, (dtype, shape) in layout.items():
             path = folder / f"{name}.npy"
-            arrays[name] = np.lib.format.open_memmap(path, "w+", kind, shape)
+            np.lib.format.open_memmap(path, "w+", dtype, (n, *shape))
             if hasattr(os, "posix_fallocate"):
                 # a disk that is full is an error now, and a signal that ends the process when a page is written
                 with path.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        return arrays[name]
+    distributed.gather(None)  # the files are there
+    arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+") for name in layout}
 
-    entries = []
-    loader = make_loader(_Realisations(images, realisations), 1, workers=workers)
-    for i, batch in enumerate(tqdm(loader, desc=images.split, disable=not progress, unit="pair")):
-        index, realisation = divmod(i, realisations)
+    entries: list[tuple[int, dict]] = []
+    loader = make_loader(_Realisations(images, realisations), distributed.size(), workers=workers, shared=True)
+    pairs = zip(loader.sampler, loader, strict=True)
+    for key, batch in tqdm(pairs, total=len(loader), desc=images.split, disable=not progress, unit="pair"):
+        if not key.counts:
+            continue
+        index, realisation = divmod(key.index, realisations)
         batch = batch.to(device)
         if realisation == 0:
             meta = batch.meta[0]
-            entries.append({"path": meta.path, "patient": meta.patient})
+            entries.append((index, {"path": meta.path, "patient": meta.patient}))
             clean = first_stage.encode(batch.clean, batch.noise)
             for level, codes in enumerate(first_stage.codes(clean)):
-                array(f"codes_{level}", np.uint16, n, *codes.shape[1:])[index] = codes[0].cpu().numpy()
-            if not codes_only:
-                array("clean", dtype, n, *clean.shape[1:])[index] = clean[0].cpu().numpy()
+                arrays[f"codes_{level}"][index] = codes[0].cpu().numpy()
+            if "clean" in arrays:
+                arrays["clean"][index] = clean[0].cpu().numpy()
                 rate = first_stage.vqvae.scaling_rates[0]
                 padded = torch.zeros(1, clean.shape[2] * rate, clean.shape[3] * rate, dtype=torch.bool)
                 padded[:, : batch.mask.shape[2], : batch.mask.shape[3]] = batch.mask[0].cpu()
                 mask = padded.view(clean.shape[2], rate, clean.shape[3], rate).any(3).any(1)
-                array("mask", np.bool_, n, *mask.shape)[index] = mask.numpy()
-        if not codes_only:
+                arrays["mask"][index] = mask.numpy()
+        if "degraded" in arrays:
             degraded = first_stage.encode(batch.degraded, batch.noise)[0].cpu().numpy()
-            array("degraded", dtype, n, realisations, *degraded.shape)[index, realisation] = degraded
+            arrays["degraded"][index, realisation] = degraded
     for written in arrays.values():
         written.flush()
-    return {"images": entries, "realisations": realisations}
+    entries = sorted(distributed.join(entries), key=lambda entry: entry[0])
+    return {"images": [image for _, image in entries], "realisations": realisations}
 
 
 def main() -> None:
@@ -126,21 +156,15 @@ def main() -> None:
         images["train"].leave_out_unreadable(not args.no_tqdm)
     device = get_device(args.cpu, args.cuda)
     first_stage = VQVAE2Wrapper(vqvae.eval()).to(device)
-    height, width = hps.image_shape[1:]
-    channels, rows, columns = first_stage.latent_shape(height, width)
     realisations = {split: args.realisations if split == "train" else 1 for split in SPLITS}
 
     dtype = np.dtype(np.float32 if args.float32 else np.float16)
-    code_bytes = sum(
-        2 * rows * columns * vqvae.scaling_rates[0] ** 2 // int(np.prod(vqvae.scaling_rates[: i + 1])) ** 2
-        for i in range(vqvae.nb_levels)
-    )
-    latent_bytes = 0 if args.codes_only else channels * rows * columns * dtype.itemsize
-    total = sum(
-        d.image_count()
-        * (code_bytes + (1 + realisations[split]) * latent_bytes + (rows * columns if latent_bytes else 0))
-        for split, d in images.items()
-    )
+    layouts = {
+        split: split_layout(first_stage, hps.image_shape, dtype, count, args.codes_only)
+        for split, count in realisations.items()
+    }
+    total = sum(images[split].image_count() * entry_bytes(layout) for split, layout in layouts.items())
+    code_bytes, latent_bytes = (entry_bytes(layouts["train"], prefix) for prefix in ("codes", "clean"))
     counts = ", ".join(f"{d.image_count()} {split}" for split, d in images.items())
     out = args.out or Path("latents") / f"{args.task}-{weights_digest(vqvae)[:8]}"
     if out.exists():
@@ -162,7 +186,8 @@ def main() -> None:
     partial = out.with_name(f".{out.name}.part")
     hold(out.with_name(f".{out.name}.lock"), out)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
         index = {
             "format_version": LATENT_FORMAT,
             "checkpoint": str(args.checkpoint),
@@ -171,29 +196,31 @@ def main() -> None:
             "hps": dict(hps),
             "seed": args.seed,
             "codes_only": args.codes_only,
-            "latent_shape": [channels, rows, columns],
+            "latent_shape": list(first_stage.latent_shape(*hps.image_shape[1:])),
             "image_shape": hps.image_shape,
             "rate": vqvae.scaling_rates[0],
             "scale": vqvae.scale,
             "splits": {
                 split: write_split(
-                    images[split], first_stage, partial / split, dtype, device, realisations=realisations[split],
-                    codes_only=args.codes_only, workers=hps.nb_workers, progress=not args.no_tqdm,
+                    images[split], first_stage, partial / split, layouts[split], device,
+                    realisations=realisations[split], workers=hps.nb_workers, progress=not args.no_tqdm,
                 )
                 for split in SPLITS
             },
         }  # fmt: skip
-        write_json(partial / "index.json", index)
-        partial.replace(out)
+        if distributed.is_main():
+            write_json(partial / "index.json", index)
+            partial.replace(out)
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot be written ({error.strerror}); free space or choose another folder"
         ) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
     print(f"latents written to {out}")
     finish_batch([failure for split in SPLITS for failure in images[split].left_out])
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, parallel=True)

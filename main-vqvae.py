@@ -19,6 +19,7 @@ from helper import (
     get_device,
     load_checkpoint,
     load_weights,
+    refuse_torchrun,
     resolve_settings,
     run_script,
 )
@@ -99,8 +100,10 @@ def evaluate_vqvae(
 
 def main() -> None:
     args = parse_arguments()
-    if args.evaluate and args.load_path is None:
-        raise UserError("--evaluate needs --load-path, the checkpoint to evaluate")
+    if args.evaluate:
+        refuse_torchrun("--evaluate")
+        if args.load_path is None:
+            raise UserError("--evaluate needs --load-path, the checkpoint to evaluate")
     checkpoint = load_checkpoint(args.load_path, "vqvae") if args.load_path else None
     hps = resolve_settings(args, HPS_VQVAE, checkpoint=checkpoint, architecture=ARCHITECTURE_VQVAE)
     device = get_device(args.cpu, args.cuda)
@@ -115,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, parallel=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import distributed
 from datasets import Batch, make_loader
 from diffusion import LatentDiffusion, LitEma, NoiseField, sample_latents
 from evaluation import comparison, save_picture
@@ -64,10 +65,36 @@ def learning_rate(hps: HParams, step: int, total: int) -> float:
     return rate
 
 
+def part_of_mean(weights: Tensor) -> Tensor:
+    """How much more a mean under weights (K, N), each a row, counts than this process's share of a batch says; (K,).
+
+    That factor makes this process's weighted mean, times its share of the samples, its part of the mean over all processes.
+    Every sample has weight in one row. Of one process it is 1.
+    """
+    own = weights.sum(1)
+    if distributed.size() == 1:
+        return torch.ones_like(own)
+    total = distributed.all_reduce(own.clone())
+    return own / total.clamp(min=1) * total.sum() / own.sum().clamp(min=1)
+
+
+class Objective(nn.Module):
+    """A stage's loss as a forward pass of its model: what several processes run in parallel."""
+
+    def __init__(self, trainer: Trainer):
+        super().__init__()
+        self.model, self.loss = trainer.model, trainer.loss
+
+    def forward(self, batch: Batch) -> StepResult:
+        return self.loss(batch)
+
+
 class Trainer:
     """Trains one stage: epochs of accumulated, clipped optimiser steps, with validation, pictures and checkpoints.
 
-    A stage is a subclass that says what its loss is. `folder=None` saves nothing.
+    A stage is a subclass that says what its loss is. `folder=None` saves nothing. The processes of a run (`distributed.py`)
+    share the samples of every batch, and all hold the same weights, averages and codebooks. Raises UserError where a batch
+    cannot be shared evenly.
     """
 
     kind = ""  # of its checkpoints
@@ -92,8 +119,17 @@ class Trainer:
         self.amp, self.progress, self.picture_suffix = amp, progress, picture_suffix
         pin = device.type == "cuda"
         self.mini_batch = hps.mini_batch_size or hps.batch_size
-        self.loader = make_loader(train_set, self.mini_batch, seed=seed, shuffle=True, workers=hps.nb_workers, pin=pin)
-        self.validation_loader = make_loader(validation_set, 1, workers=min(1, hps.nb_workers), pin=pin)
+        if self.mini_batch % distributed.size():
+            name = "mini_batch_size" if hps.mini_batch_size else "batch_size"
+            raise UserError(
+                f"--hps {name}={self.mini_batch}: must be a multiple of the {distributed.size()} processes that share it"
+            )
+        self.loader = make_loader(
+            train_set, self.mini_batch, seed=seed, shuffle=True, workers=hps.nb_workers, pin=pin, shared=True
+        )
+        self.validation_loader = make_loader(
+            validation_set, distributed.size(), workers=min(1, hps.nb_workers), pin=pin, shared=True
+        )
         self.optimizer = self.make_optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         self.epoch, self.step, self.best = 0, 0, math.inf
@@ -143,22 +179,30 @@ class Trainer:
     # --- the loop ---
 
     def first_batches(self, count: int) -> Iterable[Batch]:
-        """The first `count` batches of the first epoch, to initialise from."""
-        limit = count * self.mini_batch
+        """The first `count` batches of the first epoch, to initialise from.
+
+        Every process takes all of them, in parts of the size that it trains on.
+        """
+        limit, size = count * self.mini_batch, self.mini_batch // distributed.size()
         workers = self.hps.nb_workers
-        return make_loader(
-            self.loader.dataset, self.mini_batch, seed=self.seed, shuffle=True, workers=workers, limit=limit
-        )
+        return make_loader(self.loader.dataset, size, seed=self.seed, shuffle=True, workers=workers, limit=limit)
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """This process's share of the validation set, one image at a time, on the device."""
+        for batch in self.validation_loader:
+            if all(batch.counts):
+                yield batch.to(self.device)
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.loader.sampler) / self.hps.batch_size)
+        return math.ceil(self.loader.sampler.count / self.hps.batch_size)
 
     def fit(self) -> None:
         """Train from where the state stands to `max_epochs`; raises UserError where the loss is no number any more."""
         self.logger = Logger(self.folder, self.step)
         if self.step == 0 and self.epoch == 0:
             self.setup()
+        self.objective = distributed.parallel(Objective(self))
         if self.epoch >= self.hps.max_epochs:
             print(f"already trained for {self.epoch} epochs; raise --epochs to go on")
         try:
@@ -170,10 +214,15 @@ class Trainer:
             self.logger.close()
 
     def train_epoch(self) -> None:
-        """One pass over the training set: `mini_batch_size` samples at a time, a step every `batch_size` of them."""
+        """One pass over the training set: `mini_batch_size` samples at a time, a step every `batch_size` of them.
+
+        These are samples of all processes; each sees its share of them, and weighs it by its share of the step's.
+        """
         self.model.train()
         self.loader.sampler.set_epoch(self.epoch)
-        samples, total = len(self.loader.sampler), self.steps_per_epoch * self.hps.max_epochs
+        if distributed.size() > 1:  # dropout, which is not keyed by sample, must differ between the processes
+            torch.manual_seed(seed_of("process", self.seed, self.epoch, distributed.rank()))
+        samples, total = self.loader.sampler.count, self.steps_per_epoch * self.hps.max_epochs
         bar = tqdm(
             total=self.steps_per_epoch,
             desc=f"epoch {self.epoch + 1}",
@@ -186,21 +235,24 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for batch in self.loader:
             group = min(self.hps.batch_size, samples - seen // self.hps.batch_size * self.hps.batch_size)
-            share = len(batch) / group
+            share = sum(batch.counts) / group
+            seen += min(self.mini_batch, samples - seen)
+            completes_step = seen % self.hps.batch_size == 0 or seen == samples
             self.skipped.update(meta.failure for meta in batch.meta if meta.failure)
             batch = batch.to(self.device)
-            with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
-                result = self.loss(batch)
-            self.scaler.scale(result.loss * share).backward()
+            with distributed.synchronised(self.objective, completes_step):
+                with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+                    result = self.objective(batch)
+                # gradients are averaged over the processes, and shares add up
+                self.scaler.scale(result.loss * (share * distributed.size())).backward()
             for name, value in result.logs.items():
                 logs[name] = logs.get(name, 0) + value.detach() * share
-            seen += len(batch)
-            if seen % self.hps.batch_size and seen < samples:
+            if not completes_step:
                 continue
             self.optimizer_step(total)
             bar.update()
             if self.step % self.hps.log_frequency == 0 or seen >= samples:
-                values = {name: float(value) for name, value in logs.items()}
+                values = distributed.sum_scalars(logs)
                 self.check_finite(values["loss"])
                 values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
                 self.logger.log("train", self.step, self.epoch + 1, values, echo=seen >= samples)
@@ -329,7 +381,7 @@ class VQVAETrainer(Trainer):
 
     def setup(self) -> None:
         batches = [self.images(batch.to(self.device)) for batch in self.first_batches(self.hps.codebook_batches)]
-        self.model.initialise_codebooks(batches, seeded_generator("codebooks", self.seed))
+        self.model.initialise_codebooks(batches, seeded_generator("codebooks", self.seed), parts=distributed.size())
 
     def images(self, batch: Batch) -> Tensor:
         """The clean images (N, C, H, W) as the model sees them: in units of their low dose's noise where it is stabilised."""
@@ -342,33 +394,38 @@ class VQVAETrainer(Trainer):
     def loss(self, batch: Batch) -> StepResult:
         keys = [meta.key for meta in batch.meta]
         draws = [seed_of("path", self.seed, key.epoch, key.index) / 2**63 for key in keys]
-        chosen = torch.tensor([u < self.hps.quantize_probability for u in draws]).to(self.device, non_blocking=True)
+        counts = torch.tensor(batch.counts)
+        chosen = torch.tensor([u < self.hps.quantize_probability for u in draws]) & counts
+        paths = torch.stack([chosen, counts & ~chosen]).to(self.device, non_blocking=True)
         # one generator a step: dead codes are re-seeded from the whole batch
         generator = seeded_generator("revive", self.seed, self.step, keys[0].index, device=self.device)
         clean = self.images(batch)
-        output = self.model(clean, chosen, generator)
+        output = self.model(clean, paths[0], generator)
+        weights = paths.float()
+        parts = part_of_mean(weights)
+        commitment = output.commitment_loss * parts[0]
         reconstruction = output.reconstruction.float()
         error = F.l1_loss if self.hps.recon_loss == "l1" else F.mse_loss
         recon = error(reconstruction, clean)
-        loss = recon + self.hps.beta * output.commitment_loss
+        loss = recon + self.hps.beta * commitment
         mse = (reconstruction.detach() - clean).square().mean((1, 2, 3))
-        logs = {"loss": loss, "recon": recon, "commitment": output.commitment_loss}
-        for name, weight in (("quantized", chosen.float()), ("continuous", 1 - chosen.float())):
-            logs[f"mse_{name}"] = (mse * weight).sum() / weight.sum().clamp(min=1)
+        logs = {"loss": loss, "recon": recon, "commitment": commitment}
+        for name, weight, part in zip(("quantized", "continuous"), weights, parts, strict=True):
+            logs[f"mse_{name}"] = (mse * weight).sum() / weight.sum().clamp(min=1) * part
         logs |= {f"perplexity_{level}": value for level, value in enumerate(output.perplexity)}
         return StepResult(loss, logs)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         psnr: dict[str, list[float]] = {"continuous": [], "quantized": []}
-        for batch in self.validation_loader:
-            batch = batch.to(self.device)
+        for batch in self.validation_batches():
             clean, z = batch.clean, self.model.encode(self.images(batch))
             for name, values in psnr.items():
                 image = self.model.decode(z, name == "quantized", clean.shape[-2:]).reconstruction
                 image = from_domain(image, self.noise(batch)).clamp(0, 1)
                 values.append(-10 * math.log10(max(float(F.mse_loss(image, clean)), 1e-12)))
-        means = {f"psnr_{name}": sum(values) / len(values) for name, values in psnr.items()}
+        joined = {name: distributed.join(values) for name, values in psnr.items()}
+        means = {f"psnr_{name}": sum(values) / len(values) for name, values in joined.items()}
         return {"score": -sum(means.values()) / len(means), **means}
 
     @torch.no_grad()
@@ -434,7 +491,7 @@ class DiffusionTrainer(Trainer):
         for meta in batch.meta:
             key = meta.key
             if self.hps.timestep_sampling == "stratified":
-                counter = key.epoch * len(self.loader.sampler) + key.position
+                counter = key.epoch * self.loader.sampler.count + key.position
                 u = (seed_of("timesteps", self.seed) / 2**63 + counter * GOLDEN) % 1.0
             else:
                 u = seed_of("timestep", self.seed, key.epoch, key.index) / 2**63
@@ -461,8 +518,7 @@ class DiffusionTrainer(Trainer):
         errors: dict[str, list[Tensor]] = {"latent_error_T": [], "latent_error_T10": []}
         timesteps = {"latent_error_T": self.hps.timesteps - 1, "latent_error_T10": self.hps.timesteps // 10}
         with self.ema.average_parameters(self.model.model):
-            for batch in self.validation_loader:
-                batch = batch.to(self.device)
+            for batch in self.validation_batches():
                 clean, degraded = (self.model.normalize(z) for z in self.encode(batch))
                 own = (degraded - clean).square().mean().clamp(min=1e-12)
                 for name, t in timesteps.items():
@@ -472,7 +528,8 @@ class DiffusionTrainer(Trainer):
                     x = self.model.q_sample(clean, t, noise)
                     predicted = self.model.predict(x, t, degraded, batch.level).x_start
                     errors[name].append((predicted - clean).square().mean() / own)
-        means = {name: float(torch.stack(values).mean()) for name, values in errors.items()}
+        joined = {name: distributed.join([float(value) for value in values]) for name, values in errors.items()}
+        means = {name: float(torch.tensor(values).mean()) for name, values in joined.items()}
         return {"score": sum(means.values()) / len(means), **means}
 
     @torch.no_grad()
@@ -536,11 +593,13 @@ def run_training(
         if trainer.seed != args.seed:
             print(f"--seed: the run goes on with its own seed, {trainer.seed}")
     if folder is not None:
-        record_run(folder, hps, trainer.seed)
+        record_run(folder, hps, trainer.seed, processes=distributed.size())
     for split, images in (("train", train_set), ("validation", validation_set)):
         print(images.summary(split))
     parameters, samples = get_parameter_count(model), len(train_set)
     print(f"{parameters:,} parameters; {samples} samples and {trainer.steps_per_epoch} steps an epoch")
+    if distributed.size() > 1:
+        print(f"{distributed.size()} processes share every batch of {hps.batch_size}")
     trainer.fit()
     if unreadable := len(trainer.unreadable) + len(validation_set.left_out):
         print(f"{unreadable} images could not be read and were skipped")

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import distributed
 
 LOOKUP_ROWS = 2048  # rows of the distance matrix held at once in a codebook lookup: what a core's cache holds ...
 LOOKUP_ROWS_GPU = 65536  # ... and what keeps a GPU busy
@@ -127,9 +128,8 @@ class VectorQuantizer(nn.Module):
         flat = indices.flatten()
         counts = torch.zeros_like(self.ema_count).index_add_(0, flat, weight)
         sums = torch.zeros_like(self.ema_sum).index_add_(0, flat, vectors * weight[:, None])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
+        distributed.all_reduce(counts)
+        distributed.all_reduce(sums)
         self.ema_count.lerp_(counts, 1 - self.decay)
         self.ema_sum.lerp_(sums, 1 - self.decay)
         total = self.ema_count.sum()
@@ -144,16 +144,17 @@ class VectorQuantizer(nn.Module):
         """Re-seed entries used less than `revive_threshold * share` from (M, D) vectors, drawn in proportion to `error` (M,).
 
         Drawing by squared error, as k-means++ does (Arthur and Vassilvitskii, 2007), puts the entry where it is missed.
+        The vectors of several processes count as one row of them, in the order of the processes.
         """
         draws = torch.rand(len(self.ema_count), generator=generator, device=vectors.device, dtype=torch.float64)
         cumulative = error.double().cumsum(0)
-        picked = torch.searchsorted(cumulative, draws * cumulative[-1], right=True).clamp(max=len(vectors) - 1)
-        candidates = vectors[picked]
-        has_data = (cumulative[-1:] > 0).float()
-        if dist.is_available() and dist.is_initialized():
-            dist.broadcast(candidates, 0)
-            dist.broadcast(has_data, 0)
-        dead = (self.ema_count < self.revive_threshold * share) & (has_data > 0)
+        ends = distributed.stack(cumulative[-1]).cumsum(0)  # of the processes' parts of the row
+        targets = distributed.broadcast(draws) * ends[-1]
+        owner = torch.searchsorted(ends, targets, right=True).clamp(max=len(ends) - 1)
+        start = ends[distributed.rank()] - cumulative[-1]
+        picked = torch.searchsorted(cumulative, targets - start, right=True).clamp(max=len(vectors) - 1)
+        candidates = distributed.all_reduce(vectors[picked] * (owner == distributed.rank())[:, None])
+        dead = (self.ema_count < self.revive_threshold * share) & (ends[-1:] > 0)
         # a revived entry gets a third of the share: enough to stay for about a hundred steps without being used
         count = torch.where(dead, share / 3, self.ema_count)
         self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
@@ -336,8 +337,13 @@ class VQVAE(nn.Module):
         return self.decode(self.encode(x), quantize, x.shape[-2:], generator)
 
     @torch.no_grad()
-    def initialise_codebooks(self, batches: Sequence[Tensor], generator: torch.Generator | None = None) -> None:
-        """Initialise the codebooks from (N, C, H, W) batches, the coarsest first, so that each level sees the others' codes."""
+    def initialise_codebooks(
+        self, batches: Sequence[Tensor], generator: torch.Generator | None = None, parts: int = 1
+    ) -> None:
+        """Initialise the codebooks from (N, C, H, W) batches, the coarsest first, so that each level sees the others' codes.
+
+        In training, `parts` of them make up a batch.
+        """
         for level in reversed(range(self.nb_levels)):
             seen = []
             for images in batches:
@@ -353,7 +359,7 @@ class VQVAE(nn.Module):
                 x = self.projections[level](torch.cat([features[level], *above], dim=1)).float()
                 seen.append(x.permute(0, 2, 3, 1).flatten(0, 2))
             vectors = torch.cat(seen)
-            self.quantizers[level].initialise(vectors, len(vectors) / len(seen), generator)
+            self.quantizers[level].initialise(vectors, len(vectors) / math.ceil(len(seen) / parts), generator)
 
 
 def _crop(image: Tensor, shape: tuple[int, int] | None) -> Tensor:

@@ -46,11 +46,17 @@ def shell(script, line):
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def call(script, line):
-    """Run a script in this process; an exception that the script does not turn into an exit status goes through."""
+def load_script(script):
+    """A script as a module."""
     spec = importlib.util.spec_from_file_location(script.replace("-", "_"), ROOT / f"{script}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def call(script, line):
+    """Run a script in this process; an exception that the script does not turn into an exit status goes through."""
+    module = load_script(script)
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = mock.patch.object(sys, "argv", [f"{script}.py", *arguments(script, line)])
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), argv:
