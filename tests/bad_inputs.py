@@ -545,6 +545,9 @@ def make_files(work: Path, trained: Mapping[str, Path]) -> dict[str, str]:
     paths["busy"], paths["busy-new"], paths["disk"] = work / "busy", work / "busy-new", work / "disk"
     for name in ("busy", "busy-new", "disk"):
         paths[name].mkdir()
+        if name != "disk":
+            (paths[name] / ".lock").touch()
+            (paths[name] / ".latents.lock").touch()
     (paths["busy"] / "last.pt").write_bytes(vqvae.read_bytes())
     paths["odd-log"], paths["deep-file"] = work / "odd-log", bad / "deep-file"
     paths["odd-log"].mkdir()
@@ -567,14 +570,14 @@ def zip_bytes() -> bytes:
 @contextlib.contextmanager
 def in_use(folder: Path) -> Iterator[None]:
     """Another process writes to the folder, and to a latent data set in it."""
-    with (folder / ".lock").open("w") as run, (folder / ".latents.lock").open("w") as latents:
+    with (folder / ".lock").open() as run, (folder / ".latents.lock").open() as latents:
         for file in (run, latents):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @contextlib.contextmanager
-def small_files(limit: int = 100_000) -> Iterator[None]:
+def small_files(limit: int = 20_000) -> Iterator[None]:
     """No file may grow past `limit` bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
