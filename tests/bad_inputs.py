@@ -242,7 +242,7 @@ ROWS = r"""
 2 | main-latents+ | limit: {vqvae} --out run | --out run: cannot be written \(File too large\)
 2 | main-vqvae$+ | full: --epochs 1 --out {disk}/run | cannot be written \(No space left on device\)
 2 | main-latents$+ | full: {vqvae} --out {disk}/latents --float32 | are needed and .* are free
-2 | main-restore$+ | full: {models} {scan} --out {disk}/restored | cannot be written \(No space left on device\)
+2 | main-restore$+ | full: {models} {scan} --compare --out {disk}/restored | cannot be written \(No space left on device\)
 2 | main-vqvae$+ | full: --task folder --data-root {images} --cache {disk}/cache | are needed and .* are free
 """
 
