@@ -589,8 +589,8 @@ def small_files(limit: int = 20_000) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_disk(folder: Path) -> Iterator[bool]:
-    """A disk of 64 KB at `folder`; False where this process may not mount one."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    """A disk of 16 KB at `folder`; False where this process may not mount one."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)]
     mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
     try:
         yield mounted
