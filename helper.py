@@ -376,8 +376,12 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)
     }
     payload["hps"] = dict(checkpoint.hps)
-    with atomic_path(path) as temporary:
-        torch.save(payload, temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(payload, file)
+        except RuntimeError as error:  # torch's own complaint when a write fails; what the system said stands behind it
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(str(error).split("\n")[0]) from None
 
 
 def load_checkpoint(path: Path, kind: str, *, lazily: bool = False) -> Checkpoint:

@@ -242,7 +242,7 @@ ROWS = r"""
 2 | main-latents+ | limit: {vqvae} --out run | --out run: cannot be written \(File too large\)
 2 | main-vqvae$+ | full: --epochs 1 --out {disk}/run | cannot be written \(No space left on device\)
 2 | main-latents$+ | full: {vqvae} --out {disk}/latents --float32 | are needed and .* are free
-2 | main-restore$+ | full: {models} {scan} --out {disk}/restored | cannot be written \(No space left on device\)
+2 | main-restore$+ | full: {models} {scan} --compare --out {disk}/restored | cannot be written \(No space left on device\)
 2 | main-vqvae$+ | full: --task folder --data-root {images} --cache {disk}/cache | are needed and .* are free
 """
 
@@ -589,8 +589,8 @@ def small_files(limit: int = 20_000) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_disk(folder: Path) -> Iterator[bool]:
-    """A disk of 64 KB at `folder`; False where this process may not mount one."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    """A disk of 16 KB at `folder`; False where this process may not mount one."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)]
     mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
     try:
         yield mounted

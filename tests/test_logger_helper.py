@@ -5,6 +5,7 @@ import csv
 import datetime
 import json
 import os
+import resource
 from pathlib import Path
 from unittest import mock
 
@@ -88,6 +89,20 @@ def test_refused_write_names_the_file(tmp_path):
     with pytest.raises(UserError, match=sentence), mock.patch.object(torch, "save", side_effect=full):
         save_checkpoint(tmp_path / "a.pt", make_checkpoint())
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_checkpoint_that_grows_past_what_the_disk_holds_is_refused_with_the_system_s_reason(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = make_checkpoint(model={"w": torch.zeros(100_000)})
+    save_checkpoint(tmp_path / "a.pt", make_checkpoint())
+    before = (tmp_path / "a.pt").read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"a\.pt: cannot be written \(File too large\); free space"):
+            save_checkpoint(tmp_path / "a.pt", large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "a.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_json_turns_what_is_not_finite_into_null(tmp_path):
