@@ -49,6 +49,7 @@ except ImportError:  # not a POSIX system: runs are not locked there
 SETTINGS_ADDED = {
     "noise_levels": [], "stabilize": False, "dihedral": False, "native": False, "scale_range": [1.0, 1.0], "phantoms": 0,
     "noise_conditioning": False, "views": 1, "part_edges": False, "calcifications": 0.0,
+    "degrade_on_device": False,
 }  # fmt: skip
 CHECKPOINT_FORMAT = 1  # raised when the layout of a checkpoint changes
 _ROOT = Path(__file__).resolve().parent
