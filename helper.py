@@ -148,7 +148,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """A wrong call: one line on stderr and exit status 2, without the usage block."""
-        raise UserError(f"{message} (see {self.prog} --help)")
+        fail(f"error: {message} (see {self.prog} --help)", 2)
 
 
 def positive_int(text: str) -> int:
