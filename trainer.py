@@ -263,15 +263,17 @@ class Trainer:
 
     def report_skipped(self) -> None:
         """At the end of an epoch: name the images that could not be read in it, and count the samples they were to give."""
-        for failure in self.skipped:
-            tqdm.write(f"warning: {failure}", file=sys.stderr)
-        if self.skipped:
-            tqdm.write(
-                f"epoch {self.epoch + 1}: {len(self.skipped)} images could not be read; others took their place in "
-                f"{self.skipped.total()} samples"
-            )
-        self.unreadable |= set(self.skipped)
+        skipped = Counter(distributed.join(list(self.skipped.elements())))
+        self.unreadable |= set(skipped)
         self.skipped.clear()
+        if not skipped or not distributed.is_main():
+            return
+        for failure in skipped:
+            tqdm.write(f"warning: {failure}", file=sys.stderr)
+        tqdm.write(
+            f"epoch {self.epoch + 1}: {len(skipped)} images could not be read; others took their place in "
+            f"{skipped.total()} samples"
+        )
 
     def check_finite(self, value: float) -> None:
         """Raises UserError where a loss or score is no number any more."""
