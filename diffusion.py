@@ -212,7 +212,9 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             GroupNorm(32, channels), nn.SiLU(), _zero(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
-        self.to(memory_format=torch.channels_last)
+        for parameter in self.parameters():
+            if parameter.dim() == 4:  # Module.to would swap fake tensors, which other references forbid
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def normalize_within(self, window: int) -> None:
         """Let every `GroupNorm` measure, in evaluation, over windows of `window` latents; 0: over the whole map."""

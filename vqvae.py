@@ -258,7 +258,9 @@ class VQVAE(nn.Module):
             self.inputs.append(_centre_tap(code_plus_above))
             self.decoders.append(_residual_stack(hidden_channels, res_channels, nb_res_layers))
             self.ups.append(_centre_tap(down.t()))
-        self.to(memory_format=torch.channels_last)
+        for parameter in self.parameters():
+            if parameter.dim() == 4:  # Module.to would swap fake tensors, which other references forbid
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def encode(self, x: Tensor) -> Tensor:
         """Features of the finest level before quantisation: (N, C, H, W) to (N, hidden_channels, H', W').
