@@ -183,13 +183,15 @@ def noise_and_bias(
     return {name: ErrorSplit.pooled(own) for name, own in splits.items()}, spectra
 
 
-def report_case(batch: Batch, restored: np.ndarray, calibration: Calibration | None, *, bm3d: bool) -> ReportCase:
-    """An image of the page: low dose, BM3D where it is there, restored, and the expected error."""
+def report_case(
+    batch: Batch, restored: np.ndarray, calibration: Calibration | None, classical: np.ndarray | None
+) -> ReportCase:
+    """An image of the page: low dose, BM3D (H, W) where it is there, restored, and the expected error."""
     noise = NoiseModel.from_level(float(batch.level[0]))
     clean, low, mask = (v[0, 0].cpu().numpy() for v in (batch.clean, batch.degraded, batch.mask))
     images = {INPUT: low}
-    if bm3d:
-        images[BM3D] = vst_bm3d(low, noise)
+    if classical is not None:
+        images[BM3D] = classical
     images[RESTORED] = restored
     truth, inside = torch.from_numpy(clean)[None], torch.from_numpy(mask)[None]
     labels = {}
@@ -274,19 +276,26 @@ def restore_test_set(
 
     # without noise there is no error to expect, and real pairs are of a noise that nobody has told
     simulated = hps.noise_level > 0 and "real" not in test_set.noise
+    shown = set(spread(len(test_set), CASES))
     collector = None
     if simulated and len(validation_set.patients()) < 2:
         print("no expected error: its calibration takes the images of two validation patients at least")
     elif simulated:
-        shown = set(spread(len(test_set), CASES))
         calibration = calibrate(default, validation_set, progress=progress)
         collector = Collector(
             calibration, evaluation_folder(args, args.load_path), shown, ".jpg" if args.save_jpg else ".png"
         )
     cases = []
+    kept: dict[int, np.ndarray] = {}  # BM3D of shown images, which table and page both want
 
     def classical(batch: Batch) -> np.ndarray:
-        return vst_bm3d(batch.degraded[0, 0].cpu().numpy(), NoiseModel.from_level(float(batch.level[0])))
+        index = batch.meta[0].key.index
+        if index in kept:
+            return kept[index]
+        image = vst_bm3d(batch.degraded[0, 0].cpu().numpy(), NoiseModel.from_level(float(batch.level[0])))
+        if index in shown:
+            kept[index] = image
+        return image
 
     def restore_default(batch: Batch) -> Tensor:
         if default.stabilized:  # as main-restore.py does, edges taken apart
@@ -296,8 +305,9 @@ def restore_test_set(
             pixels = restore(default, batch)[0, 0].clamp(0, 1).float().cpu().numpy()
         if collector is not None:
             collector.add(batch, pixels)
-        if not args.no_save and batch.meta[0].key.index in spread(len(test_set), CASES):
-            cases.append(report_case(batch, pixels, collector and collector.calibration, bm3d=bm3d_is_there()))
+        if not args.no_save and batch.meta[0].key.index in shown:
+            rival = classical(batch) if bm3d_is_there() else None
+            cases.append(report_case(batch, pixels, collector and collector.calibration, rival))
         return torch.from_numpy(pixels)[None, None]
 
     restored = f"restored, DDIM {hps.ddim_steps}"

@@ -464,7 +464,7 @@ class LatentDiffusion(nn.Module):
         error, shares = torch.zeros(knots), torch.zeros(knots)
         for (clean, degraded), level in zip(pairs, levels, strict=True):
             share = self._knots(level).cpu()
-            base = self._view(degraded, level.log2()).base
+            base = self.view(degraded, level).base
             squared = (base - clean).square().mean((1, 2, 3))
             error += share.t() @ squared.cpu()
             shares += share.sum(0)
@@ -513,10 +513,7 @@ class LatentDiffusion(nn.Module):
 
     def view(self, cond: Tensor, level: Tensor | None = None) -> ConditioningView:
         """What the network sees of a conditioning latent (N, C, H, W), normalised, at every timestep alike; see `predict`."""
-        return self._view(cond.float(), self._log_level(cond, level))
-
-    def _view(self, cond: Tensor, log_level: Tensor) -> ConditioningView:
-        """How the network meets a degraded latent (N, C, H, W), normalised."""
+        cond, log_level = cond.float(), self._log_level(cond, level)
         with torch.autocast(cond.device.type, enabled=False):
             if self.precondition == "none":
                 return ConditioningView(cond, None, log_level)
@@ -578,7 +575,7 @@ class LatentDiffusion(nn.Module):
         SNR times in eps, SNR + 1 times in v, once in x0.
         """
         x = self.q_sample(x_start, t, noise)
-        view = self._view(cond, self._log_level(x, level))
+        view = self.view(cond, level)
         output = self._network(x, t, view)
         abar = self.alphas_cumprod[t]
         snr = abar / (1 - abar)

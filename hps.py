@@ -1,7 +1,8 @@
 """Every hyperparameter of both stages: `HPS_VQVAE[task]` and `HPS_DIFFUSION[task]`.
 
 Tasks: `cbis-ddsm` (the reference values), `phantom` (small, data made on the fly), `folder` (any folder of mammograms, at
-the reference values) and `folder-small` (a narrower model on crops, for two CPU cores). Any entry can be overridden from
+the reference values), `folder-small` (a narrower model on crops, for two CPU cores) and `mammogram` (the model in the box).
+Any entry can be overridden from
 the shell with `--hps key=value`; values are read with the type they have here.
 """
 

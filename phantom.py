@@ -338,7 +338,12 @@ def _draw_calcifications(rng: np.random.Generator, anatomy: _Anatomy) -> list[Ca
     return drawn
 
 
-def _pixel_means(centre: float, sigma: float, first: int, last: int) -> np.ndarray:
+def calcification_sigma(diameter: float, pixel: float) -> float:
+    """Sigma in pixels of the Gaussian that a calcification is drawn as; its diameter and the pixel pitch in mm."""
+    return math.hypot(diameter / 2.355, 0.08) / pixel
+
+
+def pixel_means(centre: float, sigma: float, first: int, last: int) -> np.ndarray:
     """A unit-peak Gaussian averaged over pixels first to last - 1, all in pixels."""
     edges = np.arange(first, last + 1) - 0.5
     return sigma * math.sqrt(math.pi / 2.0) * np.diff(erf((edges - centre) / (sigma * math.sqrt(2.0))))
@@ -352,13 +357,13 @@ def add_calcifications(image: np.ndarray, drawn: list[Calcification], pixel: flo
     height, width = image.shape
     found = []
     for c in drawn:
-        row, column, sigma = c.row / pixel - 0.5, c.column / pixel - 0.5, math.hypot(c.diameter / 2.355, 0.08) / pixel
+        row, column, sigma = c.row / pixel - 0.5, c.column / pixel - 0.5, calcification_sigma(c.diameter, pixel)
         if not (0.0 <= row <= height - 1.0 and 0.0 <= column <= width - 1.0):
             continue
         reach = math.ceil(4.0 * sigma) + 1
         r0, r1 = max(0, round(row) - reach), min(height, round(row) + reach + 1)
         c0, c1 = max(0, round(column) - reach), min(width, round(column) + reach + 1)
-        blob = c.contrast * np.outer(_pixel_means(row, sigma, r0, r1), _pixel_means(column, sigma, c0, c1))
+        blob = c.contrast * np.outer(pixel_means(row, sigma, r0, r1), pixel_means(column, sigma, c0, c1))
         window, core = image[r0:r1, c0:c1], blob > 0.1 * blob.max()
         # Film saturates at 1, so contrast is what headroom the surround leaves.
         blob *= min(1.0, ((1.0 - window[core]) / blob[core]).min())

@@ -372,8 +372,8 @@ def restore_image(
         return torch.cat([bright, dark], 1)
 
     multiple = restorer.scale
-    sides = (tile, tile) if tile else restorer.tile
-    tiles = tuple(max(2, math.ceil(side / multiple)) * multiple for side in sides)
+    wanted = (tile, tile) if tile else restorer.tile
+    tiles = tuple(max(2, math.ceil(side / multiple)) * multiple for side in wanted)
     scaled = torch.from_numpy(image * np.float32(factor))[None, None]
     sides = None
     if told is not None:

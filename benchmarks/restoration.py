@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
-from scipy.special import erf
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -61,7 +60,7 @@ from metrics import (
     ms_ssim,
     noise_power_spectrum,
 )
-from phantom import FILM_HEIGHT_MM, Calcification, Phantom, generate_phantom
+from phantom import FILM_HEIGHT_MM, Calcification, Phantom, calcification_sigma, generate_phantom, pixel_means
 from prepared import Record
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from restoration import SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer, restore_image
@@ -77,7 +76,6 @@ MUSCLE = 1 / 3  # of a breast's rows, from the top: where the pectoral muscle is
 PATCH = 64  # pixels a side of the residuals whose spectrum is taken
 PHANTOM_SHAPE = (1, 1024, 768)
 PHANTOM_SEED = 2  # that of the test split
-PHANTOM_BLUR_MM = 0.08  # `phantom.py` draws a calcification that much wider
 DIAMETERS = (1.0, 3.0)  # pixels
 SHARES = (
     1.0,
@@ -594,13 +592,12 @@ def spectrum_table(frequencies: np.ndarray, power: dict[str, np.ndarray]) -> str
 def faded(image: np.ndarray, calcifications: Sequence[Calcification], share: float, pixel_mm: float) -> np.ndarray:
     """A phantom's image (H, W) with its calcifications at a `share` of their contrast."""
 
-    def profile(centre: float, sigma: float, size: int) -> np.ndarray:
-        return np.diff(erf((np.arange(size + 1) - 0.5 - centre) / (sigma * np.sqrt(2))))
-
     result = image.astype(np.float64)
     for c in calcifications:
-        sigma = np.hypot(c.diameter / 2.355, PHANTOM_BLUR_MM / pixel_mm)
-        blob = np.outer(*(profile(at, sigma, size) for at, size in zip((c.row, c.column), image.shape, strict=True)))
+        sigma = calcification_sigma(c.diameter * pixel_mm, pixel_mm)
+        blob = np.outer(
+            *(pixel_means(at, sigma, 0, size) for at, size in zip((c.row, c.column), image.shape, strict=True))
+        )
         result -= (1 - share) * c.contrast * blob / blob.max()
     return result.clip(0, 1).astype(np.float32)
 

@@ -23,7 +23,7 @@ EDGE_REACH = 24  # pixels around such an edge in which its two sides are told ap
 class Sides:
     """Where an image (H, W) has edges to take apart, and what each side goes on as where the other one is.
 
-    Away from edges, where neither `near` nor filled, both sides are the image itself.
+    Out of reach of edges both sides are the image itself.
     """
 
     is_bright: np.ndarray  # (H, W) bool: which of the two a pixel belongs to

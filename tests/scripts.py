@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import re
 import shlex
 import subprocess
 import sys
@@ -47,8 +48,8 @@ def shell(script, line):
 
 
 def load_script(script):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(script.replace("-", "_"), ROOT / f"{script}.py")
+    """A script, by its path without suffix, as a module."""
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", script), ROOT / f"{script}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

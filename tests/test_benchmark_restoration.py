@@ -3,8 +3,6 @@
 import dataclasses
 import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,15 +20,12 @@ from metrics import (
     noise_power_spectrum,
 )
 from phantom import FILM_HEIGHT_MM, Calcification, generate_phantom
+from scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def bench():
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "restoration.py"
-    spec = importlib.util.spec_from_file_location("benchmark_restoration", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/restoration")
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------

@@ -1,10 +1,7 @@
 """`benchmarks/plan.py` against closed forms."""
 
-import importlib.util
 import math
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusion import UNet
 from hps import HPS_DIFFUSION, HPS_VQVAE
+from scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def plan():
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "plan.py"
-    spec = importlib.util.spec_from_file_location("benchmark_plan", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/plan")
 
 
 def small(plan, stage, **changes):
