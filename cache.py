@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from helper import ImageError, UserError, atomic_path, one_line, seeded_generator, worker_count
 from prepared import LEVELS, Grid, Prepared, Record, prepare_record
+from stopping import left_to_the_main_process
 
 CACHE_FORMAT = 1  # raised when the layout of an entry changes, or what `prepare_record` makes of an image
 _LEFT_OVER_SECONDS = 3600  # a temporary file this old belongs to a build that was killed
@@ -69,6 +70,7 @@ class PreparedCache:
             batch_size=None,
             generator=seeded_generator("workers"),  # else it draws a seed from the global generator
             num_workers=worker_count(min(workers, len(missing))),
+            worker_init_fn=left_to_the_main_process,
         )
         for index, failure in tqdm(loader, desc="preparing", disable=not progress, unit="image"):
             if failure:

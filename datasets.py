@@ -40,6 +40,7 @@ from prepared import Prepared, Record, prepare_record
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.sides import least_step, part_sides
 from preprocessing.stabilize import stabilize, unstabilize
+from stopping import left_to_the_main_process
 
 SPLITS = ("train", "validation", "test")
 FAINTEST, BRIGHTEST = 0.01, 0.6  # contrast of calcifications drawn on training crops
@@ -162,8 +163,9 @@ class Batch:
 class KeyedSampler(Sampler[SampleKey]):
     """Yields a `SampleKey` for every index of an epoch, in an order that depends on seed and epoch alone.
 
-    `limit` keeps the first `count` of them. Of several `processes` each takes its share of every `batch_size` samples in a
-    row: process `rank` the `rank`-th part, all parts alike to one sample, and at least one, if only one that does not count.
+    `limit` keeps the first `count` of them; `set_epoch` may leave out those that an epoch has seen already. Of several
+    `processes` each takes its share of every `batch_size` samples in a row: process `rank` the `rank`-th part, all parts alike
+    to one sample, and at least one, if only one that does not count.
     """
 
     def __init__(
@@ -180,11 +182,11 @@ class KeyedSampler(Sampler[SampleKey]):
         self.length, self.seed, self.shuffle = length, seed, shuffle
         self.count = length if limit is None else min(limit, length)  # samples of an epoch, of all processes
         self.batch_size, self.rank, self.processes = batch_size, rank, processes
-        self.epoch = 0
+        self.epoch = self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration takes."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch whose order the next iteration takes, and the position in it that it starts from."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return sum(max(1, len(part)) for part in self._parts())
@@ -197,12 +199,12 @@ class KeyedSampler(Sampler[SampleKey]):
             for position in part:
                 yield SampleKey(self.epoch, position, order[position])
             if not part:
-                first = batch * self.batch_size
+                first = self.start + batch * self.batch_size
                 yield SampleKey(self.epoch, first, order[first], counts=False)
 
     def _parts(self) -> Iterator[range]:
         """Positions of this process's part of every batch."""
-        for first in range(0, self.count, self.batch_size):
+        for first in range(self.start, self.count, self.batch_size):
             share, extra = divmod(min(self.batch_size, self.count - first), self.processes)
             first += self.rank * share + min(self.rank, extra)
             yield range(first, first + share + (self.rank < extra))
@@ -235,6 +237,7 @@ def make_loader(
         collate_fn=Batch.collate,
         pin_memory=pin,
         persistent_workers=workers > 0 and limit is None,
+        worker_init_fn=left_to_the_main_process,
     )
 
 

@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import inspect
 import os
-import signal
 import sys
 from typing import Any, NoReturn, TypeVar
 
@@ -62,8 +61,6 @@ def start() -> None:
     dist.init_process_group(backend, store=store, rank=number, world_size=processes, timeout=TIMEOUT)
     if number > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  for as long as the process lives
-    # torchrun ends the others when one has failed: so they clean up behind them
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def use_own_gpu() -> bool:
@@ -147,6 +144,15 @@ def gather(value: Value) -> list[Value]:
 def join(values: list[Value]) -> list[Value]:
     """The lists of all processes, one after the other."""
     return [value for part in gather(values) for value in part]
+
+
+def largest(value: int) -> int:
+    """The largest of the processes' numbers. Waits for the last of them."""
+    if size() == 1:
+        return value
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
 
 
 def sum_scalars(values: dict[str, Tensor]) -> dict[str, float]:

@@ -22,6 +22,8 @@ from helper import (
     atomic_path,
     evaluation_folder,
     format_table,
+    hold,
+    remove_parts,
     warn_of_shared_patients,
     write_json,
     write_text,
@@ -139,6 +141,9 @@ def run_evaluation(
     files and say where they lie. A test patient that `checkpoints` were trained on is named."""
     shared = warn_of_shared_patients(dataset.patients(), args.task, *checkpoints)
     folder = evaluation_folder(args, args.load_path)
+    if folder is not None:
+        hold(folder / ".lock", folder)
+        remove_parts(folder, *(path for path in folder.iterdir() if path.is_dir()))
 
     def provenance() -> dict:
         return {

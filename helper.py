@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import distributed
+import stopping
 from hps import (
     ARCHITECTURE_DIFFUSION,
     ARCHITECTURE_VQVAE,
@@ -49,7 +50,7 @@ except ImportError:  # not a POSIX system: runs are not locked there
 SETTINGS_ADDED = {
     "noise_levels": [], "stabilize": False, "dihedral": False, "native": False, "scale_range": [1.0, 1.0], "phantoms": 0,
     "noise_conditioning": False, "views": 1, "part_edges": False, "calcifications": 0.0,
-    "degrade_on_device": False,
+    "degrade_on_device": False, "checkpoint_minutes": 10.0,
 }  # fmt: skip
 CHECKPOINT_FORMAT = 1  # raised when the layout of a checkpoint changes
 _ROOT = Path(__file__).resolve().parent
@@ -64,6 +65,10 @@ class ImageError(UserError):
     """An image that cannot be used, where others may be."""
 
 
+class DamagedCheckpoint(UserError):
+    """A checkpoint file that is not whole, where the one before it may be."""
+
+
 def one_line(error: Exception | str) -> str:
     """The sentence of an error, on one line whatever the names in it hold."""
     # a loader worker hands its error over wrapped in a traceback: the sentence is what follows the last marker
@@ -72,7 +77,7 @@ def one_line(error: Exception | str) -> str:
 
 
 def run_script(main: Callable[[], None], *, parallel: bool = False) -> None:
-    """Run a script's `main`: what the user can mend becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
+    """Run a script's `main`: what the user can mend becomes one line on stderr and exit status 2, a signal 128 and its number.
 
     Of several processes the first to fail says why. Scripts that are not `parallel` refuse to be one of several.
     """
@@ -80,10 +85,14 @@ def run_script(main: Callable[[], None], *, parallel: bool = False) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names need not be Unicode
     try:
-        _run(main, parallel)
-    except SystemExit as stop:  # also that of a SIGTERM which came while an error was dealt with
+        with stopping.obeyed():
+            _run(main, parallel)
+    except SystemExit as stop:
         _HELD.close()
         distributed.leave(stop.code)
+    except stopping.Stopped as stop:  # it came while an error was dealt with
+        _HELD.close()
+        distributed.leave(stop.status)
     finally:
         _HELD.close()
 
@@ -100,8 +109,8 @@ def _run(main: Callable[[], None], parallel: bool) -> None:
     except OSError as error:
         sentence = f"{error.filename or 'a file'}: {error.strerror or error}; free space, or see that it can be used"
         fail(f"error: {one_line(sentence)}", 2)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
+    except stopping.Stopped as stop:
+        fail(stop.line, stop.status)
     except Exception as error:
         if str(error).startswith("DataLoader worker"):
             # the cause, where there is one, knows the signal or the status
@@ -311,12 +320,31 @@ def atomic_path(path: Path, flag: str = "--out") -> Iterator[Path]:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
+            _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); free space or choose another {flag}"
         ) from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """See that the names in a folder outlive a power failure, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with contextlib.suppress(OSError):  # some network disks cannot
+                os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_parts(*folders: Path) -> None:
+    """Remove what a killed process had begun to write in `folders`, which this one holds."""
+    for folder in folders:
+        for part in folder.glob(".*.part"):
+            part.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -369,10 +397,14 @@ class Checkpoint:
     best: float  # best validation score so far
     training: dict[str, Any]  # ema, optimizer, scaler and RNG states, seed
     extra: dict[str, Any]  # what a kind adds, e.g. the digest of its first stage
+    seen: int = 0  # samples of the epoch after those completed
+
+
+LAST, PREVIOUS = "last.pt", "previous.pt"
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint atomically."""
+    """Write a checkpoint atomically; a `last.pt` that was there is `previous.pt` then."""
     payload = {"format_version": CHECKPOINT_FORMAT} | {
         field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)
     }
@@ -383,17 +415,69 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         except RuntimeError as error:  # torch's own complaint when a write fails; what the system said stands behind it
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else OSError(str(error).split("\n")[0]) from None
+        if path.name == LAST and path.exists():
+            _keep_as(path, path.with_name(PREVIOUS))
+
+
+def _keep_as(path: Path, name: Path) -> None:
+    """Give a file a second name, or where the file system has no hard links that name alone."""
+    second = name.with_name(f".{name.name}.part")
+    second.unlink(missing_ok=True)
+    try:
+        os.link(path, second)
+    except OSError:
+        path.replace(name)
+        return
+    second.replace(name)
+    second.unlink(missing_ok=True)  # of two names of one file nothing is replaced
+
+
+def checkpoints_in(run: Path) -> list[Path]:
+    """The checkpoints of a run folder, newest first."""
+    others = set(run.glob("*.pt")) - {run / LAST, run / PREVIOUS}
+    newest_first = sorted(others, key=lambda path: (path.stat().st_mtime, path.name), reverse=True)
+    return [path for path in (run / LAST, run / PREVIOUS, *newest_first) if path.is_file()]
 
 
 def load_checkpoint(path: Path, kind: str, *, lazily: bool = False) -> Checkpoint:
     """Read a checkpoint of the given kind onto the CPU; `lazily` leaves on disk what nobody looks at.
 
-    Raises UserError, naming the file, where it is missing, unreadable, of another kind or of another format version.
+    A run folder stands for its newest whole checkpoint. Raises UserError, naming the file, where it is missing, unreadable, of
+    another kind or of another format version.
     """
-    if path.is_dir() and (path / "last.pt").is_file():
-        path = path / "last.pt"  # a run folder stands for its newest checkpoint
+    if not path.is_dir():
+        return _load_checkpoint(path, kind, lazily)
+    files = checkpoints_in(path)
+    if not files:
+        raise UserError(f"{path}: holds no checkpoint; name a .pt file or the folder of a run")
+    for file, before in zip(files, files[1:], strict=False):
+        try:
+            return _load_checkpoint(file, kind, lazily)
+        except DamagedCheckpoint as error:
+            if distributed.is_main():
+                print(f"warning: {str(error).split(';')[0]}; {before} is used instead", file=sys.stderr)
+    return _load_checkpoint(files[-1], kind, lazily)
+
+
+def checkpoint_to_resume(args: argparse.Namespace, kind: str) -> Checkpoint | None:
+    """The checkpoint that --load-path names; None where a training starts anew.
+
+    It does without --load-path, and where that is a run folder of this call (--out) or of an earlier one that ended before its
+    first checkpoint. Raises UserError as `load_checkpoint` does.
+    """
+    path = args.load_path
+    if path is None:
+        return None
+    is_run = path == args.out or (path / "run.json").is_file()
+    if not args.evaluate and is_run and not path.is_file() and not checkpoints_in(path):
+        print(f"{path}: holds no checkpoint yet; the training starts from the beginning")
+        return None
+    return load_checkpoint(path, kind)
+
+
+def _load_checkpoint(path: Path, kind: str, lazily: bool) -> Checkpoint:
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; name a .pt file or a run folder that holds last.pt")
+        raise UserError(f"{path}: no such checkpoint; name a .pt file or the folder of a run")
     try:
         with zipfile.ZipFile(path) as archive:
             # torch compresses nothing: what is compressed may grow past all memory; and it does not look at the checksums
@@ -401,8 +485,9 @@ def load_checkpoint(path: Path, kind: str, *, lazily: bool = False) -> Checkpoin
                 raise ValueError("compressed or damaged")
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a broken file
-        raise UserError(
-            f"{path}: not a readable checkpoint of this project ({type(error).__name__}); use the one before it"
+        raise DamagedCheckpoint(
+            f"{path}: not a readable checkpoint of this project ({type(error).__name__}); use the one before it, as its run "
+            "folder does"
         ) from None
     if not isinstance(payload, dict) or "format_version" not in payload or "kind" not in payload:
         raise UserError(f"{path}: not a checkpoint of this project; train one with main-vqvae.py or main-diffusion.py")
@@ -423,9 +508,9 @@ def load_checkpoint(path: Path, kind: str, *, lazily: bool = False) -> Checkpoin
         checkpoint = Checkpoint(**payload)
         wrong = _wrong_part(checkpoint, path.stat().st_size)
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: parts of the checkpoint are missing; use the one before it") from None
+        raise DamagedCheckpoint(f"{path}: parts of the checkpoint are missing; use the one before it") from None
     if wrong:
-        raise UserError(f"{path}: parts of the checkpoint are damaged ({wrong}); use the one before it")
+        raise DamagedCheckpoint(f"{path}: parts of the checkpoint are damaged ({wrong}); use the one before it")
     return checkpoint
 
 
@@ -444,7 +529,7 @@ def _wrong_part(checkpoint: Checkpoint, size: int) -> str:
         # no width or count is greater than the weights have bytes: to build such a model would take all memory
         if any(isinstance(v, int) and v > size for v in (values if isinstance(values, list) else [values])):
             return f"setting {key}={values}"
-    for name in ("epoch", "step"):
+    for name in ("epoch", "step", "seen"):
         if type(getattr(checkpoint, name)) is not int or getattr(checkpoint, name) < 0:
             return name
     if not isinstance(checkpoint.best, (int, float)):
@@ -519,7 +604,7 @@ def open_run(args: argparse.Namespace, script: str, checkpoint: Path | None = No
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            if (out / "last.pt").exists() and (resumed is None or resumed.resolve() != out.resolve()):
+            if checkpoints_in(out) and (resumed is None or resumed.resolve() != out.resolve()):
                 raise UserError(
                     f"--out {out}: holds a run already; resume it with --load-path {out}, or choose another folder"
                 )
@@ -554,6 +639,7 @@ def hold(path: Path, out: Path) -> None:
     _HELD.callback(file.close)
     if fcntl is None:
         return
+    os.register_at_fork(after_in_child=file.close)  # a loader's worker outlives a killed script for some seconds
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -80,6 +80,7 @@ _LOOP = HParams(
     lr_schedule="cosine",  # to zero at the last step: the last epochs gain most; `constant`: off
     log_frequency=10,  # steps between readings of the loss (each one synchronises with the device)
     checkpoint_frequency=10,  # epochs between kept checkpoints; `last` and `best` are written besides
+    checkpoint_minutes=10.0,  # minutes after which `last` is written inside an epoch too; 0: only at the end of each
     image_frequency=5,  # epochs between sample pictures
     validation_frequency=1,  # epochs between validations
 )
@@ -349,7 +350,7 @@ def check(hps: HParams) -> None:
     for key in positive:
         if key in hps and not hps[key] > 0:
             raise ValueError(f"--hps {key}={hps[key]}: must be greater than 0")
-    non_negative = ("mini_batch_size", "crop_size", "nb_workers", "warmup_steps", "nb_res_layers", "beta",
+    non_negative = ("mini_batch_size", "checkpoint_minutes", "crop_size", "nb_workers", "warmup_steps", "nb_res_layers", "beta",
                     "grad_clip_norm", "weight_decay", "phantoms", "ddim_eta", "revive_threshold", "noise_level")  # fmt: skip
     for key in non_negative:
         if key in hps and not hps[key] >= 0:

@@ -18,13 +18,13 @@ from helper import UserError, write_text
 class Logger:
     """Logs scalars and pictures of a run; `folder=None` logs to the console alone.
 
-    `log.csv` has one row a call: step, epoch, split, then a column for every name seen. Rows written after `step` (a run
-    that is resumed from an older checkpoint) are dropped, so that no step stands in it twice. Raises UserError where it
-    cannot be read or written.
+    `log.csv` has one row a call: step, epoch, split, then a column for every name seen. Rows written after `step` and, of
+    validations, after `epoch` (a run that is resumed from an older checkpoint) are dropped, so that nothing stands in it
+    twice. Raises UserError where it cannot be read or written.
     """
 
-    def __init__(self, folder: Path | None, step: int = 0):
-        self.stale = True  # rows on disk may go beyond `step`
+    def __init__(self, folder: Path | None, step: int = 0, epoch: int = 0):
+        self.stale = True  # rows on disk may go beyond `step` and `epoch`
         self.path = folder / "log.csv" if folder else None
         self.columns = ["step", "epoch", "split"]
         self.rows: list[dict[str, str]] = []
@@ -32,9 +32,7 @@ class Logger:
             try:
                 with self.path.open(newline="", encoding="utf-8") as file:
                     reader = csv.DictReader(file)
-                    self.rows = [
-                        row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) <= step
-                    ]
+                    self.rows = [row for row in reader if _is_before(row, step, epoch)]
                     self.columns = list(reader.fieldnames or self.columns)
             except (ValueError, csv.Error):
                 raise UserError(
@@ -42,7 +40,9 @@ class Logger:
                 ) from None
         if step == 0:
             self.rows = []
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None) if folder else None
+        self.writer = (
+            SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None) if folder else None
+        )
 
     def log(self, split: str, step: int, epoch: int, values: Mapping[str, float], echo: bool = True) -> None:
         """Log named scalars of a split at a step; `echo` prints them too."""
@@ -84,3 +84,9 @@ class Logger:
         """Flush what is still held back."""
         if self.writer:
             self.writer.close()
+
+
+def _is_before(row: dict[str, str], step: int, epoch: int) -> bool:
+    """Whether a run that stands at `step`, after `epoch` epochs, has written a row of its log."""
+    name, end = ("epoch", epoch) if row.get("split") == "validation" else ("step", step)
+    return (row.get(name) or "").isdigit() and int(row[name]) <= end

@@ -12,9 +12,9 @@ from datasets import LatentDataset, load_datasets
 from helper import (
     UserError,
     base_parser,
+    checkpoint_to_resume,
     finish_batch,
     get_device,
-    load_checkpoint,
     refuse_torchrun,
     resolve_settings,
     run_script,
@@ -58,7 +58,7 @@ def main() -> None:
         if args.load_path is None:
             raise UserError("--evaluate needs --load-path, the diffusion checkpoint to restore with")
     vqvae, vqvae_checkpoint = load_vqvae(args.vqvae_path)
-    checkpoint = load_checkpoint(args.load_path, "diffusion") if args.load_path else None
+    checkpoint = checkpoint_to_resume(args, "diffusion")
     hps = resolve_settings(
         args, HPS_DIFFUSION, checkpoint=checkpoint, architecture=ARCHITECTURE_DIFFUSION, first_stage=vqvae_checkpoint
     )

@@ -15,9 +15,9 @@ from helper import (
     Checkpoint,
     UserError,
     base_parser,
+    checkpoint_to_resume,
     finish_batch,
     get_device,
-    load_checkpoint,
     load_weights,
     refuse_torchrun,
     resolve_settings,
@@ -104,7 +104,7 @@ def main() -> None:
         refuse_torchrun("--evaluate")
         if args.load_path is None:
             raise UserError("--evaluate needs --load-path, the checkpoint to evaluate")
-    checkpoint = load_checkpoint(args.load_path, "vqvae") if args.load_path else None
+    checkpoint = checkpoint_to_resume(args, "vqvae")
     hps = resolve_settings(args, HPS_VQVAE, checkpoint=checkpoint, architecture=ARCHITECTURE_VQVAE)
     device = get_device(args.cpu, args.cuda)
     torch.manual_seed(args.seed)

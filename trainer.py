@@ -6,6 +6,7 @@ import argparse
 import functools
 import math
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import distributed
+import stopping
 from datasets import Batch, make_loader
 from diffusion import LatentDiffusion, LitEma, NoiseField, sample_latents
 from evaluation import comparison, save_picture
 from helper import (
+    LAST,
     Checkpoint,
     UserError,
     amp_dtype,
@@ -32,6 +35,7 @@ from helper import (
     open_run,
     randn_by_sample,
     record_run,
+    remove_parts,
     rng_state,
     save_checkpoint,
     seed_of,
@@ -47,6 +51,7 @@ from vqvae2_wrapper import VQVAE2Wrapper, from_domain, to_domain
 
 PICTURE_STEPS = 10  # DDIM steps of the sample pictures drawn during training
 GOLDEN = (5**0.5 - 1) / 2  # step of the additive low-discrepancy sequence of "stratified" timesteps
+MOST_SKIPPED = 20  # steps in a row whose loss is no number, after which a training ends
 
 
 @dataclass
@@ -78,6 +83,15 @@ def part_of_mean(weights: Tensor) -> Tensor:
     return own / total.clamp(min=1) * total.sum() / own.sum().clamp(min=1)
 
 
+@dataclass
+class TakenStep:
+    """A step that was taken, or skipped, on the device, and not yet looked at on the host."""
+
+    step: int
+    finite: Tensor  # of the loss of every forward pass in it, and of the norm of the gradient
+    images: list[list[str]]  # of every forward pass
+
+
 class Objective(nn.Module):
     """A stage's loss as a forward pass of its model: what several processes run in parallel."""
 
@@ -93,8 +107,8 @@ class Trainer:
     """Trains one stage: epochs of accumulated, clipped optimiser steps, with validation, pictures and checkpoints.
 
     A stage is a subclass that says what its loss is. `folder=None` saves nothing. The processes of a run (`distributed.py`)
-    share the samples of every batch, and all hold the same weights, averages and codebooks. Raises UserError where a batch
-    cannot be shared evenly.
+    share the samples of every batch, and all hold the same weights, averages and codebooks. A step whose loss or gradient is
+    not finite changes no weight. Raises UserError where a batch cannot be shared evenly.
     """
 
     kind = ""  # of its checkpoints
@@ -133,6 +147,11 @@ class Trainer:
         self.optimizer = self.make_optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         self.epoch, self.step, self.best = 0, 0, math.inf
+        self.seen = 0  # samples of the present epoch, of all processes
+        self.saved_at = time.monotonic()
+        self.signals: list[int] = []  # that ask for an end
+        self.taken: list[TakenStep] = []
+        self.skips, self.skips_in_row = 0, 0  # steps of the epoch that were not finite, and the last ones that were not
         self.unreadable: set[str] = set()  # what was wrong with training images of all epochs
         self.skipped: Counter[str] = Counter()  # training samples of images that could not be read, by what was wrong
         self.logger: Logger | None = None
@@ -190,6 +209,7 @@ class Trainer:
     def validation_batches(self) -> Iterator[Batch]:
         """This process's share of the validation set, one image at a time, on the device."""
         for batch in self.validation_loader:
+            self.stop_if_asked()
             if all(batch.counts):
                 yield batch.to(self.device)
 
@@ -198,33 +218,44 @@ class Trainer:
         return math.ceil(self.loader.sampler.count / self.hps.batch_size)
 
     def fit(self) -> None:
-        """Train from where the state stands to `max_epochs`; raises UserError where the loss is no number any more."""
-        self.logger = Logger(self.folder, self.step)
-        if self.step == 0 and self.epoch == 0:
+        """Train from where the state stands to `max_epochs`.
+
+        Raises UserError where the loss stays no number, and `stopping.Stopped` after a signal, when the step is done and saved.
+        """
+        self.logger = Logger(self.folder, self.step, self.epoch)
+        if self.step == 0:
+            if self.folder is not None:
+                self.save(LAST)  # what is killed in its first epoch can be resumed too
             self.setup()
-        self.objective = distributed.parallel(Objective(self))
+        self.parallelize()
         if self.epoch >= self.hps.max_epochs:
             print(f"already trained for {self.epoch} epochs; raise --epochs to go on")
         try:
-            while self.epoch < self.hps.max_epochs:
-                self.train_epoch()
-                self.epoch += 1
-                self.end_epoch()
+            with stopping.noted() as self.signals:
+                try:
+                    while self.epoch < self.hps.max_epochs:
+                        self.train_epoch()
+                        self.end_epoch()
+                except stopping.Stopped as stop:
+                    raise self.stopped(stop) from None
         finally:
             self.logger.close()
 
+    def parallelize(self) -> None:
+        """Make the objective of the model as it stands, which the processes share."""
+        self.objective = distributed.parallel(Objective(self))
+
     def train_epoch(self) -> None:
-        """One pass over the training set: `mini_batch_size` samples at a time, a step every `batch_size` of them.
+        """The rest of a pass over the training set: `mini_batch_size` samples at a time, a step every `batch_size` of them.
 
         These are samples of all processes; each sees its share of them, and weighs it by its share of the step's.
         """
         self.model.train()
-        self.loader.sampler.set_epoch(self.epoch)
-        if distributed.size() > 1:  # dropout, which is not keyed by sample, must differ between the processes
-            torch.manual_seed(seed_of("process", self.seed, self.epoch, distributed.rank()))
-        samples, total = self.loader.sampler.count, self.steps_per_epoch * self.hps.max_epochs
+        self.loader.sampler.set_epoch(self.epoch, self.seen)
+        samples, total = self.loader.sampler.count - self.seen, self.steps_per_epoch * self.hps.max_epochs
         bar = tqdm(
             total=self.steps_per_epoch,
+            initial=self.steps_per_epoch - math.ceil(samples / self.hps.batch_size),
             desc=f"epoch {self.epoch + 1}",
             unit="step",
             leave=False,
@@ -232,8 +263,12 @@ class Trainer:
         )
         seen = 0
         logs: dict[str, Tensor] = {}
+        finite: list[Tensor] = []
+        images: list[list[str]] = []
         self.optimizer.zero_grad(set_to_none=True)
         for batch in self.loader:
+            if not finite:  # dropout is not keyed by sample, but by step and process
+                torch.manual_seed(seed_of("step", self.seed, self.step, distributed.rank()))
             group = min(self.hps.batch_size, samples - seen // self.hps.batch_size * self.hps.batch_size)
             share = sum(batch.counts) / group
             seen += min(self.mini_batch, samples - seen)
@@ -247,19 +282,82 @@ class Trainer:
                 self.scaler.scale(result.loss * (share * distributed.size())).backward()
             for name, value in result.logs.items():
                 logs[name] = logs.get(name, 0) + value.detach() * share
+            finite.append(result.loss.detach().isfinite())
+            images.append([meta.path for meta in batch.meta if meta.key.counts])
             if not completes_step:
                 continue
-            self.optimizer_step(total)
+            finite.append(self.optimizer_step(total))
+            self.taken.append(TakenStep(self.step, torch.stack(finite), images))
+            self.seen += group
             bar.update()
             if self.step % self.hps.log_frequency == 0 or seen >= samples:
                 values = distributed.sum_scalars(logs)
-                self.check_finite(values["loss"])
                 values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
                 self.logger.log("train", self.step, self.epoch + 1, values, echo=seen >= samples)
                 bar.set_postfix(loss=f"{values['loss']:.4g}")
-            logs = {}
+            if self.step % min(self.hps.log_frequency, MOST_SKIPPED) == 0:
+                self.look_at_steps()
+            logs, finite, images = {}, [], []
+            self.stop_if_asked()
+            if self.should_save():
+                self.save(LAST)
         bar.close()
+        self.look_at_steps()
         self.report_skipped()
+
+    def look_at_steps(self) -> None:
+        """Find those of the steps since the last look that were skipped, and name their images.
+
+        Raises UserError after `MOST_SKIPPED` in a row.
+        """
+        skipped: dict[int, list[str]] = {}
+        if self.taken:
+            flags = iter(torch.cat([taken.finite for taken in self.taken]).tolist())
+        for taken in self.taken:
+            *passes, norm = (next(flags) for _ in taken.finite)
+            if not (all(passes) and norm):
+                named = [paths for paths, finite in zip(taken.images, passes, strict=True) if all(passes) or not finite]
+                skipped[taken.step] = sum(named, [])
+        parts = distributed.gather(skipped)
+        for step in [taken.step for taken in self.taken]:
+            # a process whose own loss is finite names all of its images: those of the others tell more
+            named = [(all(part), path) for part in parts for path in part.get(step, [])]
+            self.skips_in_row = self.skips_in_row + 1 if named else 0
+            self.skips += bool(named)
+            if named and distributed.is_main():
+                paths = list(dict.fromkeys(path for _, path in named))
+                more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+                tqdm.write(
+                    f"warning: step {step} skipped, its loss is not finite: {', '.join(paths[:4])}{more}",
+                    file=sys.stderr,
+                )
+            if self.skips_in_row == MOST_SKIPPED:
+                kept = f"; {self.folder / LAST} is from before" if self.folder else ""
+                raise UserError(
+                    f"the loss is not finite in {MOST_SKIPPED} steps in a row, at step {step}{kept}; lower --hps learning_rate or "
+                    "pass --no-amp"
+                )
+        self.taken.clear()
+
+    def should_save(self) -> bool:
+        """Whether it is time for a checkpoint inside an epoch, and the last step was finite: else the weights may be bad."""
+        if self.folder is None or not 0 < self.hps.checkpoint_minutes * 60 < time.monotonic() - self.saved_at:
+            return False
+        return bool(self.taken[-1].finite.all()) if self.taken else not self.skips_in_row
+
+    def stop_if_asked(self) -> None:
+        """Raises `stopping.Stopped` in all processes of the run where one of them has got a signal."""
+        if number := distributed.largest(self.signals[0] if self.signals else 0):
+            raise stopping.Stopped(number)
+
+    def stopped(self, stop: stopping.Stopped) -> stopping.Stopped:
+        """Save, once nothing is under way any more; what says so."""
+        where = f" after step {self.step}"
+        if self.folder is not None:
+            self.save(LAST)
+            where += f": checkpoint written to {self.folder / LAST}; go on with --load-path {self.folder}"
+        distributed.gather(None)  # torchrun ends all of them when the first has ended
+        return stopping.Stopped(stop.number, where)
 
     def report_skipped(self) -> None:
         """At the end of an epoch: name the images that could not be read in it, and count the samples they were to give."""
@@ -275,54 +373,66 @@ class Trainer:
             f"{skipped.total()} samples"
         )
 
-    def check_finite(self, value: float) -> None:
-        """Raises UserError where a loss or score is no number any more."""
-        if not math.isfinite(value):
-            raise UserError(
-                f"the loss is no longer finite at step {self.step}; lower --hps learning_rate or pass --no-amp"
-            )
+    def optimizer_step(self, total: int) -> Tensor:
+        """Clip the accumulated gradients and update the weights; `total` steps make the whole run.
 
-    def optimizer_step(self, total: int) -> None:
-        """Clip the accumulated gradients and update the weights; `total` steps make the whole run."""
+        Returns whether the gradient was finite, () bool on the device; where it was not, no weight has changed.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.hps, self.step, total)
         self.scaler.unscale_(self.optimizer)
-        if self.hps.grad_clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.hps.grad_clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.hps.grad_clip_norm or math.inf)
+        finite = norm.detach().isfinite()
+        if self.scaler.is_enabled():  # it looks itself, and finds its scale by steps that are not finite
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            finite = torch.ones_like(finite)
+        else:
+            self.optimizer.found_inf = (~finite).float()  # fused optimisers skip the step on the device
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.after_step()
+        return finite
 
     def end_epoch(self) -> None:
-        """Validate, draw a sample picture and save, as often as the settings say."""
-        last = self.epoch == self.hps.max_epochs
+        """Count the epoch; validate, draw a sample picture and save, as often as the settings say."""
+        epoch = self.epoch + 1
+        last = epoch == self.hps.max_epochs
         improved = False
-        if last or self.epoch % self.hps.validation_frequency == 0:
+        if last or epoch % self.hps.validation_frequency == 0:
             self.model.eval()
             values = self.validate()
-            self.check_finite(values["score"])
+            if not math.isfinite(values["score"]):
+                raise UserError(
+                    f"the validation of epoch {epoch} is not finite; lower --hps learning_rate or pass --no-amp"
+                )
             improved = values["score"] < self.best
             self.best = min(self.best, values["score"])
-            self.logger.log("validation", self.step, self.epoch, values)
+            self.logger.log("validation", self.step, epoch, values)
+        if self.skips and distributed.is_main():
+            tqdm.write(f"epoch {epoch}: {self.skips} steps were skipped, their loss was not finite")
+        self.epoch, self.seen, self.skips = epoch, 0, 0
         if self.folder is None:
             return
-        names = ["last.pt"]
-        if self.epoch % self.hps.checkpoint_frequency == 0:
-            names.append(f"epoch-{self.epoch:04d}.pt")
-        if improved:
-            names.append("best.pt")
-        checkpoint = self.checkpoint()
-        for name in names:
-            save_checkpoint(self.folder / name, checkpoint)
         if last or self.epoch % self.hps.image_frequency == 0:
             self.model.eval()
             picture = self.picture()
             save_picture(picture, self.folder / "samples" / f"epoch-{self.epoch:04d}{self.picture_suffix}")
             self.logger.picture("samples", picture, self.step)
+        names = ["best.pt"] if improved else []
+        if self.epoch % self.hps.checkpoint_frequency == 0:
+            names.append(f"epoch-{self.epoch:04d}.pt")
+        self.save(*names, LAST)  # which ends the epoch: what is killed before does all of the above again
 
     # --- state ---
+
+    def save(self, *names: str) -> None:
+        """Write the state as it stands to checkpoints of the run folder."""
+        checkpoint = self.checkpoint()
+        for name in names:
+            save_checkpoint(self.folder / name, checkpoint)
+        self.saved_at = time.monotonic()
 
     def checkpoint(self) -> Checkpoint:
         """Everything a resume needs."""
@@ -334,6 +444,7 @@ class Trainer:
             epoch=self.epoch,
             step=self.step,
             best=self.best,
+            seen=self.seen,
             training={
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -362,7 +473,12 @@ class Trainer:
             raise UserError(
                 f"{path}: its training state does not fit ({error}); train anew without --load-path"
             ) from None
-        self.epoch, self.step, self.best = checkpoint.epoch, checkpoint.step, checkpoint.best
+        self.epoch, self.step, self.best, self.seen = (
+            checkpoint.epoch,
+            checkpoint.step,
+            checkpoint.best,
+            checkpoint.seen,
+        )
 
 
 class VQVAETrainer(Trainer):
@@ -574,6 +690,7 @@ def run_training(
     folder = open_run(args, stage.kind, args.load_path)
     if folder is not None:
         hold(folder / ".lock", folder)
+        remove_parts(folder, folder / "samples")
     trainer = stage(
         args.task,
         hps,

@@ -120,7 +120,7 @@ class VectorQuantizer(nn.Module):
     def update(self, x: Tensor, indices: Tensor, chosen: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One EMA step on (N, D, H, W) vectors with (N, H, W) indices, of the samples where `chosen` (N,) is True.
 
-        Returns how often each entry was used, (K,), over all processes.
+        Vectors that are not finite leave the codebook as it is. Returns how often each entry was used, (K,), over all processes.
         """
         n, d, h, w = x.shape
         vectors = x.permute(0, 2, 3, 1).reshape(-1, d).float()
@@ -130,6 +130,7 @@ class VectorQuantizer(nn.Module):
         sums = torch.zeros_like(self.ema_sum).index_add_(0, flat, vectors * weight[:, None])
         distributed.all_reduce(counts)
         distributed.all_reduce(sums)
+        finite, before = sums.isfinite().all(), [buffer.clone() for buffer in self.buffers()]
         self.ema_count.lerp_(counts, 1 - self.decay)
         self.ema_sum.lerp_(sums, 1 - self.decay)
         total = self.ema_count.sum()
@@ -138,6 +139,8 @@ class VectorQuantizer(nn.Module):
         self.codebook.copy_(self.ema_sum / smoothed[:, None].clamp(min=1e-12))
         if self.revive_threshold > 0:
             self._revive(vectors, (vectors - self.codebook[flat]).square().sum(1) * weight, total / entries, generator)
+        for buffer, old in zip(self.buffers(), before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, old))
         return counts
 
     def _revive(self, vectors: Tensor, error: Tensor, share: Tensor, generator: torch.Generator | None) -> None:

@@ -97,7 +97,13 @@ def main() -> None:
             )  # fmt: skip
             stage.logger = Logger(root)
             stage.logger.stale = True
+            stage.parallelize()
             return stage
+
+        def epoch(stage: DiffusionTrainer) -> float:
+            """Seconds a step of a whole epoch."""
+            stage.seen = 0
+            return seconds(stage.train_epoch) / STEPS
 
         unet = trainer(UNet(**HPS.arguments(UNet)), latents=False)
         rest = {"images": trainer(NoUNet(), latents=False), "extracted latents": trainer(NoUNet(), latents=True)}
@@ -106,8 +112,8 @@ def main() -> None:
             "extracted latents": Ratio("from extracted latents", 0.02),
         }
         for i in range(args.rounds + 1):  # the first round prepares images and makes the optimisers' states
-            outside = {source: seconds(stage.train_epoch) / STEPS for source, stage in rest.items()}
-            whole = seconds(unet.train_epoch) / STEPS
+            outside = {source: epoch(stage) for source, stage in rest.items()}
+            whole = epoch(unet)
             for source, share in shares.items():
                 if i:
                     share.add(outside[source], whole - outside["images"] + outside[source])

@@ -41,7 +41,7 @@ class Silent(dict):
 
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch):
-    monkeypatch.setattr("trainer.Logger", lambda folder, step: Silent())
+    monkeypatch.setattr("trainer.Logger", lambda *where: Silent())
     torch.manual_seed(0)
 
 
@@ -74,7 +74,7 @@ def part(dataset, samples):
 
 def use_sgd(trainer):
     """Unlike Adam's, steps of plain SGD are proportional to the gradient: a wrong weight shows."""
-    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), trainer.hps.learning_rate)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), trainer.hps.learning_rate, fused=True)
     return trainer
 
 
