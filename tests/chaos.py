@@ -58,6 +58,7 @@ PLACES = [
     (VQVAE2Wrapper, "encode", "after"),
     (cache, "prepare_record", "after"),
 ]
+MAINS = {script: load_script(script).main for script in ("main-vqvae", "main-latents", "main-diffusion")}
 STOPS = [signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)]
 
 
@@ -95,7 +96,10 @@ def works() -> list[Work]:
         Work("stage 2", "main-diffusion", f"{TRAINING} {models} --hps checkpoint_minutes=1e-9 {second}", "second"),
         Work("stage 2 of latents", "main-diffusion",
              f"{TRAINING} {models} --latents latents --hps crop_size=0 --out third --load-path third", "third"),
-        Work("evaluation", "main-vqvae", f"{models[26:]} --load-path first --evaluate --no-tqdm --out evaluation", "evaluation"),
+        Work("evaluation of stage 1", "main-vqvae",
+             f"{models[26:]} --load-path first --evaluate --no-tqdm --out evaluation-1", "evaluation-1"),
+        Work("evaluation of stage 2", "main-diffusion",
+             f"{models} --load-path second --evaluate --no-tqdm --out evaluation-2", "evaluation-2"),
     ]  # fmt: skip
 
 
@@ -147,10 +151,11 @@ def live(work: Work, folder: Path, workers: int, end: Callable[[], None]) -> int
         os.dup2(log, 2)
         sys.stdout, sys.stderr = (os.fdopen(i, "w", buffering=1) for i in (1, 2))
         os.chdir(folder)
+        for number in STOPS:
+            signal.signal(number, signal.SIG_DFL)
         sys.argv = [work.script, *arguments(work.script, f"{work.line} --num-workers {workers}")]
-        main = load_script(work.script).main
         end()
-        run_script(main, parallel=True)
+        run_script(MAINS[work.script], parallel=True)
         status = 0
     except SystemExit as stop:
         status = stop.code
