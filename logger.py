@@ -24,25 +24,29 @@ class Logger:
     """
 
     def __init__(self, folder: Path | None, step: int = 0, epoch: int = 0):
-        self.stale = True  # rows on disk may go beyond `step` and `epoch`
+        self.start = step, epoch
+        self.stale = True  # rows on disk may go beyond `start`
         self.path = folder / "log.csv" if folder else None
         self.columns = ["step", "epoch", "split"]
-        self.rows: list[dict[str, str]] = []
-        if self.path and self.path.is_file():
-            try:
-                with self.path.open(newline="", encoding="utf-8") as file:
-                    reader = csv.DictReader(file)
-                    self.rows = [row for row in reader if _is_before(row, step, epoch)]
-                    self.columns = list(reader.fieldnames or self.columns)
-            except (ValueError, csv.Error):
-                raise UserError(
-                    f"{self.path}: not a readable log; remove it to go on without the figures so far"
-                ) from None
-        if step == 0:
-            self.rows = []
+        if self.path:
+            self._rows()  # what cannot be read is said now
         self.writer = (
             SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None) if folder else None
         )
+
+    def _rows(self) -> list[dict[str, str]]:
+        """What is on disk and not stale; nothing is kept in memory, for a run may be long."""
+        if self.start[0] == 0 and self.stale or not self.path.is_file():
+            return []
+        try:
+            with self.path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                rows = [row for row in reader if not self.stale or _is_before(row, *self.start)]
+                if self.stale:
+                    self.columns = list(reader.fieldnames or self.columns)
+        except (ValueError, csv.Error):
+            raise UserError(f"{self.path}: not a readable log; remove it to go on without the figures so far") from None
+        return rows
 
     def log(self, split: str, step: int, epoch: int, values: Mapping[str, float], echo: bool = True) -> None:
         """Log named scalars of a split at a step; `echo` prints them too."""
@@ -53,13 +57,12 @@ class Logger:
             return
         row = {"step": str(step), "epoch": str(epoch), "split": split} | {k: repr(float(v)) for k, v in values.items()}
         new = [name for name in row if name not in self.columns]
-        rewrite = self.stale or bool(new) or not self.path.is_file()
-        self.stale = False
-        self.columns += new
-        self.rows.append(row)
         try:
-            if rewrite:
-                write_text(self.path, self._lines([dict(zip(self.columns, self.columns, strict=True)), *self.rows]))
+            if self.stale or new or not self.path.is_file():
+                rows = [*self._rows(), row]
+                self.columns += new
+                write_text(self.path, self._lines([dict(zip(self.columns, self.columns, strict=True)), *rows]))
+                self.stale = False
             else:
                 with self.path.open("a", newline="", encoding="utf-8") as file:
                     file.write(self._lines([row]))

@@ -229,6 +229,9 @@ def fail_once(self, total):
         open("failed", "w").write(str(time.time()))
         if how == "refuses":
             raise UserError("the second process cannot go on")
+        if how == "is stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, total)
         os._exit(0) if how == "leaves" else os.kill(os.getpid(), signal.SIGKILL)
     return step(self, total)
 
@@ -254,6 +257,21 @@ def test_a_process_that_ends_early_ends_the_run_with_its_reason(how, reason, tmp
     assert done.returncode != 0 and waited < 60
     assert done.stderr.count(reason) >= 1 and done.stderr.count("error: ") <= 1
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "failing.py").write_text(FAILING)
+    done = torchrun(
+        "failing.py", "is stopped", str(ROOT / "main-vqvae.py"), *arguments("main-vqvae", f"{RUN} --out run")
+    )
+    line = "stopped by SIGTERM after step 2: checkpoint written to run/last.pt; go on with --load-path run\n"
+    assert done.returncode != 0 and done.stderr.count(line) == 1
+    assert (load_checkpoint(tmp_path / "run", "vqvae").step, load_checkpoint(tmp_path / "run", "vqvae").seen) == (2, 8)
+    succeed("main-vqvae", "--no-tqdm --load-path run")
+    assert_close(
+        load_checkpoint(tmp_path / "run", "vqvae").model, load_checkpoint(folder / "one", "vqvae").model, "resumed"
+    )
 
 
 def test_an_error_of_all_processes_is_said_once():

@@ -63,7 +63,16 @@ def test_training_writes_its_run_folder_and_nothing_to_stderr(stage, request):
     assert (result.code, result.err) == (0, "")
     events = [name for name in written(folder) if name.startswith("tensorboard/events.out.tfevents")]
     assert len(events) == 1
-    expected = ["best.pt", "epoch-0001.pt", "last.pt", "log.csv", "run.json", "samples/epoch-0001.png", *events]
+    expected = [
+        "best.pt",
+        "epoch-0001.pt",
+        "last.pt",
+        "log.csv",
+        "previous.pt",
+        "run.json",
+        "samples/epoch-0001.png",
+        *events,
+    ]
     assert written(folder) == expected
     log = pd.read_csv(folder / "log.csv")
     assert log[["step", "epoch", "split"]].values.tolist() == [[2, 1, "train"], [2, 1, "validation"]]

@@ -7,7 +7,7 @@ import torch
 
 from datasets import SampleKey, get_dataset
 from diffusion import LatentDiffusion, NoiseField, UNet, sample_latents
-from helper import UserError, load_checkpoint
+from helper import load_checkpoint
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from trainer import DiffusionTrainer, VQVAETrainer, amp_dtype, learning_rate
 from vqvae import VQVAE
@@ -138,14 +138,6 @@ def test_gradient_is_clipped_to_its_norm():
     assert torch.cat(moved).norm() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_loss_that_is_not_finite_stops_the_training():
-    trainer = stage_2(log_frequency=1)
-    with torch.no_grad():
-        next(trainer.model.model.out.parameters()).fill_(math.nan)
-    with pytest.raises(UserError, match="the loss is no longer finite at step 1; lower --hps learning_rate"):
-        trainer.fit()
-
-
 def test_validation_comes_as_often_as_asked_for_and_at_the_end():
     trainer = stage_1(4, max_epochs=5, validation_frequency=2)
     trainer.fit()
@@ -164,6 +156,7 @@ def test_run_keeps_the_checkpoints_asked_for_and_the_best(tmp_path):
         "epoch-0002.pt",
         "epoch-0004.pt",
         "last.pt",
+        "previous.pt",
     ]
     best = load_checkpoint(tmp_path / "best.pt", "vqvae")
     assert (best.epoch, best.best) == (2, -5.0) and load_checkpoint(tmp_path, "vqvae").epoch == 4
