@@ -356,8 +356,8 @@ class Trainer:
         if self.folder is not None:
             self.save(LAST)
             where += f": checkpoint written to {self.folder / LAST}; go on with --load-path {self.folder}"
-        distributed.gather(None)  # torchrun ends all of them when the first has ended
-        return stopping.Stopped(stop.number, where)
+        # none goes before the main one has saved: torchrun ends all of them when the first has ended
+        return stopping.Stopped(stop.number, distributed.gather(where)[0])
 
     def report_skipped(self) -> None:
         """At the end of an epoch: name the images that could not be read in it, and count the samples they were to give."""

@@ -78,7 +78,7 @@ ROWS = r"""
 2 | main-vqvae | --task folder --data-root {images} --hps patient_pattern=(x) | patient_pattern=\(x\): its first group
 2 | main-vqvae | --task folder --data-root {images} --hps patient_pattern=(x | patient_pattern=\(x
 2 | main-vqvae | --load-path {missing} | {missing}: no such checkpoint
-2 | main-vqvae | --load-path {empty} | {empty}: no such checkpoint
+2 | main-vqvae | --load-path {empty} | {empty}: holds no checkpoint
 2 | main-vqvae | --load-path {garbage} | {garbage}: not a readable checkpoint
 2 | main-vqvae | --load-path {void} | {void}: not a readable checkpoint
 2 | main-vqvae | --load-path {code} | {code}: not a readable checkpoint
@@ -147,7 +147,7 @@ ROWS = r"""
 2 | main-diffusion | --vqvae-path {vqvae} --hps attention_levels=2 | --hps attention_levels=\[2\]: channel_mult has 2 levels
 2 | main-diffusion | --vqvae-path {vqvae} --hps ddim_steps=1001 | --hps ddim_steps=1001: more than timesteps=1000
 2 | main-diffusion | --vqvae-path {vqvae} --hps linear_end=1.5 | linear_end
-2 | main-diffusion+ | --vqvae-path {vqvae} --hps learning_rate=1e30 --hps log_frequency=1 --epochs 3 | no longer finite
+2 | main-diffusion+ | --vqvae-path {vqvae} --hps learning_rate=1e30 --batch-size 8 --epochs 3 | is not finite
 2 | main-vqvae | --cuda | not allowed with argument --cpu
 2 | main-vqvae$ | BARE --task phantom --cuda --no-tqdm | --cuda: no CUDA device found
 2 | main-restore$ | BARE {scan} --out x --cuda --no-tqdm | --cuda: no CUDA device found

@@ -268,7 +268,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(folder, tmp_path,
     line = "stopped by SIGTERM after step 2: checkpoint written to run/last.pt; go on with --load-path run\n"
     assert done.returncode != 0 and done.stderr.count(line) == 1
     assert (load_checkpoint(tmp_path / "run", "vqvae").step, load_checkpoint(tmp_path / "run", "vqvae").seen) == (2, 8)
-    succeed("main-vqvae", "--no-tqdm --load-path run")
+    succeed("main-vqvae", f"{RUN} --load-path run")
     assert_close(
         load_checkpoint(tmp_path / "run", "vqvae").model, load_checkpoint(folder / "one", "vqvae").model, "resumed"
     )
