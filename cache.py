@@ -76,9 +76,10 @@ class PreparedCache:
             if failure:
                 self.failures[missing[index].path] = failure
 
-    def load(self, record: Record) -> Prepared:
+    def load(self, record: Record, *, as_levels: bool = False) -> Prepared:
         """A record's image, equal to the last bit to what `prepare_record` makes of it; its sources are not looked at.
 
+        `as_levels` leaves its planes as they are kept: see `intensities`.
         Raises UserError naming the file where the entry is missing or damaged.
         """
         path = self.path(record)
@@ -91,10 +92,11 @@ class PreparedCache:
             raise UserError(
                 f"{path}: not a readable cache entry ({reason}); run again to make it anew, or use --no-cache"
             ) from None
-        images = torch.from_numpy(np.divide(planes, np.float32(LEVELS), dtype=np.float32))
+        levels = torch.from_numpy(planes.astype(np.uint16).view(np.int16))
         bits = np.unpackbits(mask, count=planes[0].size).view(np.bool_).reshape(1, *planes.shape[1:])
-        degraded = None if record.degraded is None else images[1:]
-        return Prepared(images[:1], torch.from_numpy(bits), degraded, {"grid": grid})
+        degraded = None if record.degraded is None else levels[1:]
+        image = Prepared(levels[:1], torch.from_numpy(bits), degraded, {"grid": grid})
+        return image if as_levels else image.as_floats()
 
     def path(self, record: Record) -> Path:
         """The file of a record's entry, there or not."""

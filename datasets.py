@@ -8,7 +8,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
 import distributed
@@ -36,7 +36,7 @@ from helper import (
 from hps import HParams
 from images import dicom_tag, find_images, is_dicom
 from phantom import Calcification, add_calcifications, generate_phantom
-from prepared import Prepared, Record, prepare_record
+from prepared import Prepared, Record, intensities, prepare_record
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.sides import least_step, part_sides
 from preprocessing.stabilize import stabilize, unstabilize
@@ -77,7 +77,7 @@ class PendingNoise:
     """A low dose that the loader leaves to the device to draw."""
 
     level: float
-    state: Tensor  # of the sample's generator, when it is the noise's turn
+    state: bytes  # of the sample's generator, when it is the noise's turn
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Batch:
     """Clean and degraded images (N, C, H, W) in [0, 1], or latents of both; `mask` (N, 1, H, W) is True in the breast.
 
     `level` (N,) is the noise level of each degraded image. Images with `pending` noise are clean in `degraded` until
-    `degrade` is called.
+    `degrade` is called. Training images on their way to the device may be in 16 bits until `to` is called: `intensities`.
     """
 
     clean: Tensor
@@ -107,9 +107,9 @@ class Batch:
             if noise is None:
                 continue
             if device.type == "cpu":
-                generator = torch.Generator().set_state(noise.state)
+                generator = torch.Generator().set_state(torch.frombuffer(bytearray(noise.state), dtype=torch.uint8))
             else:
-                generator = seeded_generator("low dose", noise.state.numpy().tobytes(), device=device)
+                generator = seeded_generator("low dose", noise.state, device=device)
             images[i] = simulate_low_dose(self.clean[i], noise.level, generator)
         return replace(self, degraded=torch.stack(images), pending=[])
 
@@ -127,19 +127,23 @@ class Batch:
         return [meta.key.counts for meta in self.meta]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; the copy does not block where the memory is pinned."""
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+        """The batch on `device`, its images in [0, 1]; the copy does not block where the memory is pinned."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return self._moved(move, lambda image: intensities(move(image)))
 
     def pin_memory(self) -> Batch:
         """The batch in pinned memory (called by DataLoader)."""
-        return self._moved(Tensor.pin_memory)
+        return self._moved(Tensor.pin_memory, Tensor.pin_memory)
 
-    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        clean = move(self.clean)
+    def _moved(self, move: Callable[[Tensor], Tensor], move_image: Callable[[Tensor], Tensor]) -> Batch:
+        clean = move_image(self.clean)
         return replace(
             self,
             clean=clean,
-            degraded=clean if self.degraded is self.clean else move(self.degraded),  # pending: one copy will do
+            degraded=clean if self.degraded is self.clean else move_image(self.degraded),  # pending: one copy will do
             level=move(self.level),
             mask=None if self.mask is None else move(self.mask),
         )
@@ -147,15 +151,18 @@ class Batch:
     @classmethod
     def collate(cls, items: Sequence[Batch]) -> Batch:
         """Join batches of one sample each."""
-        masks = [item.mask for item in items]
+
+        def join(tensors: Iterable[Tensor]) -> Tensor:
+            return default_collate([tensor[0] for tensor in tensors])  # in a worker, into the memory that is sent
+
         pending = [noise for item in items for noise in item.pending or [None]]
-        clean = torch.cat([item.clean for item in items])
+        clean = join(item.clean for item in items)
         return cls(
             clean=clean,
-            degraded=clean if all(pending) else torch.cat([item.degraded for item in items]),
+            degraded=clean if all(pending) else join(item.degraded for item in items),
             meta=[meta for item in items for meta in item.meta],
-            level=torch.cat([item.level for item in items]),
-            mask=None if masks[0] is None else torch.cat(masks),
+            level=join(item.level for item in items),
+            mask=None if items[0].mask is None else join(item.mask for item in items),
             pending=pending if any(pending) else [],
         )
 
@@ -334,25 +341,26 @@ class MammogramDataset(Dataset):
     def whole(self, index: int, realisation: int) -> Batch:
         """A training image uncropped, with noise draw number `realisation` (for latent extraction)."""
         image, meta = self.prepared(index), self.meta(index, SampleKey(0, index, index))
-        return self._sample(image, meta, seeded_generator("realisation", self.seed, realisation, meta.path))
+        return self._sample(image.as_floats(), meta, seeded_generator("realisation", self.seed, realisation, meta.path))
 
     def _sample(self, image: Prepared, meta: Meta, generator: torch.Generator, on_device: bool = False) -> Batch:
-        """The sample of an image; `on_device` leaves a simulated low dose to `Batch.degrade`."""
+        """The sample of an image; `on_device` leaves a simulated low dose to `Batch.degrade` and sends no mask."""
         meta.info.update(image.info)
         degraded, level, pending = image.degraded, self.hps.noise_level, []
         if degraded is None:
             if self.train and self.hps.noise_levels:
                 level = log_uniform(*self.hps.noise_levels, generator)
             if on_device:
-                degraded, pending = image.clean, [PendingNoise(level, generator.get_state())]
+                degraded, pending = image.clean, [PendingNoise(level, generator.get_state().numpy().tobytes())]
             else:
                 degraded = simulate_low_dose(image.clean, level, generator)
         level = torch.tensor([float(level)])
-        return Batch(image.clean[None], degraded[None], [meta], level, image.mask[None], pending)
+        mask = None if on_device else image.mask[None]  # no training step looks at it
+        return Batch(image.clean[None], degraded[None], [meta], level, mask, pending)
 
     def _augment(self, image: Prepared, generator: torch.Generator) -> Prepared:
         """A random crop, mirrored half of the time; its noise is drawn after it."""
-        parts = [image.clean, image.mask, image.clean if image.degraded is None else image.degraded]
+        parts = [part for part in (image.clean, image.mask, image.degraded) if part is not None]
         if size := self.hps.crop_size:
             side = size
             if image.degraded is None and self.hps.scale_range[0] < self.hps.scale_range[1]:
@@ -371,11 +379,11 @@ class MammogramDataset(Dataset):
             parts = [oriented(part, orientation) for part in parts]
         elif self.hps.flip and torch.rand((), generator=generator) < 0.5:
             parts = [part.flip(-1) for part in parts]
-        clean, mask, degraded = parts
+        clean, mask, *degraded = parts
         share = 0.0 if image.degraded is not None else self.hps.calcifications
         if share and torch.rand((), generator=generator) < share:
             clean = calcified(clean, mask, generator)
-        return Prepared(clean, mask, None if image.degraded is None else degraded)
+        return Prepared(clean, mask, *degraded)
 
 
 def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
@@ -503,6 +511,12 @@ class RecordDataset(MammogramDataset):
         real = any(record.degraded for record in self.records)
         return "real low-dose pairs" if real else super().noise
 
+    @property
+    def sends_levels(self) -> bool:
+        """Whether training images go to the device as the cache keeps them, half the bytes: where nothing is computed here."""
+        computes = ("crop_size", "part_edges", "calcifications", "phantoms")
+        return self.train and self.degrade_on_device and not any(self.hps[name] for name in computes)
+
     def image_count(self) -> int:
         return len(self.records) + (self.phantoms.image_count() if self.train else 0)
 
@@ -512,7 +526,7 @@ class RecordDataset(MammogramDataset):
         record = self.records[index]
         if self.cache is None:
             return prepare_record(record, self.hps.image_shape, self.hps.native)
-        return self.cache.load(record)
+        return self.cache.load(record, as_levels=self.sends_levels)
 
     def leave_out_unreadable(self, progress: bool = True) -> None:
         """Read every image; leave out what cannot be read, with a line on stderr each.

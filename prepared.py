@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -113,12 +113,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image on the training grid."""
+    """An image on the training grid; its planes in [0, 1], or as the cache holds them: see `intensities`."""
 
-    clean: Tensor  # (C, H, W) in [0, 1]
+    clean: Tensor  # (C, H, W)
     mask: Tensor  # (1, H, W) bool, True in the breast
     degraded: Tensor | None = None  # (C, H, W): a real low-dose image in place of the simulation
     info: dict = field(default_factory=dict)
+
+    def as_floats(self) -> Prepared:
+        """The image with its planes in [0, 1]."""
+        degraded = None if self.degraded is None else intensities(self.degraded)
+        return replace(self, clean=intensities(self.clean), degraded=degraded)
 
 
 def prepare_record(record: Record, image_shape: Sequence[int], native: bool = False) -> Prepared:
@@ -144,6 +149,17 @@ def prepare_record(record: Record, image_shape: Sequence[int], native: bool = Fa
             )
         degraded = _rounded(grid.apply(low))
     return Prepared(clean, breast_mask(clean), degraded, {"grid": grid})
+
+
+def intensities(levels: Tensor) -> Tensor:
+    """Float32 images in [0, 1] from 16-bit ones of full scale `LEVELS`, the same bits on any device; floats stay.
+
+    The bits are unsigned; their type is int16, which torch mirrors five times as fast as uint16.
+    """
+    if levels.is_floating_point():
+        return levels
+    images = levels.view(torch.uint16).float()
+    return images.div_(images.new_full((), LEVELS))  # CUDA would multiply by a number's reciprocal, rounded
 
 
 def _rounded(image: np.ndarray) -> Tensor:

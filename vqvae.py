@@ -21,6 +21,7 @@ import distributed
 
 LOOKUP_ROWS = 2048  # rows of the distance matrix held at once in a codebook lookup: what a core's cache holds ...
 LOOKUP_ROWS_GPU = 65536  # ... and what keeps a GPU busy
+LOOKUP_BLOCK = 32  # distances that are compared at once
 
 
 def _centre_tap(matrix: Tensor, kernel_size: int = 3) -> nn.Conv2d:
@@ -83,8 +84,18 @@ class VectorQuantizer(nn.Module):
         bias = 0.5 * self.codebook.pow(2).sum(1)
         # argmin ||v - e||^2 = argmin ||e||^2 / 2 - v.e, in chunks: no M x K matrix is kept
         size = LOOKUP_ROWS if vectors.device.type == "cpu" else LOOKUP_ROWS_GPU
-        chunks = [torch.addmm(bias, rows, self.codebook.t(), alpha=-1).argmin(1) for rows in vectors.split(size)]
-        return torch.cat(chunks)
+        indices = torch.empty_like(vectors[:, 0], dtype=torch.int64)
+        # one chunk's memory serves all: fresh pages for each would cost as much as its product
+        distances = vectors.new_empty(min(size, len(vectors)), len(bias))
+        width = math.gcd(len(bias), LOOKUP_BLOCK)
+        for rows, nearest in zip(vectors.split(size), indices.split(size), strict=True):
+            torch.addmm(bias, rows, self.codebook.t(), alpha=-1, out=distances[: len(rows)])
+            # amin is vectorised on the CPU, argmin is not: first the block of the least, then its place in it
+            blocks = distances[: len(rows)].unflatten(1, (-1, width))
+            block = blocks.amin(2).argmin(1)
+            within = blocks[torch.arange(len(rows), device=block.device), block].argmin(1)
+            torch.add(within, block, alpha=width, out=nearest)
+        return indices
 
     def embed(self, indices: Tensor) -> Tensor:
         """Entries at (N, H, W) indices as (N, D, H, W)."""

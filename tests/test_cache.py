@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import cache
 from cache import PreparedCache
-from datasets import SampleKey, get_datasets, load_datasets
+from datasets import Batch, RecordDataset, SampleKey, get_datasets, load_datasets
 from helper import UserError, base_parser
 from hps import HPS_VQVAE, TASKS
-from prepared import Record, prepare_record
+from prepared import Record, intensities, prepare_record
 from test_scripts import assert_same, call, load
 from trees import breast, own_case_files, write_case_files, write_tcia
 
@@ -108,6 +109,35 @@ def test_samples_are_the_same_with_and_without(tmp_path):
             assert torch.equal(one.mask, other.mask) and one.meta == other.meta
             one.clean.zero_(), other.clean.zero_()  # what is handed out may be written to
     assert len(contents(tmp_path / "cache")) == 6
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_sent_in_16_bits_are_the_same_on_the_device(built, records, workers):
+    hps = HPS_VQVAE["folder"].updated(image_shape=list(SHAPE), crop_size=0, batch_size=4)
+    plain, sent = (
+        RecordDataset(records, hps.updated(degrade_on_device=on), "train", cache=built) for on in (False, True)
+    )
+    keys = [SampleKey(epoch, i, i) for epoch in range(3) for i in range(4)]
+    expected = Batch.collate([plain[key] for key in keys])
+    loader = DataLoader(sent, len(keys), sampler=keys, num_workers=workers, collate_fn=Batch.collate)
+    (batch,) = loader
+    assert batch.clean.dtype == batch.degraded.dtype == torch.int16 and batch.mask is None
+    batch = batch.to(torch.device("cpu"))
+    assert torch.equal(batch.clean, expected.clean) and batch.clean.dtype == torch.float32
+    real = [noise is None for noise in batch.pending]  # of the real pairs the low dose is sent too
+    assert real == [True, True, False, False] * 3
+    assert torch.equal(batch.degraded[real], expected.degraded[real])
+    assert torch.equal(batch.degrade().degraded, expected.degraded)
+    assert torch.equal(sent.whole(3, 1).degraded, plain.whole(3, 1).degraded)
+    cropped = RecordDataset(records, hps.updated(degrade_on_device=True, crop_size=32), "train", cache=built)
+    assert cropped[keys[0]].clean.dtype == torch.float32
+
+
+def test_every_level_reads_as_numpy_divides_it():
+    levels = np.arange(2**16, dtype=np.uint16)
+    images = intensities(torch.from_numpy(levels.view(np.int16)))
+    assert np.array_equal(images.numpy(), levels.astype(np.float32) / np.float32(65535))
+    assert intensities(images) is images
 
 
 def test_a_second_build_decodes_nothing_and_loading_needs_no_sources(built, records, monkeypatch, capsys):

@@ -738,3 +738,13 @@ def test_what_the_attention_kernel_is_given_is_contiguous_in_the_channels_of_a_h
     assert all(part.shape == (2, 2, 30, 32) and part.stride(-1) == 1 for part in given)
     assert len({part.untyped_storage().data_ptr() for part in given}) == 1  # views of one product
     assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_unet_without_gradients_works_in_place_and_returns_the_same():
+    unet = small_unet().eval()
+    x, t = torch.randn(2, 6, 12, 8), torch.tensor([3, 700])
+    before = x.clone()
+    expected = unet(x, t)
+    with torch.no_grad():
+        assert torch.equal(unet(x, t), expected) and torch.equal(x, before)
+    assert expected.requires_grad and expected.std() > 0.01

@@ -72,6 +72,22 @@ def test_lookup_at_full_width_equals_the_argmin_of_all_distances_in_several_chun
     assert (indices == distances.argmin(1)).float().mean() > 0.999
 
 
+@pytest.mark.parametrize("entries", [512, 40, 7])  # in blocks of 32, of 8, of one
+def test_of_equally_near_entries_the_first_is_taken_and_a_vector_that_is_no_number_gets_one(entries):
+    quantizer = VectorQuantizer(entries, 3)
+    # small whole numbers: distances are exact, and many are equal
+    quantizer.codebook.copy_(torch.randint(-2, 3, (entries, 3)))
+    vectors = torch.randint(-2, 3, (5000, 3)).float()
+    distances = (vectors.double()[:, None] - quantizer.codebook.double()).square().sum(2)
+    assert (distances == distances.min(1, keepdim=True).values).sum(1).max() > 1
+    assert torch.equal(quantizer.lookup(vectors), distances.argmin(1))
+    vectors[::3, 1] = math.nan
+    indices = quantizer.lookup(vectors)
+    assert indices.min() >= 0 and indices.max() < entries
+    assert torch.equal(indices[1::3], distances[1::3].argmin(1))
+    assert quantizer.lookup(vectors[:0]).shape == (0,)
+
+
 def test_ema_step_equals_one_computed_by_hand():
     quantizer = VectorQuantizer(3, 2, decay=0.9, revive_threshold=0)
     entries = torch.tensor([[0.0, 0.0], [1.0, 1.0], [5.0, -5.0]])
