@@ -310,22 +310,22 @@ class Trainer:
 
         Raises UserError after `MOST_SKIPPED` in a row.
         """
-        skipped: dict[int, list[str]] = {}
-        if self.taken:
-            flags = iter(torch.cat([taken.finite for taken in self.taken]).tolist())
+        skipped: dict[int, list[tuple[bool, str]]] = {}  # images of a step, and whether their pass was finite
+        flags = iter(torch.cat([taken.finite for taken in self.taken]).tolist() if self.taken else [])
         for taken in self.taken:
             *passes, norm = (next(flags) for _ in taken.finite)
             if not (all(passes) and norm):
-                named = [paths for paths, finite in zip(taken.images, passes, strict=True) if all(passes) or not finite]
-                skipped[taken.step] = sum(named, [])
+                skipped[taken.step] = [
+                    (finite, path) for paths, finite in zip(taken.images, passes, strict=True) for path in paths
+                ]
         parts = distributed.gather(skipped)
         for step in [taken.step for taken in self.taken]:
-            # a process whose own loss is finite names all of its images: those of the others tell more
-            named = [(all(part), path) for part in parts for path in part.get(step, [])]
-            self.skips_in_row = self.skips_in_row + 1 if named else 0
-            self.skips += bool(named)
-            if named and distributed.is_main():
-                paths = list(dict.fromkeys(path for _, path in named))
+            images = [image for part in parts for image in part.get(step, [])]
+            self.skips_in_row = self.skips_in_row + 1 if images else 0
+            self.skips += bool(images)
+            if images and distributed.is_main():
+                named = [path for finite, path in images if not finite] or [path for _, path in images]
+                paths = list(dict.fromkeys(named))
                 more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
                 tqdm.write(
                     f"warning: step {step} skipped, its loss is not finite: {', '.join(paths[:4])}{more}",
