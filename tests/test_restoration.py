@@ -316,19 +316,22 @@ def test_tiles_of_a_trained_model_leave_no_seams(trained, steps, samples):
     whole, tiled = (restore_image(trained, noisy, noise, "x", tile=tile).pixels for tile in (512, 128))
     assert psnr(whole, image, mask) > psnr(noisy, image, mask) + 1.5
     assert abs(psnr(whole, image, mask) - psnr(tiled, image, mask)) < 0.1
-    # the mean gradient of the error across any column, tile edges among them, stays what it is elsewhere
+    # the mean gradient of the error across any column, tile edges among them, stays what it is without tiles
     for axis in (0, 1):
         inside = (mask & np.roll(mask, 1, axis)).sum(1 - axis)
         steepness = (np.abs(np.diff(tiled - whole, axis=axis, prepend=np.take(tiled - whole, [0], axis))) * mask).sum(
             1 - axis
         )[inside > 60]
         steepness /= inside[inside > 60]
-        own = (np.abs(np.diff(tiled - image, axis=axis, prepend=np.take(tiled - image, [0], axis))) * mask).sum(
-            1 - axis
-        )[inside > 60]
-        own /= inside[inside > 60]
+        own, of_whole = (
+            (np.abs(np.diff(restored - image, axis=axis, prepend=np.take(restored - image, [0], axis))) * mask).sum(
+                1 - axis
+            )[inside > 60]
+            / inside[inside > 60]
+            for restored in (tiled, whole)
+        )
         assert steepness.max() < 0.5 * np.median(own)
-        assert own.max() < 1.5 * np.median(own)
+        assert (own <= 1.1 * of_whole).all()
 
 
 def test_one_tile_is_what_the_evaluation_restores_but_for_the_border(trained):
