@@ -106,6 +106,10 @@ def _run(main: Callable[[], None], parallel: bool) -> None:
         distributed.end()
     except UserError as error:
         fail(f"error: {one_line(error)}", 2)
+    except BrokenPipeError:
+        # what is left to say must not fail again when the interpreter ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail("error: standard output was closed while the script ran; send it to a file, or to /dev/null", 2)
     except OSError as error:
         sentence = f"{error.filename or 'a file'}: {error.strerror or error}; free space, or see that it can be used"
         fail(f"error: {one_line(sentence)}", 2)
@@ -266,6 +270,13 @@ def get_parameter_count(model: nn.Module) -> int:
 def seed_of(*key: object) -> int:
     """A 63-bit seed that depends on every part of `key` and on nothing else."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of torch, numpy and python; what training draws has keyed ones of its own."""
+    torch.manual_seed(seed)
+    np.random.seed(seed_of("numpy", seed) % 2**32)
+    random.seed(seed_of("python", seed))
 
 
 def seeded_generator(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
@@ -450,13 +461,14 @@ def load_checkpoint(path: Path, kind: str, *, lazily: bool = False) -> Checkpoin
     files = checkpoints_in(path)
     if not files:
         raise UserError(f"{path}: holds no checkpoint; name a .pt file or the folder of a run")
-    for file, before in zip(files, files[1:], strict=False):
+    for number, file in enumerate(files, 1):
         try:
             return _load_checkpoint(file, kind, lazily)
         except DamagedCheckpoint as error:
-            if distributed.is_main():
-                print(f"warning: {str(error).split(';')[0]}; {before} is used instead", file=sys.stderr)
-    return _load_checkpoint(files[-1], kind, lazily)
+            reason = str(error).split(";")[0]
+        if number < len(files) and distributed.is_main():
+            print(f"warning: {reason}; {files[number]} is used instead", file=sys.stderr)
+    raise DamagedCheckpoint(f"{reason}, nor is any before it; train anew in another folder")
 
 
 def checkpoint_to_resume(args: argparse.Namespace, kind: str) -> Checkpoint | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from assessment import bm3d_is_there, restore_test_set
 from datasets import LatentDataset, load_datasets
 from helper import (
@@ -18,6 +16,7 @@ from helper import (
     refuse_torchrun,
     resolve_settings,
     run_script,
+    seed_everything,
     weights_digest,
 )
 from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS
@@ -72,7 +71,7 @@ def main() -> None:
     if checkpoint is not None:
         check_first_stage(checkpoint, args.load_path, weights_digest(vqvae), args.vqvae_path)
     device = get_device(args.cpu, args.cuda)
-    torch.manual_seed(args.seed)
+    seed_everything(args.seed)
     model = make_diffusion(hps)
     if args.evaluate:
         load_averages(model, checkpoint, args.load_path)

@@ -180,7 +180,7 @@ def main() -> None:
         return
     if total > 0.98 * free:
         raise UserError(
-            f"--out {out}: {total / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; try --codes-only"
+            f"--out {out}: {total / 1e9:.3f} GB are needed and {free / 1e9:.3f} GB are free; try --codes-only"
         )
 
     partial = out.with_name(f".{out.name}.part")

@@ -22,6 +22,7 @@ from helper import (
     refuse_torchrun,
     resolve_settings,
     run_script,
+    seed_everything,
 )
 from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS, HParams
 from trainer import VQVAETrainer, run_training
@@ -107,7 +108,7 @@ def main() -> None:
     checkpoint = checkpoint_to_resume(args, "vqvae")
     hps = resolve_settings(args, HPS_VQVAE, checkpoint=checkpoint, architecture=ARCHITECTURE_VQVAE)
     device = get_device(args.cpu, args.cuda)
-    torch.manual_seed(args.seed)
+    seed_everything(args.seed)
     vqvae = VQVAE(**hps.arguments(VQVAE))
     if args.evaluate:
         load_weights(vqvae, checkpoint.model, args.load_path)

@@ -6,9 +6,10 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 # SLURM asks by SIGTERM, and where `--signal` says so by SIGUSR1 some time before.
@@ -74,6 +75,7 @@ def left_to_the_main_process(worker: int) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _lost_connections_are_silent
     main = multiprocessing.parent_process()
     if main is None or not hasattr(signal, "sigwaitinfo"):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -87,3 +89,9 @@ def left_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=wait_for_main, daemon=True).start()
+
+
+def _lost_connections_are_silent(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What a worker's threads say when the main process has just ended is no news."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)

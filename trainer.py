@@ -26,6 +26,7 @@ from diffusion import LatentDiffusion, LitEma, NoiseField, sample_latents
 from evaluation import comparison, save_picture
 from helper import (
     LAST,
+    PREVIOUS,
     Checkpoint,
     UserError,
     amp_dtype,
@@ -148,7 +149,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         self.epoch, self.step, self.best = 0, 0, math.inf
         self.seen = 0  # samples of the present epoch, of all processes
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), 0
         self.signals: list[int] = []  # that ask for an end
         self.taken: list[TakenStep] = []
         self.skips, self.skips_in_row = 0, 0  # steps of the epoch that were not finite, and the last ones that were not
@@ -193,7 +194,10 @@ class Trainer:
 
     def checkpoint_extra(self) -> dict[str, Any]:
         """What the stage records about the checkpoint itself."""
-        return {"patients": self.loader.dataset.patients()}
+        return {
+            "patients": self.loader.dataset.patients(),
+            "validation_images": len(self.validation_loader.dataset),
+        }
 
     # --- the loop ---
 
@@ -332,12 +336,23 @@ class Trainer:
                     file=sys.stderr,
                 )
             if self.skips_in_row == MOST_SKIPPED:
-                kept = f"; {self.folder / LAST} is from before" if self.folder else ""
+                kept = f"; {self.last_good(step)} is from before" if self.folder else ""
                 raise UserError(
                     f"the loss is not finite in {MOST_SKIPPED} steps in a row, at step {step}{kept}; lower --hps learning_rate or "
                     "pass --no-amp"
                 )
         self.taken.clear()
+
+    def last_good(self, step: int) -> Path:
+        """The newest checkpoint whose weights had a finite loss, when `step` ends `MOST_SKIPPED` skipped ones.
+
+        One that was written right before them may be what went wrong: it is put aside.
+        """
+        last, before = self.folder / LAST, self.folder / PREVIOUS
+        if self.saved_step < step - MOST_SKIPPED or not (last.exists() and before.exists()):
+            return last
+        last.replace(self.folder / "diverged.pt")
+        return before
 
     def should_save(self) -> bool:
         """Whether it is time for a checkpoint inside an epoch, and the last step was finite: else the weights may be bad."""
@@ -402,7 +417,12 @@ class Trainer:
         improved = False
         if last or epoch % self.hps.validation_frequency == 0:
             self.model.eval()
-            values = self.validate()
+            try:
+                values = self.validate()
+            except UserError:  # an image that could be read before
+                if self.folder is not None:
+                    self.save(LAST)
+                raise
             if not math.isfinite(values["score"]):
                 raise UserError(
                     f"the validation of epoch {epoch} is not finite; lower --hps learning_rate or pass --no-amp"
@@ -432,7 +452,7 @@ class Trainer:
         checkpoint = self.checkpoint()
         for name in names:
             save_checkpoint(self.folder / name, checkpoint)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), self.step
 
     def checkpoint(self) -> Checkpoint:
         """Everything a resume needs."""
@@ -473,12 +493,16 @@ class Trainer:
             raise UserError(
                 f"{path}: its training state does not fit ({error}); train anew without --load-path"
             ) from None
-        self.epoch, self.step, self.best, self.seen = (
-            checkpoint.epoch,
-            checkpoint.step,
-            checkpoint.best,
-            checkpoint.seen,
-        )
+        self.epoch, self.step, self.seen = checkpoint.epoch, checkpoint.step, checkpoint.seen
+        self.saved_step = self.step
+        images = len(self.validation_loader.dataset)
+        if images == checkpoint.extra.get("validation_images", images):
+            self.best = checkpoint.best
+        else:  # scores on other images cannot be compared
+            self.best = math.inf
+            print(
+                f"validation on {images} images, not {checkpoint.extra['validation_images']}: the best is looked for anew"
+            )
 
 
 class VQVAETrainer(Trainer):

@@ -128,7 +128,7 @@ class Ratio:
         ratios = [time / baseline for time, baseline in zip(self.times, self.baselines, strict=True)]
         middle = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}, {max(ratios):.3f})"
         seconds = (f"{statistics.median(values):.4g}" for values in (self.times, self.baselines))
-        return self.name, *seconds, middle, "" if self.bar is None else f"{self.bar:g}"
+        return self.name, *seconds, middle, "" if self.bar is None else f"{self.bar:.3g}"
 
 
 def print_ratios(ratios: Sequence[Ratio]) -> None:

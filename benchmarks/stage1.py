@@ -24,6 +24,8 @@ HPS = HPS_VQVAE["cbis-ddsm"].updated(
     batch_size=1, warmup_steps=1, phantom_counts=[1, 1, 1], cache_images=True, quantize_probability=1.0
 )
 PASSES = 3  # of a training step, in forward passes
+# The bars: 3.2 s where a plain one took 6.5 s, on a machine of 134 GFLOP/s in contiguous convolutions.
+STEP_OVER_PLAIN, STEP_OVER_FLOOR = 3.2 / 6.5, 3.2 / (PASSES * 0.099e12 / 134e9)
 
 
 class PlainQuantizer(nn.Module):
@@ -139,7 +141,10 @@ def main() -> None:
     memory = peak_memory()
     plain_step()
     plain_memory = peak_memory()
-    against, over_floor = Ratio("step over a plain one's", 3.2 / 6.5), Ratio("step over its floor", None)
+    against, over_floor = (
+        Ratio("step over a plain one's", STEP_OVER_PLAIN),
+        Ratio("step over its floor", STEP_OVER_FLOOR),
+    )
     for _ in range(args.rounds):
         rates = measure_rates()
         own, other = seconds(step), seconds(plain_step)

@@ -184,8 +184,6 @@ def state(folder: Path) -> dict[str, object]:
         if path.suffix == ".pt" and path.name != "previous.pt":
             content = torch.load(path, weights_only=True)
             del content["hps"]["nb_workers"]
-            for kind in ("numpy", "python", "cuda"):  # nothing draws from them: they are as the process began
-                content["training"]["rng"].pop(kind)
             found[name] = content
         elif path.suffix in (".npy", ".csv", ".png"):
             found[name] = path.read_bytes()

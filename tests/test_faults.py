@@ -234,6 +234,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused(run, tmp_path):
         damage(path, "truncated")
     before = written(folder)
     result = call("main-vqvae", f"--load-path {folder}")
+    assert result.err.endswith("), nor is any before it; train anew in another folder\n")
     assert result.code == 2 and result.err.count("error: ") == 1 and result.err.count("warning: ") == len(names) - 1
     assert written(folder) == before
 
@@ -336,15 +337,23 @@ def test_only_images_of_the_pass_that_is_not_finite_are_named(monkeypatch, capsy
     assert (stage.skips, stage.skips_in_row, stage.taken) == (2, 1, [])
 
 
-def test_twenty_steps_in_a_row_end_the_training_and_keep_the_checkpoint_before(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("every", [1, 2])
+def test_twenty_steps_in_a_row_end_the_training_and_keep_the_checkpoint_before(every, tmp_path, monkeypatch, capsys):
+    """The checkpoint right before them may be what went wrong."""
     monkeypatch.setattr("trainer.Logger", lambda *where: Silent())
     stage, states = poisoned(stage_1, range(2, 100), checkpoint_minutes=1e-9, crops_per_image=12, log_frequency=1)
-    stage.folder = tmp_path
-    with pytest.raises(UserError, match="not finite in 20 steps in a row, at step 22; .*last.pt is from before; lower"):
+    stage.folder, should_save = tmp_path, stage.should_save
+    stage.should_save = lambda: stage.step % every == 1 % every and should_save()
+    good = "previous" if every == 1 else "last"
+    with pytest.raises(
+        UserError, match=f"not finite in 20 steps in a row, at step 22; .*{good}.pt is from before; lower"
+    ):
         stage.fit()
     assert stage.step == 22 and capsys.readouterr().err.count("skipped") == 20
     checkpoint = load_checkpoint(tmp_path, "vqvae")
-    assert checkpoint.step == 2 and not difference(checkpoint.model, states[1])
+    assert checkpoint.step == 1 and not difference(checkpoint.model, states[0])
+    aside = tmp_path / "diverged.pt"
+    assert load_checkpoint(aside, "vqvae").step == 2 if every == 1 else not aside.exists()
 
 
 def test_a_validation_that_is_not_finite_ends_the_training(monkeypatch):
@@ -354,6 +363,28 @@ def test_a_validation_that_is_not_finite_ends_the_training(monkeypatch):
         next(stage.model.model.out.parameters()).fill_(math.nan)
     with pytest.raises(UserError, match="the validation of epoch 1 is not finite; lower --hps learning_rate"):
         stage.fit()
+
+
+def test_an_image_that_breaks_before_the_validation_costs_no_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("trainer.Logger", lambda *where: Silent())
+    stage = stage_1(max_epochs=2)
+    stage.folder, stage.picture = tmp_path, lambda: torch.zeros(3, 8, 8, dtype=torch.uint8)
+    validate, stage.validate = stage.validate, lambda: (_ for _ in ()).throw(UserError("b.png: broken; remove it"))
+    with pytest.raises(UserError, match="broken"):
+        stage.fit()
+    checkpoint = load_checkpoint(tmp_path, "vqvae")
+    assert (checkpoint.epoch, checkpoint.seen, checkpoint.step) == (0, 16, 4)
+    assert checkpoint.extra["validation_images"] == 3
+    for images, best, words in (
+        (3, -50.0, ""),
+        (2, math.inf, "validation on 3 images, not 2: the best is looked for anew\n"),
+    ):
+        checkpoint.best, checkpoint.extra["validation_images"] = -50.0, images
+        stage.resume(checkpoint, tmp_path / "last.pt")
+        assert stage.best == best and capsys.readouterr().out == words
+    stage.validate = validate
+    stage.fit()
+    assert (stage.epoch, stage.step) == (2, 8)
 
 
 def test_a_vector_that_is_not_finite_leaves_the_codebook_as_it_is():
