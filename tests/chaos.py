@@ -141,8 +141,11 @@ def die_at(owner: object, name: str, when: str, count: int) -> None:
 
 def live(work: Work, folder: Path, workers: int, end: Callable[[], None]) -> int:
     """Run a script in a forked process, after calling `end` in it; returns its identifier. It prints to the file `log`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process has none of the others, and would wait for them
     process = os.fork()
     if process:
+        torch.set_num_threads(threads)
         return process
     status = 70
     try:
@@ -221,7 +224,6 @@ class Chaos:
 
     def run(self) -> Summary:
         """The undisturbed works, and then rounds until all kills are spent."""
-        torch.set_num_threads(1)
         write_images(self.root / "images")
         folder = self.root / "undisturbed"
         folder.mkdir()
