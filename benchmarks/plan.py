@@ -650,8 +650,9 @@ def draw_growth(rows: Mapping[str, list[dict[str, Any]]], title: str, path: Path
                 axes[1, column].plot(x, y, f"C{color}{style}o", label=f"{card}{suffix}")
         axes[1, column].set_xlabel(word)
         for row in axes:
-            row[column].set_ylim(bottom=0)
             row[column].legend(fontsize="small")
+    for row in axes:  # now that both columns are drawn: it fixes the top too
+        row[0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel("peak memory, GiB")
     axes[1, 0].set_ylabel("time, ms")
     figure.suptitle(title)
