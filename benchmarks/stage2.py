@@ -96,7 +96,6 @@ def main() -> None:
                 "phantom", HPS, diffusion, torch.device("cpu"), *sets, progress=False, first_stage=first_stage, latents=latents
             )  # fmt: skip
             stage.logger = Logger(root)
-            stage.logger.stale = True
             stage.parallelize()
             return stage
 

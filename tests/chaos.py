@@ -42,7 +42,7 @@ from vqvae2_wrapper import VQVAE2Wrapper
 TRAINING = "--no-tqdm --no-amp --epochs 3 --hps checkpoint_frequency=2 --hps log_frequency=1 --hps lr_schedule=cosine"
 SHAPE = (64, 48)
 MOST_LIVES = 12  # of a script, before one is left alone
-# Where a life ends: what is called, the how often is drawn, and whether it dies before the call, within it or after it.
+# Where a life ends: what is called, and whether it dies before the call, within it or after it; at which call is drawn.
 PLACES = [
     (tempfile, "mkstemp", "after"),
     (torch, "save", "within"),
@@ -86,10 +86,11 @@ class Summary:
 def works() -> list[Work]:
     """The works of one round, in order; paths are relative to the round's folder."""
     first, second = "--out first --load-path first", "--out second --load-path second"
+    images = "--data-root ../images --cache ../cache"
     # every step writes a checkpoint
-    data = "--task folder-small --data-root ../images --cache ../cache --hps checkpoint_minutes=1e-9"
+    data = f"--task folder-small {images} --hps checkpoint_minutes=1e-9"
     shape = f"--hps image_shape=1,{SHAPE[0]},{SHAPE[1]} --hps validation_fraction=0.2"
-    models = "--vqvae-path first/last.pt --data-root ../images --cache ../cache"
+    models = f"--vqvae-path first/last.pt {images}"
     return [
         Work("stage 1", "main-vqvae", f"{TRAINING} {data} {shape} {first}", "first"),
         Work("latents", "main-latents", "first/last.pt --data-root ../images --no-tqdm --out latents", "latents"),
@@ -97,7 +98,7 @@ def works() -> list[Work]:
         Work("stage 2 of latents", "main-diffusion",
              f"{TRAINING} {models} --latents latents --hps crop_size=0 --out third --load-path third", "third"),
         Work("evaluation of stage 1", "main-vqvae",
-             f"{models[26:]} --load-path first --evaluate --no-tqdm --out evaluation-1", "evaluation-1"),
+             f"{images} --load-path first --evaluate --no-tqdm --out evaluation-1", "evaluation-1"),
         Work("evaluation of stage 2", "main-diffusion",
              f"{models} --load-path second --evaluate --no-tqdm --out evaluation-2", "evaluation-2"),
     ]  # fmt: skip
