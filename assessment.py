@@ -26,7 +26,19 @@ from report import Case as ReportCase
 from report import Coverage as ReportCoverage
 from report import CoverageBin, Report, choose_close_ups, read_curves, write_report
 from restoration import Restorer, restore_image
-from uncertainty import MISS, Calibration, Coverage, Interval, Region, assess, fit, picture, predict
+from uncertainty import (
+    MISS,
+    SMOOTH,
+    Calibration,
+    Coverage,
+    Interval,
+    Region,
+    assess,
+    fit,
+    local_error,
+    picture,
+    predict,
+)
 from uncertainty import Case as CalibrationCase
 from vqvae2_wrapper import VQVAE2Wrapper
 
@@ -94,6 +106,7 @@ class Collector:
     intervals: list[Interval] = field(default_factory=list)
     cleans: list[np.ndarray] = field(default_factory=list)
     masks: list[np.ndarray] = field(default_factory=list)
+    local: list[np.ndarray] = field(default_factory=list)
 
     def add(self, batch: Batch, restored: np.ndarray) -> None:
         """The restoration (H, W) of a batch of one."""
@@ -111,10 +124,11 @@ class Collector:
         self.intervals.append(Interval(**kept))
         self.cleans.append(clean[thin].copy())
         self.masks.append(mask[thin].copy())
+        self.local.append(local_error(restored, clean)[thin])
 
     def coverage(self) -> Coverage:
         """How the intervals did on all of them."""
-        return assess(self.intervals, self.cleans, self.masks)
+        return assess(self.intervals, self.cleans, self.masks, local=self.local)
 
 
 def coverage_text(coverage: Coverage) -> str:
@@ -126,7 +140,8 @@ def coverage_text(coverage: Coverage) -> str:
         bins = ", ".join(f"{share:.1%}" for share in region.bin_coverage)
         lines.append(
             f"{1 - MISS:.0%} interval, {name}: holds {region.coverage:.1%} (by intensity {bins}); mean width {region.width:.4f}, "
-            f"{region.ratio:.2f} of a constant width of the same coverage ({region.constant_width:.4f})"
+            f"{region.ratio:.2f} of a constant width of the same coverage ({region.constant_width:.4f}; {region.oracle:.2f} if the "
+            f"error within {SMOOTH:g} pixels were known)"
         )
     return "\n".join(lines)
 

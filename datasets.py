@@ -6,6 +6,7 @@ import argparse
 import bisect
 import contextlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,6 +45,8 @@ from stopping import left_to_the_main_process
 
 SPLITS = ("train", "validation", "test")
 FAINTEST, BRIGHTEST = 0.01, 0.6  # contrast of calcifications drawn on training crops
+TILT = 0.1  # radians: how far a border drawn on a training crop is at most off the rows or columns
+UNEXPOSED = 0.8  # share of these borders beyond which all is black
 STAND_INS = 8  # images tried in the place of one that cannot be read
 LATENT_FORMAT = 1  # raised when the layout of a latent data set changes
 
@@ -363,7 +366,7 @@ class MammogramDataset(Dataset):
         parts = [part for part in (image.clean, image.mask, image.degraded) if part is not None]
         if size := self.hps.crop_size:
             side = size
-            if image.degraded is None and self.hps.scale_range[0] < self.hps.scale_range[1]:
+            if image.degraded is None and self.hps.scale_range != [1, 1]:
                 # half of the crops keep their pixels; a measured low dose would lose its noise
                 factor = log_uniform(*self.hps.scale_range, generator)
                 side = size if torch.rand((), generator=generator) < 0.5 else round(size / factor)
@@ -374,6 +377,10 @@ class MammogramDataset(Dataset):
             parts = [part[:, row : row + side, column : column + side] for part in parts]
             if side != size:
                 parts = [_resized(part, size) for part in parts]
+        if image.degraded is None and self.hps.gamma_range != [1, 1]:
+            gamma = log_uniform(*self.hps.gamma_range, generator)
+            if torch.rand((), generator=generator) < 0.5:
+                parts[0] = parts[0] ** gamma
         if self.hps.dihedral:
             orientation = int(torch.randint(8, (), generator=generator))
             parts = [oriented(part, orientation) for part in parts]
@@ -383,6 +390,9 @@ class MammogramDataset(Dataset):
         share = 0.0 if image.degraded is not None else self.hps.calcifications
         if share and torch.rand((), generator=generator) < share:
             clean = calcified(clean, mask, generator)
+        share = 0.0 if image.degraded is not None else self.hps.borders
+        if share and torch.rand((), generator=generator) < share:
+            clean = bordered(clean, generator)
         return Prepared(clean, mask, *degraded)
 
 
@@ -403,6 +413,21 @@ def calcified(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor
     image = clean[0].numpy().copy()
     add_calcifications(image, drawn, 1.0)
     return torch.from_numpy(image)[None]
+
+
+def bordered(clean: Tensor, generator: torch.Generator) -> Tensor:
+    """An image (1, H, W) up to a straight line across it, beyond which there is one intensity, as at the border of a film.
+
+    Half of the lines run along rows or columns, the others up to `TILT` off; pixels on the line hold their share of either.
+    """
+    quarter, tilt, place, dark, grey = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
+    angle = int(4 * quarter) * math.pi / 2 + max(0.0, 2 * tilt - 1) * TILT
+    rows, columns = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2 for side in clean.shape[-2:])
+    reach = (0.1 + 0.35 * place) * min(clean.shape[-2:])
+    distance = math.sin(angle) * rows[:, None] + math.cos(angle) * columns + reach
+    share = (distance + 0.5).clamp(0, 1).float()
+    beyond = 0.0 if dark < UNEXPOSED else grey
+    return clean * share + beyond * (1 - share)
 
 
 def one_side(sample: Batch, generator: torch.Generator) -> Batch:

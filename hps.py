@@ -59,6 +59,8 @@ _DATA = HParams(
     ],  # training crops are resized by a factor between these, drawn log-uniformly, half of the time
     part_edges=False,  # training crops go on past edges far above the noise, as restoring has them (preprocessing/sides.py)
     calcifications=0.0,  # share of training crops in which simulated calcifications are drawn
+    borders=0.0,  # share of training crops that end at a straight line, as at a film's border
+    gamma_range=[1.0, 1.0],  # training crops are raised to a power between these, drawn log-uniformly, half of the time
     phantoms=0,  # folder: phantoms at the size of image_shape, added to the training images for their calcifications
     degrade_on_device=False,  # draw a training sample's low dose in the step, on the GPU if there is one, not in the loader
     cache_images=False,  # keep prepared images in memory after their first use (small sets only)
@@ -228,7 +230,8 @@ _MAMMOGRAM = dict(
     crops_per_image=16,
     breast_fraction=0.6,
     dihedral=True,
-    scale_range=[0.5, 1.5],
+    scale_range=[0.3, 2.0],
+    gamma_range=[0.7, 1.4],
     phantoms=18,
     cache_images=True,
     nb_workers=0,
@@ -249,7 +252,7 @@ HPS_DIFFUSION["mammogram"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     out_channels=32,
     model_channels=64,
     channel_mult=[1, 2, 2],
-    num_res_blocks=1,
+    num_res_blocks=2,
     attention_levels=[],
     use_checkpoint=False,
     learning_rate=1e-3,
@@ -257,7 +260,8 @@ HPS_DIFFUSION["mammogram"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     precondition="wiener",
     noise_conditioning=True,
     part_edges=True,
-    calcifications=0.25,
+    calcifications=0.4,
+    borders=0.2,
     ema_decay=0.999,
     ddim_steps=10,  # samples have collapsed onto the mean: more tell nothing
     max_epochs=46,
@@ -356,7 +360,7 @@ def check(hps: HParams) -> None:
         if key in hps and not hps[key] >= 0:
             raise ValueError(f"--hps {key}={hps[key]}: must not be negative")
     fractions = ("breast_fraction", "validation_fraction", "test_fraction", "quantize_probability", "codebook_decay", "ddim_eta",
-                 "calcifications", "ema_decay", "dropout")  # fmt: skip
+                 "calcifications", "ema_decay", "dropout", "borders")  # fmt: skip
     for key in fractions:
         if key in hps and not 0 <= hps[key] <= 1:
             raise ValueError(f"--hps {key}={hps[key]}: must lie between 0 and 1")
@@ -369,9 +373,9 @@ def check(hps: HParams) -> None:
         raise ValueError(f"--hps image_shape={hps.image_shape}: must be channels, height, width")
     if len(hps.phantom_counts) != 3 or min(hps.phantom_counts) < 1:
         raise ValueError(f"--hps phantom_counts={hps.phantom_counts}: must be three counts: train, validation, test")
-    for key in ("noise_levels", "scale_range"):
+    for key in ("noise_levels", "scale_range", "gamma_range"):
         pair = hps[key]
-        if pair and (len(pair) != 2 or not 0 < pair[0] <= pair[1]) or (key == "scale_range" and not pair):
+        if pair and (len(pair) != 2 or not 0 < pair[0] <= pair[1]) or (key != "noise_levels" and not pair):
             raise ValueError(f"--hps {key}={pair}: must be two numbers greater than 0, the lesser first")
     if hps.stabilize and not hps.noise_level:
         raise ValueError("--hps stabilize=True: needs a noise_level greater than 0")

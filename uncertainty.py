@@ -424,6 +424,8 @@ def predict(calibration: Calibration, degraded: np.ndarray, restored: np.ndarray
 
 # --- figures ---------------------------------------------------------------------------------------------------------
 
+SMOOTH = 4.0  # Gaussian sigma, in pixels, of the local root mean square error
+
 
 @dataclass(frozen=True)
 class Region:
@@ -438,6 +440,7 @@ class Region:
     constant_width: float  # of the interval of constant width around the restored value that has the same coverage
     ratio: float  # width / constant_width
     ratio_clamped: float  # the same with the constant interval cut off at 0 and 1, as these intervals are
+    oracle: float  # the same for widths in proportion to the true `local_error`, which nobody knows: no map so smooth does better
     calibration: float  # root of the mean squared error over the mean predicted variance: 1 where std is right
 
 
@@ -449,13 +452,23 @@ class Coverage:
     breast: Region | None  # None where the masks are empty
 
 
+def local_error(restored: np.ndarray, clean: np.ndarray) -> np.ndarray:
+    """Root mean square error around every pixel of a restored image (H, W), weighted by a Gaussian of sigma `SMOOTH`."""
+    return np.sqrt(ndimage.gaussian_filter(np.square(clean - restored, dtype=np.float64), SMOOTH, mode="nearest"))
+
+
 def assess(
-    intervals: Sequence[Interval], cleans: Sequence[np.ndarray], masks: Sequence[np.ndarray], bins: int = 5
+    intervals: Sequence[Interval],
+    cleans: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    bins: int = 5,
+    local: Sequence[np.ndarray] | None = None,
 ) -> Coverage:
     """Compare intervals with clean images (H, W) over all pixels and inside masks (H, W) bool, all images together.
 
     Coverage is given overall and in `bins` bins of clean intensity. The constant interval of the same coverage reaches a
-    quantile of the absolute error to either side.
+    quantile of the absolute error to either side. `local` (H, W) is the `local_error` of each image, None: that of the
+    images given, where they are whole.
 
     Raises: ValueError without images or where shapes differ.
     """
@@ -470,9 +483,11 @@ def assess(
         name: np.concatenate([getattr(interval, name).ravel() for interval in intervals])
         for name in ("restored", "std", "low", "high")
     }
+    local = local or [local_error(i.restored, c) for i, c in zip(intervals, cleans, strict=True)]
+    around = np.concatenate([image.ravel() for image in local])
     everywhere = np.ones_like(inside)
     image, breast = (
-        _region(clean[own], Interval(**{name: column[own] for name, column in columns.items()}), bins)
+        _region(clean[own], Interval(**{name: column[own] for name, column in columns.items()}), bins, around[own])
         if own.any()
         else None
         for own in (everywhere, inside)
@@ -480,11 +495,13 @@ def assess(
     return Coverage(image, breast)
 
 
-def _region(clean: np.ndarray, interval: Interval, bins: int) -> Region:
+def _region(clean: np.ndarray, interval: Interval, bins: int, local: np.ndarray) -> Region:
     covered = (interval.low <= clean) & (clean <= interval.high)
     widths = (interval.high - interval.low).astype(np.float64)
     error = np.abs(clean.astype(np.float64) - interval.restored)
     half = float(np.quantile(error, covered.mean()))
+    local = np.maximum(local, np.finfo(np.float32).tiny)
+    oracle = float(np.quantile(error / local, covered.mean()) * local.mean())
     clamped = np.minimum(interval.restored + half, 1) - np.maximum(interval.restored - half, 0)
     upper = _bin_ends(clean, bins)
     of_bin = np.searchsorted(upper, clean)
@@ -500,6 +517,7 @@ def _region(clean: np.ndarray, interval: Interval, bins: int) -> Region:
         constant_width=2 * half,
         ratio=width / (2 * half) if half else math.nan,
         ratio_clamped=width / float(clamped.mean(dtype=np.float64)) if half else math.nan,
+        oracle=oracle / half if half else math.nan,
         calibration=math.sqrt(float((error**2).mean()) / variance) if variance else math.nan,
     )
 
@@ -522,7 +540,6 @@ OVERVIEW = (1024, 768)  # height and width to which pictures of larger images ar
 TITLE, GAP, BAR, BAR_LABEL = 34, 6, 14, 50  # pixels: labels, space between pictures, colour bar and its label
 LEAST_CELL = 192  # width of a column in pixels: its labels need as many
 GAUSSIAN_WIDTH = 3.29  # of the 90 % interval of a Gaussian, in standard deviations
-SMOOTH = 4.0  # Gaussian sigma, in pixels, of the local root mean square error
 
 
 def picture(clean: np.ndarray | None, interval: Interval, *, limit: float | None = None) -> Tensor:
@@ -542,7 +559,7 @@ def picture(clean: np.ndarray | None, interval: Interval, *, limit: float | None
         columns.append(("interval", f"{1 - MISS:.0%}, width / {GAUSSIAN_WIDTH:g}", width))
     else:
         error = np.abs(clean - restored)
-        local = np.sqrt(ndimage.gaussian_filter(error**2, SMOOTH, mode="nearest"))
+        local = local_error(restored, clean)
         covered = float(((interval.low <= clean) & (clean <= interval.high)).mean())
         columns += [
             ("local error", f"root mean square, sigma {SMOOTH:g}", local),

@@ -17,6 +17,7 @@ from datasets import (
     KeyedSampler,
     Meta,
     SampleKey,
+    bordered,
     calcified,
     draw_crop,
     folder_records,
@@ -545,6 +546,37 @@ def test_calcifications_drawn_on_a_crop_are_few_bright_specks_in_the_breast():
     assert float(clean.max()) == pytest.approx(0.3)  # what was given stays
     bright = calcified(torch.full((1, 96, 96), 0.95), mask, seeded_generator("test", 1))
     assert 0.99 < bright.max() <= 1
+
+
+def test_borders_drawn_on_a_crop_are_straight_and_leave_most_of_it():
+    clean = torch.ones(1, 96, 96)
+    drawn = [bordered(clean, seeded_generator("border", i)) for i in range(300)]
+    assert torch.equal(drawn[0], bordered(clean, seeded_generator("border", 0)))
+    left = torch.stack(
+        [(image == 1).float().mean() for image in drawn]
+    )  # the line is 0.1 to 0.45 sides from the middle
+    assert left.min() > 0.58 and left.max() < 0.96 and left.mean().item() == pytest.approx(0.5 + 0.275, abs=0.02)
+    black = [image[0] for image in drawn if image.min() == 0]
+    assert len(black) / 300 == pytest.approx(0.8, abs=0.07)  # the others are grey beyond it
+    profiles = [lines for image in black for lines in (image, image.T) if torch.equal(lines, lines[:1].expand(96, 96))]
+    assert len(profiles) / len(black) == pytest.approx(0.5, abs=0.1)
+    for profile in (lines[0] for lines in profiles):
+        assert ((profile > 0) & (profile < 1)).sum() <= 1 and (profile.diff() >= 0).all() | (profile.diff() <= 0).all()
+    # half a pixel of each line is the mean share of the pixels on it
+    assert torch.stack([p[(p > 0) & (p < 1)].mean() for p in (q[0] for q in profiles)]).mean().item() == pytest.approx(
+        0.5, abs=0.1
+    )
+
+
+def test_training_crops_are_raised_to_a_power_half_of_the_time():
+    hps = SETTINGS.updated(crop_size=0, flip=False, gamma_range=[2.0, 2.0])
+    train, test = get_datasets("phantom", hps, ["train", "test"])
+    plain = train.prepared(0).clean
+    crops = [train[SampleKey(epoch, 0, 0)].clean[0] for epoch in range(60)]
+    squared = [torch.equal(crop, plain**2) for crop in crops]
+    assert all(a or torch.equal(crop, plain) for a, crop in zip(squared, crops, strict=True))
+    assert 15 < sum(squared) < 45
+    assert torch.equal(test[0].clean[0], test.prepared(0).clean)
 
 
 def test_a_crop_at_a_films_border_goes_on_past_it_from_either_side():

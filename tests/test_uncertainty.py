@@ -252,6 +252,9 @@ def test_the_ratio_to_a_constant_width_has_a_closed_form():
     assert region.constant_width == pytest.approx(2 * 0.08, rel=0.02)
     assert region.width == pytest.approx((2e-4 + 0.16) / 2, rel=0.01)
     assert region.ratio == pytest.approx(0.5, rel=0.02)
+    assert region.oracle == pytest.approx(
+        0.025 / 0.08, rel=0.1
+    )  # so smooth an error is known: widths are twice its size
     assert assess([interval], [clean], [clean > 1]).breast is None
 
 
@@ -263,6 +266,7 @@ def test_constant_intervals_have_a_ratio_of_one_and_cut_off_ones_too():
     region = assess([plain], [clean], [clean > 0]).breast
     assert region.coverage == pytest.approx(0.9, abs=0.01)
     assert region.ratio == pytest.approx(1, abs=0.01)
+    assert 0.95 < region.oracle < 1  # the error of a few pixels tells a little on each of them
     assert region.calibration == pytest.approx(1, abs=0.02)
     cut = Interval(plain.restored.clip(0), plain.std, plain.low.clip(0), plain.high.clip(0))
     region = assess([cut], [clean], [clean > 0]).breast
