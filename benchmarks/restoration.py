@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from tqdm import tqdm
 
@@ -114,7 +115,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--realisations", type=positive_int, default=8, help="of the noise, part `mnse` (default: 8)")
     parser.add_argument("--phantoms", type=positive_int, default=6, help="with calcifications (default: 6)")
-    parser.add_argument("--pitch", type=_positive, default=0.2, help="of the pixels in mm (default: 0.2)")
+    parser.add_argument("--pitch", type=_positive, default=0.2, help="of the images' pixels in mm (default: 0.2)")
+    parser.add_argument(
+        "--scale", type=_positive, default=1.0,
+        help="resize the images by this factor before all else, as if of another pitch (default: 1)",
+    )  # fmt: skip
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="training time of the regression CNN (default: 0, without it)"
     )
@@ -162,9 +167,16 @@ class Case:
         return np.ascontiguousarray(image[row : row + side, column : column + side])
 
 
-def read_case(record: Record) -> Case:
-    """A record at its own pixels, cropped to the bounding box of its breast mask; raises UserError naming the file."""
+def read_case(record: Record, scale: float = 1.0) -> Case:
+    """A record at its own pixels, or at `scale` times as many a side, cropped to the bounding box of its breast mask.
+
+    Raises UserError naming the file.
+    """
     image = read_image(record.path)
+    if scale != 1:
+        shape = tuple(max(1, round(scale * side)) for side in image.shape)
+        resized = F.interpolate(torch.from_numpy(image)[None, None], shape, mode="bicubic", antialias=True)
+        image = resized[0, 0].clamp(0, 1).numpy()
     mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
@@ -372,7 +384,7 @@ class Bench:
     def cases(self) -> list[Case]:
         """The test images."""
         records = self.records["test"][: self.args.images]
-        return [read_case(record) for record in self.bar(records, "test images", "image")]
+        return [read_case(record, self.args.scale) for record in self.bar(records, "test images", "image")]
 
     def bar(self, items: Sequence, what: str, unit: str) -> tqdm:
         """The items under a progress bar."""
@@ -391,10 +403,11 @@ def regression_cnn(bench: Bench) -> tuple[regression.RegressionCNN, int] | None:
     if args.minutes <= 0:
         print("regression CNN: left out; give it the wall time of the model's training with --minutes")
         return None
-    path = args.out / f"regression-{args.minutes:g}-minutes.pt"
+    size = "" if args.scale == 1 else f"-scale-{args.scale:g}"
+    path = args.out / f"regression-{args.minutes:g}-minutes{size}.pt"
     if path.exists():
         return regression.load(path, LEVEL, bench.restorer.device)
-    cases = [read_case(record) for record in bench.bar(bench.records["train"], "training images", "image")]
+    cases = [read_case(record, args.scale) for record in bench.bar(bench.records["train"], "training images", "image")]
     model, steps = regression.train(
         [case.clean for case in cases], [case.mask for case in cases], LEVEL, args.minutes, bench.restorer.device,
         progress=not args.no_tqdm,
@@ -516,7 +529,7 @@ def patches_of(image: np.ndarray, side: int) -> np.ndarray:
 def run_mnse(bench: Bench) -> dict:
     """The split of the normalised error over realisations of the noise, and the spectrum of what is left."""
     args, restorer = bench.args, bench.restorer
-    noise = NoiseModel.from_level(LEVEL)
+    noise, pitch = NoiseModel.from_level(LEVEL), args.pitch / args.scale
     crops = [crop_case(case, args.crop)[0] for case in bench.cases]
     lows = [[crop.low_dose(LEVEL, r) for r in range(args.realisations)] for crop in crops]
     classical = bm3d_all([low for own in lows for low in own], noise, args, "realisations")
@@ -531,7 +544,7 @@ def run_mnse(bench: Bench) -> dict:
             split = mnse_decomposition(stack, crop.clean, crop.mask)
             splits[method].append(split)
             residual = np.concatenate([patches_of(image, min(PATCH, args.crop)) for image in stack - crop.clean])
-            spectra[method].append(noise_power_spectrum(residual, args.pitch))
+            spectra[method].append(noise_power_spectrum(residual, pitch))
             rows.append({"path": crop.key, "method": method, **split.overall()})
     frame = bench.write_rows("mnse", rows)
     print(
@@ -559,7 +572,7 @@ def run_mnse(bench: Bench) -> dict:
             },
         },
         "noise_power": {
-            "pitch_mm": args.pitch,
+            "pitch_mm": pitch,
             "frequencies_per_mm": frequencies.tolist(),
             "power_mm2": {method: values.tolist() for method, values in power.items()},
         },
@@ -731,7 +744,12 @@ def main() -> None:
     print(f"{bench.restorer.name}; results go to {args.out}")
     for name in args.parts:
         # every part says what it was measured with: others may be of an earlier run
-        made = {"model": bench.restorer.name, "evaluations": bench.restorer.evaluations, "images": len(bench.cases)}
+        made = {
+            "model": bench.restorer.name,
+            "evaluations": bench.restorer.evaluations,
+            "images": len(bench.cases),
+            "scale": args.scale,
+        }
         parts[name] = made | RUN[name](bench)
         record_run(args.out, bench.restorer.hps, 0, "restoration.json", parts=parts)
     print(f"\nrestoration.json and {', '.join(f'{name}.csv' for name in args.parts)} written to {args.out}")

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
@@ -20,6 +21,7 @@ from metrics import (
     noise_power_spectrum,
 )
 from phantom import FILM_HEIGHT_MM, Calcification, generate_phantom
+from prepared import Record
 from scripts import load_script
 
 
@@ -138,6 +140,26 @@ def test_the_smallest_calcification_has_a_core():
 
 
 # --- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_a_case_is_cut_to_its_breast_and_resized_as_a_whole(bench, tmp_path):
+    row, column = np.indices((240, 200))
+    image = np.where((row - 120.0) ** 2 + (column - 90.0) ** 2 < 80**2, 20_000 + 40 * row, 0).astype(np.uint16)
+    Image.fromarray(image).save(tmp_path / "disc.png")
+    whole, half = (bench.read_case(Record(tmp_path / "disc.png", "disc.png", ""), scale) for scale in (1.0, 0.5))
+    np.testing.assert_allclose(whole.clean[40:120, 40:120], image[80:160, 50:130] / 65535, atol=0.03)
+    assert np.subtract(whole.clean.shape, np.multiply(2, half.clean.shape)).tolist() == pytest.approx([0, 0], abs=5)
+    # a pixel of half the size a side is the mean of four, up to what bicubic weights do to a slope
+    for case in (whole, half):
+        rows, columns = (int(side / 2) for side in case.clean.shape)
+        assert case.clean[rows - 8 : rows + 8, columns - 8 : columns + 8].mean() == pytest.approx(
+            24_800 / 65535, abs=0.004
+        )
+    slopes = [
+        np.diff(case.clean[len(case.clean) // 4 : -(len(case.clean) // 4), case.clean.shape[1] // 2]).mean()
+        for case in (whole, half)
+    ]
+    assert slopes[1] == pytest.approx(2 * slopes[0], rel=0.02) and slopes[0] == pytest.approx(40 / 65535, rel=0.02)
 
 
 def test_the_densest_square_lies_in_the_breast_and_below_the_muscle(bench):
