@@ -282,9 +282,13 @@ def restore_test_set(
     default = dataclasses.replace(mean, views=hps.views)
 
     def restore(restorer: Restorer, batch: Batch) -> Tensor:
-        names = [meta.path for meta in batch.meta]
-        noise = NoiseModel.from_level(float(batch.level[0]))
-        return restorer.restore(batch.degraded, names, noise=noise, progress=progress)
+        noise, name = NoiseModel.from_level(float(batch.level[0])), batch.meta[0].path
+        if not restorer.stabilized:
+            return restorer.restore(batch.degraded, [name], noise=noise, progress=progress)
+        # as main-restore.py does, borders mirrored and edges taken apart
+        image = batch.degraded[0, 0].cpu().numpy()
+        pixels = restore_image(restorer, image, noise, name, progress=progress).pixels
+        return torch.from_numpy(pixels)[None, None]
 
     def restore_part(image: np.ndarray, noise: NoiseModel, name: str) -> np.ndarray:
         return restore_image(default, image, noise, name).pixels
@@ -313,11 +317,7 @@ def restore_test_set(
         return image
 
     def restore_default(batch: Batch) -> Tensor:
-        if default.stabilized:  # as main-restore.py does, edges taken apart
-            level = NoiseModel.from_level(float(batch.level[0]))
-            pixels = restore_part(batch.degraded[0, 0].cpu().numpy(), level, batch.meta[0].path)
-        else:
-            pixels = restore(default, batch)[0, 0].clamp(0, 1).float().cpu().numpy()
+        pixels = restore(default, batch)[0, 0].clamp(0, 1).float().cpu().numpy()
         if collector is not None:
             collector.add(batch, pixels)
         if not args.no_save and batch.meta[0].key.index in shown:
