@@ -75,14 +75,16 @@ def use_own_gpu() -> bool:
 
 
 def end() -> None:
-    """Leave the run, when all is done."""
+    """Leave the run, when all is done. Of several processes each then ends: raises SystemExit."""
     if size() > 1:
         dist.destroy_process_group()
+        sys.exit()
 
 
 def leave(status: int | str | None) -> NoReturn:
-    """End this process. One of several goes at once: its connections, and so the others, must not wait for a tidy end."""
-    if size() == 1:
+    """End this process. One of several goes at once: its connections, and so the others, must not wait for a tidy end, in
+    which a thread of Gloo's that still wants the interpreter would abort."""
+    if _store is None:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
