@@ -362,7 +362,7 @@ class MammogramDataset(Dataset):
         return Batch(image.clean[None], degraded[None], [meta], level, mask, pending)
 
     def _augment(self, image: Prepared, generator: torch.Generator) -> Prepared:
-        """A random crop, mirrored half of the time; its noise is drawn after it."""
+        """A random crop, resized, turned, of another contrast and drawn on as the settings say; its noise is drawn after it."""
         parts = [part for part in (image.clean, image.mask, image.degraded) if part is not None]
         if size := self.hps.crop_size:
             side = size
@@ -539,8 +539,8 @@ class RecordDataset(MammogramDataset):
     @property
     def sends_levels(self) -> bool:
         """Whether training images go to the device as the cache keeps them, half the bytes: where nothing is computed here."""
-        computes = ("crop_size", "part_edges", "calcifications", "phantoms")
-        return self.train and self.degrade_on_device and not any(self.hps[name] for name in computes)
+        computes = any(self.hps[name] for name in ("crop_size", "part_edges", "calcifications", "borders", "phantoms"))
+        return self.train and self.degrade_on_device and not computes and self.hps.gamma_range == [1, 1]
 
     def image_count(self) -> int:
         return len(self.records) + (self.phantoms.image_count() if self.train else 0)
