@@ -146,7 +146,7 @@ def coverage_text(coverage: Coverage) -> str:
     return "\n".join(lines)
 
 
-def _bins(region: Region) -> ReportCoverage:
+def _bins(region: Region, where: str) -> ReportCoverage:
     lower = [0.0, *region.bin_upper[:-1]]
     bins = [
         CoverageBin(low, high, coverage, width)
@@ -155,7 +155,7 @@ def _bins(region: Region) -> ReportCoverage:
         )
     ]
     overall = CoverageBin(0.0, region.bin_upper[-1], region.coverage, region.width, region.pixels)
-    return ReportCoverage(1 - MISS, bins, overall, region.constant_width)
+    return ReportCoverage(1 - MISS, bins, overall, region.constant_width, where)
 
 
 # Maps a low dose (H, W), its noise and a name to a restored image.
@@ -234,6 +234,7 @@ def write_page(
     curves = [curve for name, place in logs for curve in read_curves(place / "log.csv", name)]
     path = folder / "report.html"
     breast = None if coverage is None else coverage.breast or coverage.image
+    where = "inside the breast" if coverage is not None and coverage.breast else "of whole images"
     images = evaluation.per_image["path"].nunique()
     write_report(
         path,
@@ -245,7 +246,7 @@ def write_page(
             curves,
             splits,
             spectra,
-            None if breast is None else _bins(breast),
+            None if breast is None else _bins(breast, where),
             cases,
         ),
     )

@@ -45,8 +45,9 @@ from stopping import left_to_the_main_process
 
 SPLITS = ("train", "validation", "test")
 FAINTEST, BRIGHTEST = 0.01, 0.6  # contrast of calcifications drawn on training crops
+FAINT_POWER = 1.5  # 1: uniform in the logarithm of the contrast; above it more are faint
 TILT = 0.1  # radians: how far a border drawn on a training crop is at most off the rows or columns
-UNEXPOSED = 0.8  # share of these borders beyond which all is black
+BLACK, WHITE = 0.6, 0.2  # shares of these borders beyond which there is nothing, and a film's whitest; else a grey
 STAND_INS = 8  # images tried in the place of one that cannot be read
 LATENT_FORMAT = 1  # raised when the layout of a latent data set changes
 
@@ -402,14 +403,16 @@ def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
 
 
 def calcified(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-    """A copy of an image (1, H, W) with 2 to 12 calcifications of 1 to 3 pixels, from faint to bright, within the mask."""
-    count = int(torch.randint(2, 13, (), generator=generator))
+    """A copy of an image (1, H, W) with 4 to 40 calcifications of 1 to 3 pixels, most of them faint, within the mask."""
+    count = int(torch.randint(4, 41, (), generator=generator))
     height, width = mask.shape[-2:]
     drawn = []
     for row, column, size, strength in torch.rand(count, 4, generator=generator, dtype=torch.float64).tolist():
         row, column = row * height, column * width
         if mask[0, int(row), int(column)]:
-            drawn.append(Calcification(row, column, 1 + 2 * size, FAINTEST * (BRIGHTEST / FAINTEST) ** strength))
+            drawn.append(
+                Calcification(row, column, 1 + 2 * size, FAINTEST * (BRIGHTEST / FAINTEST) ** strength**FAINT_POWER)
+            )
     image = clean[0].numpy().copy()
     add_calcifications(image, drawn, 1.0)
     return torch.from_numpy(image)[None]
@@ -418,15 +421,16 @@ def calcified(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor
 def bordered(clean: Tensor, generator: torch.Generator) -> Tensor:
     """An image (1, H, W) up to a straight line across it, beyond which there is one intensity, as at the border of a film.
 
-    Half of the lines run along rows or columns, the others up to `TILT` off; pixels on the line hold their share of either.
+    Half of the lines run along rows or columns, the others up to `TILT` off to either side; pixels on the line hold their
+    share of both.
     """
-    quarter, tilt, place, dark, grey = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-    angle = int(4 * quarter) * math.pi / 2 + max(0.0, 2 * tilt - 1) * TILT
+    quarter, tilt, place, which, grey = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
+    angle = int(4 * quarter) * math.pi / 2 + (4 * tilt - 3 if tilt > 0.5 else 0.0) * TILT
     rows, columns = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2 for side in clean.shape[-2:])
     reach = (0.1 + 0.35 * place) * min(clean.shape[-2:])
     distance = math.sin(angle) * rows[:, None] + math.cos(angle) * columns + reach
     share = (distance + 0.5).clamp(0, 1).float()
-    beyond = 0.0 if dark < UNEXPOSED else grey
+    beyond = 0.0 if which < BLACK else 1.0 if which < BLACK + WHITE else grey
     return clean * share + beyond * (1 - share)
 
 

@@ -262,6 +262,7 @@ def restore_job(job: Job, restorer: Restorer, calibration: Calibration | None, a
         image = simulate_low_dose(torch.from_numpy(reference), args.degrade, generator).numpy()
     mask = breast_mask(torch.from_numpy(reference)[None])
     noise = known_noise(args, image, mask[0].numpy())
+    unseen = noise is not None and noise.variance(1.0) <= 0 and is_estimated(args)
     try:
         result = restore_image(restorer, image, noise, name, tile=args.tile or 0, progress=not args.no_tqdm)
     except RuntimeError as error:  # how torch says that memory is short, on either device
@@ -270,7 +271,12 @@ def restore_job(job: Job, restorer: Restorer, calibration: Calibration | None, a
         raise UserError(f"{job.source}: not enough memory for its tiles; pass a smaller --tile") from None
     pixels = result.pixels if grid is None else grid.add(result.pixels - reference, mammogram.pixels)
     description = f"{describe(args, restorer, noise)}; {RESEARCH_USE}"
-    if calibration is not None:
+    if calibration is not None and unseen:
+        for kind in (
+            MAPS
+        ):  # noise that was not seen may be there all the same: an earlier run's maps would speak of another image
+            job.beside(kind).unlink(missing_ok=True)
+    elif calibration is not None:
         # images of another size than the file's, on the training grid, keep theirs
         interval = predict(calibration, image, result.pixels, noise or restorer.noise)
         plain = dataclasses.replace(mammogram, pixels=result.pixels, bits=16, header=None, padding=None)
@@ -306,6 +312,11 @@ def restore_job(job: Job, restorer: Restorer, calibration: Calibration | None, a
     return [row | {"patient": "", "method": m, **dataclasses.asdict(figure)} for m, figure in figures.items()]
 
 
+def is_estimated(args: argparse.Namespace) -> bool:
+    """Whether the noise is read off each image."""
+    return args.noise_level == "auto" or args.noise_level is args.degrade is None
+
+
 def known_noise(args: argparse.Namespace, image: np.ndarray, mask: np.ndarray) -> NoiseModel | None:
     """The noise that an image suffers from; None where it is not to be matched."""
     level = args.noise_level if args.noise_level is not None else args.degrade
@@ -320,7 +331,7 @@ def describe(args: argparse.Namespace, restorer: Restorer, noise: NoiseModel | N
     if args.degrade is not None:
         parts.append(f"from a simulated low dose of noise level {args.degrade:g}")
     if noise is not None:
-        how = "estimated" if args.noise_level == "auto" or args.noise_level is args.degrade is None else "given"
+        how = "estimated" if is_estimated(args) else "given"
         strength = f"{noise.quanta:.0f} quanta at full scale and sigma {noise.sigma:.5f}"
         parts.append(f"noise {how} as {strength if noise.variance(1.0) > 0 else 'none'}")
     evaluations = "1 evaluation" if restorer.steps == 1 else f"{restorer.steps} DDIM steps"
@@ -354,7 +365,7 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def report(rows: list[dict], args: argparse.Namespace) -> None:
+def report(rows: list[dict], args: argparse.Namespace, levels: tuple[float, float]) -> None:
     """Write the tables and print them; with --degrade the figures stand beside the input's."""
     images = pd.DataFrame(rows).drop_duplicates("path")
     own = list(images.columns[: list(images.columns).index("strength") + 1])
@@ -377,6 +388,16 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
         print(
             f"{len(untouched)} images look free of noise and are as good as untouched; noise that was resized or compressed "
             "as JPEG does not show: give its --noise-level if you know it"
+        )
+    if unseen := int((images["level"] == 0).sum()) if args.samples and is_estimated(args) else 0:
+        print(f"{unseen} images show no noise to tell an expected error from: no maps of it are written")
+    slack = 1e-3  # a level that was given comes back through its variance
+    known = images["level"].between(levels[0] * (1 - slack), levels[1] * (1 + slack))
+    outside = images["level"].notna() & (images["level"] > 0) & ~known
+    if args.samples and outside.any():
+        print(
+            f"{int(outside.sum())} images are of noise levels that the model was not trained at ({levels[0]:g} to {levels[1]:g}): "
+            "their expected error and interval are not to be trusted"
         )
     if args.degrade is not None:
         table = pd.DataFrame(rows)
@@ -421,7 +442,7 @@ def main() -> None:
             failures.append(one_line(error))
     if rows:
         record_run(args.out, restorer.hps, args.seed, RECORD, model=restorer.name, failures=failures)
-        report(rows, args)
+        report(rows, args, restorer.levels if restorer.stabilized else (0.0, math.inf))
         print(f"{len({row['path'] for row in rows})} images restored into {args.out}")
     finish_batch(failures)
 

@@ -89,6 +89,7 @@ class Coverage:
     bins: Sequence[CoverageBin]
     overall: CoverageBin | None = None
     constant_width: float | None = None  # of one interval for all pixels with the overall coverage
+    where: str = ""  # the pixels lie, such as "inside the breast"
 
 
 @dataclass(frozen=True)
@@ -333,7 +334,7 @@ def _coverage(coverage: Coverage | None) -> str:
     if coverage.overall is not None:
         bins.append(("all", coverage.overall))
     with_width = any(b.width is not None for _, b in bins)
-    with_pixels = any(b.pixels is not None for _, b in bins)
+    with_pixels = any(b.pixels is not None for b in coverage.bins)
     rows = []
     for name, b in bins:
         cells = [name, f"{100 * b.coverage:.1f} %"]
@@ -349,6 +350,8 @@ def _coverage(coverage: Coverage | None) -> str:
         "than predicted means that the map promises too much, more that it is too timid."
     )
     overall = coverage.overall
+    if overall is not None and overall.pixels is not None:
+        note += f" Counted are {overall.pixels:,} pixels{f' {escape(coverage.where)}' if coverage.where else ''}."
     if overall is not None and overall.width is not None and coverage.constant_width:
         change = 100 * (overall.width / coverage.constant_width - 1)
         note += (

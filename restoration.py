@@ -322,6 +322,18 @@ def changed_box(a: Tensor, b: Tensor, margin: int, multiple: int) -> tuple[slice
     return box[0], box[1]
 
 
+def box_weights(box: tuple[slice, slice], shape: tuple[int, int], margin: int) -> Tensor:
+    """Weights (h, w) of a box in an image of `shape` (H, W): 1, and to 0 over `margin` pixels to its sides within the image."""
+    rows, columns = (torch.ones(span.stop - span.start) for span in box)
+    ramp = (torch.arange(margin) + 0.5) / margin
+    for weights, span, size in zip((rows, columns), box, shape, strict=True):
+        if span.start > 0:
+            weights[:margin] = ramp
+        if span.stop < size:
+            weights[-margin:] = torch.minimum(weights[-margin:], ramp.flip(0))
+    return rows[:, None] * columns
+
+
 @dataclass(frozen=True)
 class Restoration:
     """A restored image, and how it was come by."""
@@ -337,9 +349,9 @@ def restore_image(
     """Restore an image (H, W) in [0, 1] at its own size, given the noise it suffers from.
 
     A stabilised model is told the noise. For another the image is multiplied so that its noise is what the model knows, but
-    not past full scale, restored, and divided again. Where the image is cleaner than the model was trained at, the correction
-    is then cut to what the noise can explain (`explained_share`). `noise` None takes the image as the model knows it. `tile`
-    is the side of the tiles, 0 the restorer's own.
+    not past full scale, restored, and divided again. The correction is then cut to what the noise can explain
+    (`explained_share`), of stabilised models only where the image is cleaner than they were trained at. `noise` None takes
+    the image as the model knows it. `tile` is the side of the tiles, 0 the restorer's own.
     """
     mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
     factor, level = 1.0, None
@@ -364,11 +376,11 @@ def restore_image(
         if part.shape[1] == 1:
             return bright
         dark = bright.clone()
-        if box := changed_box(part[0, 0], part[0, 1], EDGE_REACH * 2, restorer.scale):
-            # the other side is the same but around edges
-            dark[..., box[0], box[1]] = restore(
-                part[:, 1:, box[0], box[1]], (origin[0] + box[0].start, origin[1] + box[1].start)
-            )
+        if box := changed_box(part[0, 0], part[0, 1], EDGE_REACH * 2 + MARGIN, restorer.scale):
+            # the other side is the same but around edges; it fades out to where the network looked past the box's end
+            place = origin[0] + box[0].start, origin[1] + box[1].start
+            weights = box_weights(box, part.shape[-2:], MARGIN)
+            dark[..., box[0], box[1]].lerp_(restore(part[:, 1:, box[0], box[1]], place), weights)
         return torch.cat([bright, dark], 1)
 
     multiple = restorer.scale

@@ -75,6 +75,7 @@ FIGURES = ("psnr_breast", "ssim_breast", "ms_ssim", "psnr", "ssim")
 TESTED = ("psnr_breast", "ssim_breast")
 MUSCLE = 1 / 3  # of a breast's rows, from the top: where the pectoral muscle is, brighter than any gland
 PATCH = 64  # pixels a side of the residuals whose spectrum is taken
+LEAST_CROP = 16  # pixels a side: SSIM's window has 11
 PHANTOM_SHAPE = (1, 1024, 768)
 PHANTOM_SEED = 2  # that of the test split
 DIAMETERS = (1.0, 3.0)  # pixels
@@ -121,7 +122,10 @@ def parse_arguments() -> argparse.Namespace:
         help="resize the images by this factor before all else, as if of another pitch (default: 1)",
     )  # fmt: skip
     parser.add_argument(
-        "--minutes", type=float, default=0.0, help="training time of the regression CNN (default: 0, without it)"
+        "--minutes",
+        type=_non_negative,
+        default=0.0,
+        help="training time of the regression CNN (default: 0, without it)",
     )
     parser.add_argument("--workers", type=positive_int, default=2, help="processes for BM3D (default: 2)")
     device_arguments(parser)
@@ -131,16 +135,26 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--no-native leaves no part to measure")
     if args.realisations < 2:
         parser.error("--realisations must be at least 2: noise is told from bias by its variance")
+    if args.crop < LEAST_CROP:
+        parser.error(f"--crop must be at least {LEAST_CROP}")
     return args
+
+
+def _non_negative(text: str) -> float:
+    """An argparse type: 0 or a finite number above it."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be 0 or a number above it, not {text!r}")
+    return value
 
 
 def _positive(text: str) -> float:
     """An argparse type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
+    value = _non_negative(text)
+    if not value:
         raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
     return value
 
@@ -400,7 +414,7 @@ class Bench:
 def regression_cnn(bench: Bench) -> tuple[regression.RegressionCNN, int] | None:
     """The CNN of --minutes, from --out where a run before this one has left it; None without."""
     args = bench.args
-    if args.minutes <= 0:
+    if not args.minutes:
         print("regression CNN: left out; give it the wall time of the model's training with --minutes")
         return None
     size = "" if args.scale == 1 else f"-scale-{args.scale:g}"
@@ -736,19 +750,23 @@ def main() -> None:
     vst_bm3d(np.full((16, 16), 0.5, dtype=np.float32), NoiseModel.from_level(LEVEL))  # is it there? say so at once
     if not args.data_root.is_dir():
         raise UserError(f"--data-root {args.data_root}: no such folder")
+    if not args.split_csv.is_file():
+        raise UserError(f"--split-csv {args.split_csv}: no such file")
     records = folder_records(args.data_root, HPS_VQVAE["folder"].updated(split_csv=str(args.split_csv)))
     if not records["test"]:
         raise UserError(f"--split-csv {args.split_csv}: none of its test images is in {args.data_root}")
     parts = earlier_parts(args.out / "restoration.json")
     bench = Bench(args, Restorer.load(args.vqvae_path, args.load_path, get_device(args.cpu)), records)
+    if args.ddim_steps and args.ddim_steps > bench.restorer.hps.timesteps:
+        most = bench.restorer.hps.timesteps
+        raise UserError(f"--ddim-steps {args.ddim_steps}: the model has {most} timesteps; pass at most as many")
     print(f"{bench.restorer.name}; results go to {args.out}")
     for name in args.parts:
         # every part says what it was measured with: others may be of an earlier run
         made = {
             "model": bench.restorer.name,
             "evaluations": bench.restorer.evaluations,
-            "images": len(bench.cases),
-            "scale": args.scale,
+            "settings": json.loads(json.dumps(vars(args), default=str)),
         }
         parts[name] = made | RUN[name](bench)
         record_run(args.out, bench.restorer.hps, 0, "restoration.json", parts=parts)

@@ -1,8 +1,11 @@
 """Figures of merit of `benchmarks/restoration.py` against closed forms, and its tables."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +15,7 @@ from PIL import Image
 from scipy import stats
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
+import classical
 from helper import UserError
 from metrics import (
     ErrorSplit,
@@ -22,7 +26,7 @@ from metrics import (
 )
 from phantom import FILM_HEIGHT_MM, Calcification, generate_phantom
 from prepared import Record
-from scripts import load_script
+from scripts import call, load_script, succeed
 
 
 @pytest.fixture(scope="module")
@@ -321,3 +325,44 @@ def test_the_regression_cnn_works_on_the_stabilised_image_and_reads_back_what_it
     (tmp_path / "cnn.pt").write_bytes(b"no")
     with pytest.raises(UserError, match="delete it"):
         bench.regression.load(tmp_path / "cnn.pt", 0.2, torch.device("cpu"))
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_image(tmp_path, monkeypatch):
+    """A folder with one test image, and no BM3D, which is an extra: it returns what it is given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(classical, "vst_bm3d", lambda image, noise: image)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")
+    Image.fromarray((generate_phantom(0, 0).image[0].numpy() * 255).astype(np.uint8)).save("a.png")
+    Path("split.csv").write_text("file,split\na,test\n")
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("--split-csv nowhere.csv", "--split-csv nowhere.csv: no such file"),
+        ("--parts crops --ddim-steps 5000 --split-csv split.csv", "--ddim-steps 5000: the model has 1000 timesteps"),
+        ("--minutes nan", "argument --minutes: must be 0 or a number above it, not 'nan'"),
+        ("--minutes -3", "argument --minutes: must be 0 or a number above it, not '-3'"),
+        ("--levels 0", "argument --levels: must be a number above 0, not '0'"),
+        ("--crop 1", "--crop must be at least 16"),
+    ],
+)
+@pytest.mark.usefixtures("one_image")
+def test_bad_flags_of_the_benchmark_are_one_line_and_status_2(line, said):
+    result = call("benchmarks/restoration", f"--data-root . --out out {line}")
+    assert result.code == 2 and said in result.err and "Traceback" not in result.err
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("one_image")
+def test_every_part_says_what_it_was_measured_with():
+    for crop in (48, 64):
+        line = f"--data-root . --out out --split-csv split.csv --levels 0.2 --crop {crop} --workers 1 --no-tqdm --cpu"
+        succeed("benchmarks/restoration", f"{line} --parts {'levels' if crop == 48 else 'mnse'} --realisations 2")
+    parts = json.loads(Path("out/restoration.json").read_text())["parts"]
+    assert parts["levels"]["settings"]["crop"] == 48 and parts["mnse"]["settings"]["crop"] == 64
+    assert parts["levels"]["levels"]["0.2"]["shipped default"]["psnr_breast"] > 35

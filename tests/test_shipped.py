@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import assessment
+import restoration
 from helper import load_checkpoint, seeded_generator
 from phantom import generate_phantom
 from preprocessing.degrade import NoiseModel, simulate_low_dose
@@ -20,6 +21,7 @@ from restoration import (
     SHIPPED_DIFFUSION,
     SHIPPED_VQVAE,
     Restorer,
+    box_weights,
     changed_box,
     restore_image,
 )
@@ -111,6 +113,25 @@ def test_main_restore_needs_no_model_and_writes_how_sure_it_is(phantom, tmp_path
     assert (low <= restored + 1e-4).all() and (restored <= high + 1e-4).all()
     assert 0.5 < np.median((high - low) / (3.29 * std / 10)) < 2
     assert json.loads((tmp_path / "out" / "restore.json").read_text())["failures"] == []
+    # noise that is not seen may be there all the same: no maps that promise no error, nor those of the run before
+    Image.fromarray(np.full((96, 96), 30_000, np.uint16)).save("low.png")
+    result = succeed("main-restore", "low.png --out out --samples 1")
+    assert "1 images show no noise to tell an expected error from" in result.out
+    assert written(tmp_path / "out") == ["low.png", "restore.csv", "restore.json"]
+    succeed("main-restore", "low.png --out out --samples 1 --noise-level 0")  # who says that there is none is believed
+    assert np.asarray(Image.open(tmp_path / "out" / "low.std.png")).max() == 0
+
+
+@pytest.mark.parametrize("level, outside", [(0.04, False), (1.25, False), (0.03, True), (1.3, True)])
+def test_an_interval_at_a_level_that_was_not_trained_is_said_not_to_hold(
+    phantom, tmp_path, monkeypatch, level, outside
+):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray((phantom[96:128, 96:128] * 65535).astype(np.uint16)).save("low.png")
+    result = succeed("main-restore", f"low.png --out out --noise-level {level} --samples 1")
+    assert (
+        "not trained at (0.04 to 1.25): their expected error and interval are not to be trusted" in result.out
+    ) == outside
 
 
 @pytest.mark.parametrize(
@@ -188,6 +209,30 @@ def test_the_box_around_what_differs_keeps_its_margin_and_the_grid():
     assert changed_box(a, b, 48, 32) == (slice(32, 192), slice(0, 300))
     b[199, 10] = 1
     assert changed_box(a, b, 48, 32)[0] == slice(32, 200)
+    # it fades out but where the image ends
+    weights = box_weights((slice(32, 192), slice(0, 300)), (200, 300), 4)
+    ramp = [0.125, 0.375, 0.625, 0.875]
+    assert torch.equal(weights, torch.tensor([*ramp, *[1] * 152, *ramp[::-1]])[:, None].expand(160, 300))
+
+
+def test_the_box_around_an_edge_leaves_no_seam(shipped, monkeypatch):
+    noise = NoiseModel.from_level(0.2)
+    clean = np.zeros((96, 448), np.float32)
+    clean[:, :40] = 0.5
+    low = low_dose(clean, 0.2)
+    boxes = []
+
+    def recorded(*args):
+        boxes.append(changed_box(*args))
+        return boxes[-1]
+
+    monkeypatch.setattr(restoration, "changed_box", recorded)
+    boxed = restore_image(shipped, low, noise, "x").pixels
+    assert boxes and boxes[0][1].stop < 448  # it ends inside the dark, where a seam would be seen
+    monkeypatch.setattr(restoration, "changed_box", lambda a, *_: tuple(slice(0, side) for side in a.shape))
+    whole = restore_image(shipped, low, noise, "x").pixels
+    # no step from one column to the next in what the box changes; pasted with its rim it has one of 0.0015
+    assert np.abs(np.diff((boxed - whole).mean(0))).max() < 0.07 * noise.sigma
 
 
 def test_texture_and_noise_are_no_edges():
