@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from datasets import get_dataset
 from diffusion import NoiseField
+from helper import seeded_generator
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from images import read_image
 from metrics import breast_mask
@@ -25,6 +26,7 @@ from restoration import (
     matching_factor,
     restore_image,
     restore_in_tiles,
+    stein_share,
     tile_spans,
 )  # fmt: skip
 from trainer import DiffusionTrainer, VQVAETrainer
@@ -236,6 +238,21 @@ def test_share_of_a_correction_is_what_noise_can_explain():
     speck[32, 32], speck[10, 10], speck[50, 50] = np.array([GUARD_SIGMAS, GUARD_SIGMAS - 0.5, 3.0]) * 0.01
     share = explained_share(speck, variance)
     assert share[32, 32] == 0 and share[10, 10] == pytest.approx(0.5, abs=1e-3) and share[50, 50] == 1
+
+
+@pytest.mark.parametrize("gain, expected", [(0.5, 1.0), (1.0, 1.0), (2.0, 0.5), (4.0, 0.25), (-1.0, 0.0)])
+def test_stein_share_finds_the_best_share_of_a_linear_correction_without_the_truth(gain, expected):
+    deviation = np.linspace(0.01, 0.03, 256, dtype=np.float32)[None].repeat(256, axis=0)
+    noise = deviation * np.random.default_rng(0).standard_normal(deviation.shape, dtype=np.float32)
+    image, mask = 0.4 + noise, np.ones(deviation.shape, dtype=bool)
+    image[:, :20], mask[:, :20] = 5.0, False  # outside the mask nothing counts
+
+    def share(function):
+        return stein_share(function, image, deviation, mask, seeded_generator("probe"))
+
+    assert share(lambda y: gain * (y - 0.4)) == pytest.approx(expected, abs=0.02)
+    # a correction that does not follow the image holds none of its noise
+    assert share(lambda y: np.full_like(y, 0.01)) == 0
 
 
 def garbage(part):

@@ -12,6 +12,7 @@ from PIL import Image
 import assessment
 import restoration
 from helper import load_checkpoint, seeded_generator
+from images import read_image
 from phantom import generate_phantom
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.sides import least_step, part_sides
@@ -64,6 +65,14 @@ def test_it_restores_every_level_it_was_trained_at(shipped, phantom, level, gain
     low = low_dose(phantom, level)
     restored = restore_image(shipped, low, NoiseModel.from_level(level), "phantom").pixels
     assert psnr(restored, phantom) > psnr(low, phantom) + gain
+
+
+@pytest.mark.parametrize("level", [0.003, 0.01, 0.02])
+def test_what_is_cleaner_than_any_training_image_is_not_made_worse(shipped, level, mammogram_dir):
+    film = np.ascontiguousarray(read_image(mammogram_dir / "mdb076.png")[400:592, 200:392])
+    low = low_dose(film, level)
+    result = restore_image(shipped, low, NoiseModel.from_level(level), "film")
+    assert psnr(result.pixels, film) > psnr(low, film) and 0.05 < result.strength < 1
 
 
 def test_noise_of_another_make_is_told_as_it_is(shipped, phantom):
