@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+from scipy.stats import norm
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,6 +37,7 @@ TILE_CROPS = 7  # sides of training crops that make the side of a tile: overlaps
 PEAK_QUANTILE = 0.999  # of the breast's intensities: brought to full scale at most
 GUARD_WIDTH = 4.0  # pixels; sigma of the window in which a correction is weighed against the noise
 GUARD_SIGMAS = 6.0  # standard deviations; a correction fades out over the last of them
+CLAMP_REACH, CLAMP_ENTRIES = 4.0, 257  # standard deviations below 1 at which the clamp is felt, and steps in between
 PROBE = 0.1  # standard deviations by which an image is moved to see how its correction follows
 
 
@@ -400,7 +402,8 @@ def restore_image(
             parts = (sides.side(values, bright, drawn) for bright in (True, False))
             scaled = torch.stack([unstabilize(torch.from_numpy(part), told) for part in parts])[None]
         layers = restore_in_tiles(scaled, function, tiles, multiple, progress=progress)[0].numpy() / np.float32(factor)
-        return layers[0] if sides is None else np.where(sides.is_bright, layers[0], layers[1])
+        whole = layers[0] if sides is None else np.where(sides.is_bright, layers[0], layers[1])
+        return whole if told is None else unclamped(whole, told)
 
     restored = restore_whole(image)
     if noise is None or (restorer.stabilized and level_at(noise, intensity) >= restorer.levels[0]):
@@ -416,6 +419,21 @@ def restore_image(
         share = share * stein_share(correct, image, deviation, mask, seeded_generator("probe", restorer.seed, name))
     pixels = (image + share * (restored - image)).clip(0, 1).astype(np.float32)
     return Restoration(pixels, factor, float(share[mask].mean()))
+
+
+def unclamped(image: np.ndarray, noise: NoiseModel) -> np.ndarray:
+    """Intensities (H, W) whose noisy measurement, clamped at 1, has the expectation `image` (H, W).
+
+    A mean of measured pixels near full scale is too low, by 0.4 standard deviations where the truth is 1: the network, whose
+    training images are hardly saturated, returns that mean. Of a Gaussian of mean x and standard deviation s, with
+    a = (1 - x) / s, it is x - s (phi(a) - a Phi(-a)). Black needs none of this: the background of every training image is.
+    """
+    reach = CLAMP_REACH * float(np.sqrt(noise.variance(1.0)))
+    clean = np.linspace(max(0.0, 1 - reach), 1, CLAMP_ENTRIES)
+    deviation = np.sqrt(noise.variance(clean))
+    a = (1 - clean) / deviation
+    expected = clean - deviation * (norm.pdf(a) - a * norm.sf(a))
+    return np.where(image > expected[0], np.interp(image, expected, clean), image).astype(np.float32)
 
 
 def stein_share(

@@ -28,6 +28,7 @@ from restoration import (
     restore_in_tiles,
     stein_share,
     tile_spans,
+    unclamped,
 )  # fmt: skip
 from trainer import DiffusionTrainer, VQVAETrainer
 from vqvae import VQVAE
@@ -253,6 +254,18 @@ def test_stein_share_finds_the_best_share_of_a_linear_correction_without_the_tru
     assert share(lambda y: gain * (y - 0.4)) == pytest.approx(expected, abs=0.02)
     # a correction that does not follow the image holds none of its noise
     assert share(lambda y: np.full_like(y, 0.01)) == 0
+
+
+@pytest.mark.parametrize("level", [0.05, 0.2, 1.0])
+def test_unclamped_undoes_the_mean_of_measurements_that_full_scale_cut_off(level):
+    noise = NoiseModel.from_level(level)
+    deviation = noise.variance(1.0) ** 0.5
+    clean = 1 - deviation * torch.tensor([0.0, 0.3, 1.0, 2.0, 3.5, 8.0])[:, None].expand(6, 400_000)
+    mean = simulate_low_dose(clean, level, torch.Generator().manual_seed(0)).mean(1).numpy()
+    assert mean[0] == pytest.approx(1 - deviation / (2 * math.pi) ** 0.5, abs=0.01 * deviation)
+    found = unclamped(mean[:, None], noise)[:, 0]
+    np.testing.assert_allclose(found, clean[:, 0], atol=0.02 * deviation)
+    assert found[-1] == mean[-1]
 
 
 def garbage(part):

@@ -75,6 +75,16 @@ def test_what_is_cleaner_than_any_training_image_is_not_made_worse(shipped, leve
     assert psnr(result.pixels, film) > psnr(low, film) and 0.05 < result.strength < 1
 
 
+@pytest.mark.parametrize("level", [0.2, 1.0])
+def test_tissue_beyond_full_scale_comes_back_white(shipped, phantom, level):
+    saturated = np.minimum(phantom / np.quantile(phantom, 0.8), 1).astype(np.float32)
+    low = low_dose(saturated, level)
+    restored = restore_image(shipped, low, NoiseModel.from_level(level), "saturated").pixels
+    white = saturated >= 1
+    lost, left = ((1 - image[white]).mean() for image in (low, restored))
+    assert 0.1 < white.mean() < 0.3 and left < 0.35 * lost
+
+
 def test_noise_of_another_make_is_told_as_it_is(shipped, phantom):
     """Half of the electronic noise, and none: no noise level of the simulation has these."""
     for noise in (NoiseModel(3000.0, 0.002), NoiseModel(float("inf"), 0.012)):
