@@ -388,12 +388,11 @@ class MammogramDataset(Dataset):
         elif self.hps.flip and torch.rand((), generator=generator) < 0.5:
             parts = [part.flip(-1) for part in parts]
         clean, mask, *degraded = parts
-        share = 0.0 if image.degraded is not None else self.hps.calcifications
-        if share and torch.rand((), generator=generator) < share:
-            clean = calcified(clean, mask, generator)
-        share = 0.0 if image.degraded is not None else self.hps.borders
-        if share and torch.rand((), generator=generator) < share:
-            clean = bordered(clean, generator)
+        if image.degraded is None:  # a measured low dose would show neither
+            if self.hps.calcifications and torch.rand((), generator=generator) < self.hps.calcifications:
+                clean = calcified(clean, mask, generator)
+            if self.hps.borders and torch.rand((), generator=generator) < self.hps.borders:
+                clean = bordered(clean, generator)
         return Prepared(clean, mask, *degraded)
 
 

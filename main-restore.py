@@ -272,9 +272,8 @@ def restore_job(job: Job, restorer: Restorer, calibration: Calibration | None, a
     pixels = result.pixels if grid is None else grid.add(result.pixels - reference, mammogram.pixels)
     description = f"{describe(args, restorer, noise)}; {RESEARCH_USE}"
     if calibration is not None and unseen:
-        for kind in (
-            MAPS
-        ):  # noise that was not seen may be there all the same: an earlier run's maps would speak of another image
+        # noise that was not seen may be there all the same; maps of an earlier run would promise what they cannot know
+        for kind in MAPS:
             job.beside(kind).unlink(missing_ok=True)
     elif calibration is not None:
         # images of another size than the file's, on the training grid, keep theirs

@@ -429,7 +429,7 @@ def unclamped(image: np.ndarray, noise: NoiseModel) -> np.ndarray:
     a = (1 - x) / s, it is x - s (phi(a) - a Phi(-a)). Black needs none of this: the background of every training image is.
     """
     reach = CLAMP_REACH * float(np.sqrt(noise.variance(1.0)))
-    clean = np.linspace(max(0.0, 1 - reach), 1, CLAMP_ENTRIES)
+    clean = np.linspace(max(1 / CLAMP_ENTRIES, 1 - reach), 1, CLAMP_ENTRIES)  # black may have no deviation to divide by
     deviation = np.sqrt(noise.variance(clean))
     a = (1 - clean) / deviation
     expected = clean - deviation * (norm.pdf(a) - a * norm.sf(a))

@@ -108,7 +108,13 @@ def report(log_csv):
         curves=read_curves(log_csv),
         mnse={name: ErrorSplit(edges, counts, n + b, n, b) for name, (n, b) in parts.items()},
         spectrum={"BM3D": PowerSpectrum(np.arange(1, 9) / 4, np.full(8, 1e-6), np.arange(8))},
-        coverage=Coverage(0.9, [CoverageBin(0, 0.5, 0.876, 0.0123, 4321)], CoverageBin(0, 1, 0.9, 0.01), 0.02),
+        coverage=Coverage(
+            0.9,
+            [CoverageBin(0, 0.5, 0.876, 0.0123, 4321)],
+            CoverageBin(0, 1, 0.9, 0.01, 98765),
+            0.02,
+            "inside the breast",
+        ),
         cases=cases,
     )
 
@@ -177,7 +183,17 @@ def test_the_table_holds_every_figure_and_the_inputs_beside_it(page, report):
 def test_the_page_says_what_it_is_good_for_and_where_it_comes_from(page):
     assert "research use only; a restored image is an estimate, not fit for diagnosis" in DISCLAIMER.lower()
     assert page.text.count(DISCLAIMER) == 2
-    for text in ("runs/a/last.pt", "17", "87.6 %", "0.0123", "4,321", "50 % narrower", "stage one", "psnr_quantized"):
+    for text in (
+        "runs/a/last.pt",
+        "17",
+        "87.6 %",
+        "0.0123",
+        "4,321",
+        "50 % narrower",
+        "98,765 pixels inside the breast",
+        "stage one",
+        "psnr_quantized",
+    ):
         assert text in page.text
 
 

@@ -266,6 +266,8 @@ def test_unclamped_undoes_the_mean_of_measurements_that_full_scale_cut_off(level
     found = unclamped(mean[:, None], noise)[:, 0]
     np.testing.assert_allclose(found, clean[:, 0], atol=0.02 * deviation)
     assert found[-1] == mean[-1]
+    strong = NoiseModel(5.0, 0.0)  # felt down to black, which has no noise at all
+    assert np.isfinite(unclamped(np.linspace(0, 1, 9, dtype=np.float32)[None], strong)).all()
 
 
 def garbage(part):
