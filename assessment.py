@@ -44,9 +44,7 @@ from uncertainty import Case as CalibrationCase
 from vqvae2_wrapper import VQVAE2Wrapper
 
 CALIBRATION_SIDE = 384  # pixels of the squares of validation images that the uncertainty is calibrated on
-CALIBRATION_SQUARES = (
-    3  # of an image and level; with one too little background is seen, and intervals there hold 84 %, not 87 %
-)
+CALIBRATION_SQUARES = 3  # of an image and level; with one, intervals in the background held 84 %, not 87 %
 CALIBRATION_LEVELS = (0.05, 0.2, 0.5, 1.0)  # noise levels, of those that the model knows
 CALIBRATION_IMAGES = 16  # validation images looked at, evenly spaced
 KEPT_PIXELS = 2**17  # of an image, for the coverage

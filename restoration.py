@@ -413,10 +413,13 @@ def restore_image(
     if restorer.stabilized:
 
         def correct(pixels: np.ndarray) -> np.ndarray:
-            correction = pixels - (restored if pixels is image else restore_whole(pixels))
+            correction = pixels - restore_whole(pixels)
             return correction * explained_share(correction, deviation**2)
 
-        share = share * stein_share(correct, image, deviation, mask, seeded_generator("probe", restorer.seed, name))
+        own = (image - restored) * share
+        share = share * stein_share(
+            own, correct, image, deviation, mask, seeded_generator("probe", restorer.seed, name)
+        )
     pixels = (image + share * (restored - image)).clip(0, 1).astype(np.float32)
     return Restoration(pixels, factor, float(share[mask].mean()))
 
@@ -426,7 +429,8 @@ def unclamped(image: np.ndarray, noise: NoiseModel) -> np.ndarray:
 
     A mean of measured pixels near full scale is too low, by 0.4 standard deviations where the truth is 1: the network, whose
     training images are hardly saturated, returns that mean. Of a Gaussian of mean x and standard deviation s, with
-    a = (1 - x) / s, it is x - s (phi(a) - a Phi(-a)). Black needs none of this: the background of every training image is.
+    a = (1 - x) / s, it is x - s (phi(a) - a Phi(-a)). Black needs none of this: every training image has
+    some. `classical.unbiased_inverse` also undoes the bias of the root and of black, which the network has learned to.
     """
     reach = CLAMP_REACH * float(np.sqrt(noise.variance(1.0)))
     clean = np.linspace(max(1 / CLAMP_ENTRIES, 1 - reach), 1, CLAMP_ENTRIES)  # black may have no deviation to divide by
@@ -437,13 +441,14 @@ def unclamped(image: np.ndarray, noise: NoiseModel) -> np.ndarray:
 
 
 def stein_share(
+    own: np.ndarray,
     correct: Callable[[np.ndarray], np.ndarray],
     image: np.ndarray,
     deviation: np.ndarray,
     mask: np.ndarray,
     generator: torch.Generator,
 ) -> np.float32:
-    """The share a, in [0, 1], of the correction c = `correct(image)` at which the squared error of image - a c is least.
+    """The share a, in [0, 1], of a correction c = `correct(image)` = `own` at which the squared error of image - a c is least.
 
     That is E[n c] / E[c^2] over the mask. The covariance with the Gaussian noise n of standard deviation `deviation`, which
     nobody sees, is sum sd^2 dc/dy, and that divergence is measured by a random probe of the image: no clean one is needed.
@@ -453,7 +458,6 @@ def stein_share(
     """
     signs = (2 * torch.randint(2, image.shape, generator=generator) - 1).numpy()
     step = np.float32(PROBE) * deviation * signs.astype(np.float32)
-    own = correct(image)
     moved = correct(image + step)
     covariance = deviation * signs * (moved - own) / PROBE
     energy = max(float((own[mask] ** 2).sum()), np.finfo(np.float32).tiny)

@@ -249,7 +249,7 @@ def test_stein_share_finds_the_best_share_of_a_linear_correction_without_the_tru
     image[:, :20], mask[:, :20] = 5.0, False  # outside the mask nothing counts
 
     def share(function):
-        return stein_share(function, image, deviation, mask, seeded_generator("probe"))
+        return stein_share(function(image), function, image, deviation, mask, seeded_generator("probe"))
 
     assert share(lambda y: gain * (y - 0.4)) == pytest.approx(expected, abs=0.02)
     # a correction that does not follow the image holds none of its noise
