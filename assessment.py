@@ -280,7 +280,11 @@ def restore_test_set(
     left_out = [*validation_set.left_out, *test_set.left_out]
     progress = not args.no_tqdm
     amp = half_precision(device, args.half)
-    sampler = Restorer(first_stage.to(device), model.to(device), hps, hps.ddim_steps, seed=args.seed, amp=amp)
+    # what the network has seen does not change with the task that it is evaluated on
+    seen = {key: checkpoints[1].hps[key] for key in ("noise_levels", "windowing")}
+    sampler = Restorer(
+        first_stage.to(device), model.to(device), hps.updated(**seen), hps.ddim_steps, seed=args.seed, amp=amp
+    )
     mean = dataclasses.replace(sampler, steps=1)
     default = dataclasses.replace(mean, views=hps.views)
 

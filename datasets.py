@@ -47,6 +47,9 @@ SPLITS = ("train", "validation", "test")
 FAINTEST, BRIGHTEST = 0.01, 0.6  # contrast of calcifications drawn on training crops
 FAINT_POWER = 1.5  # 1: uniform in the logarithm of the contrast; above it more are faint
 TILT = 0.1  # radians: how far a border drawn on a training crop is at most off the rows or columns
+CUT = 0.4  # share of a training crop's breast that a window drawn on it cuts off at either end at most
+DIMMEST = 0.03  # intensity that the end of a window becomes at least
+MOST_GAIN = 8.0  # of a window: more would make the steps of an 8 bit image, and its grain, the whole picture
 BLACK, WHITE = 0.6, 0.2  # shares of these borders beyond which there is nothing, and a film's whitest; else a grey
 STAND_INS = 8  # images tried in the place of one that cannot be read
 LATENT_FORMAT = 1  # raised when the layout of a latent data set changes
@@ -378,17 +381,20 @@ class MammogramDataset(Dataset):
             parts = [part[:, row : row + side, column : column + side] for part in parts]
             if side != size:
                 parts = [_resized(part, size) for part in parts]
-        if image.degraded is None and self.hps.gamma_range != [1, 1]:
-            gamma = log_uniform(*self.hps.gamma_range, generator)
-            if torch.rand((), generator=generator) < 0.5:
-                parts[0] = parts[0] ** gamma
+        if image.degraded is None:  # a measured low dose has the intensities it has
+            if self.hps.gamma_range != [1, 1]:
+                gamma = log_uniform(*self.hps.gamma_range, generator)
+                if torch.rand((), generator=generator) < 0.5:
+                    parts[0] = parts[0] ** gamma
+            if self.hps.windowing and torch.rand((), generator=generator) < self.hps.windowing:
+                parts[0] = windowed(parts[0], parts[1], generator)
         if self.hps.dihedral:
             orientation = int(torch.randint(8, (), generator=generator))
             parts = [oriented(part, orientation) for part in parts]
         elif self.hps.flip and torch.rand((), generator=generator) < 0.5:
             parts = [part.flip(-1) for part in parts]
         clean, mask, *degraded = parts
-        if image.degraded is None:  # a measured low dose would show neither
+        if image.degraded is None:  # a measured low dose would show neither; their contrast is the same in any window
             if self.hps.calcifications and torch.rand((), generator=generator) < self.hps.calcifications:
                 clean = calcified(clean, mask, generator)
             if self.hps.borders and torch.rand((), generator=generator) < self.hps.borders:
@@ -399,6 +405,26 @@ class MammogramDataset(Dataset):
 def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
     """A draw between `low` and `high`, both above 0, uniform in its logarithm."""
     return low * (high / low) ** float(torch.rand((), generator=generator))
+
+
+def windowed(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """An image (1, H, W) in [0, 1] through a random window, as displays and detectors have them.
+
+    Three coins are tossed: it begins at black, or at a quantile, up to `CUT`, of the intensities within the mask; it ends at
+    their maximum, or cuts up to `CUT` of them off; and its end becomes full scale, or a darker grey, log-uniform from
+    `DIMMEST`. The image is multiplied by `MOST_GAIN` at most.
+
+    Source: linear windowing, DICOM PS3.3, C.11.2.1.2.
+    """
+    inside = clean[mask]
+    if not len(inside):
+        return clean
+    low, high, dim, *halves = torch.rand(6, generator=generator, dtype=torch.float64).tolist()
+    begins, cuts, dims = (half < 0.5 for half in halves)
+    quantiles = inside.quantile(torch.tensor([CUT * low, 1 - CUT * high if cuts else 1.0])).tolist()
+    floor, end = quantiles[0] if begins else 0.0, quantiles[1]
+    top = DIMMEST**dim if dims else 1.0
+    return ((clean - floor) / max(end - floor, 1 / MOST_GAIN)).clamp(0, 1) * top
 
 
 def calcified(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -542,7 +568,9 @@ class RecordDataset(MammogramDataset):
     @property
     def sends_levels(self) -> bool:
         """Whether training images go to the device as the cache keeps them, half the bytes: where nothing is computed here."""
-        computes = any(self.hps[name] for name in ("crop_size", "part_edges", "calcifications", "borders", "phantoms"))
+        computes = any(
+            self.hps[name] for name in ("crop_size", "part_edges", "calcifications", "borders", "windowing", "phantoms")
+        )
         return self.train and self.degrade_on_device and not computes and self.hps.gamma_range == [1, 1]
 
     def image_count(self) -> int:

@@ -61,6 +61,7 @@ _DATA = HParams(
     calcifications=0.0,  # share of training crops in which simulated calcifications are drawn
     borders=0.0,  # share of training crops that end at a straight line, as at a film's border
     gamma_range=[1.0, 1.0],  # training crops are raised to a power between these, drawn log-uniformly, half of the time
+    windowing=0.0,  # share of training crops seen through a random window: dark or bright tissue cut off, or all of it dimmed
     phantoms=0,  # folder: phantoms at the size of image_shape, added to the training images for their calcifications
     degrade_on_device=False,  # draw a training sample's low dose in the step, on the GPU if there is one, not in the loader
     cache_images=False,  # keep prepared images in memory after their first use (small sets only)
@@ -262,6 +263,7 @@ HPS_DIFFUSION["mammogram"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     part_edges=True,
     calcifications=0.8,  # at 0.4, with a third as many a crop, the faintest kept less of their contrast than BM3D leaves them
     borders=0.2,
+    windowing=0.4,  # without it: up to 1.7 dB less where tissue is cut off at black, 4 dB at white, 7 dB far below full scale
     ema_decay=0.999,
     ddim_steps=10,  # samples have collapsed onto the mean: more tell nothing
     ddim_spacing="trailing",  # from T - 1 on: started lower, two steps lost 5 dB
@@ -361,7 +363,7 @@ def check(hps: HParams) -> None:
         if key in hps and not hps[key] >= 0:
             raise ValueError(f"--hps {key}={hps[key]}: must not be negative")
     fractions = ("breast_fraction", "validation_fraction", "test_fraction", "quantize_probability", "codebook_decay", "ddim_eta",
-                 "calcifications", "ema_decay", "dropout", "borders")  # fmt: skip
+                 "calcifications", "ema_decay", "dropout", "borders", "windowing")  # fmt: skip
     for key in fractions:
         if key in hps and not 0 <= hps[key] <= 1:
             raise ValueError(f"--hps {key}={hps[key]}: must lie between 0 and 1")

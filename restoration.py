@@ -403,7 +403,8 @@ def restore_image(
             scaled = torch.stack([unstabilize(torch.from_numpy(part), told) for part in parts])[None]
         layers = restore_in_tiles(scaled, function, tiles, multiple, progress=progress)[0].numpy() / np.float32(factor)
         whole = layers[0] if sides is None else np.where(sides.is_bright, layers[0], layers[1])
-        return whole if told is None else unclamped(whole, told)
+        # what full scale cuts off the network has learned from such crops, or it is undone
+        return whole if told is None or restorer.hps.windowing else unclamped(whole, told)
 
     restored = restore_whole(image)
     if noise is None or (restorer.stabilized and level_at(noise, intensity) >= restorer.levels[0]):
@@ -427,8 +428,8 @@ def restore_image(
 def unclamped(image: np.ndarray, noise: NoiseModel) -> np.ndarray:
     """Intensities (H, W) whose noisy measurement, clamped at 1, has the expectation `image` (H, W).
 
-    A mean of measured pixels near full scale is too low, by 0.4 standard deviations where the truth is 1: the network, whose
-    training images are hardly saturated, returns that mean. Of a Gaussian of mean x and standard deviation s, with
+    A mean of measured pixels near full scale is too low, by 0.4 standard deviations where the truth is 1: a network whose
+    training images are hardly saturated (`windowing=0`) returns that mean. Of a Gaussian of mean x and standard deviation s, with
     a = (1 - x) / s, it is x - s (phi(a) - a Phi(-a)). Black needs none of this: every training image has
     some. `classical.unbiased_inverse` also undoes the bias of the root and of black, which the network has learned to.
     """

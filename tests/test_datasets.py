@@ -1,5 +1,6 @@
 """Reading, geometry, splits, keyed randomness and batches of the data sets."""
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from datasets import (
     patient_of,
     split_patients,
     upright,
+    windowed,
 )  # fmt: skip
 from helper import UserError, seeded_generator
 from hps import HPS_DIFFUSION, HPS_VQVAE
@@ -587,6 +589,48 @@ def test_training_crops_are_raised_to_a_power_half_of_the_time():
     squared = [torch.equal(crop, plain**2) for crop in crops]
     assert all(a or torch.equal(crop, plain) for a, crop in zip(squared, crops, strict=True))
     assert 15 < sum(squared) < 45
+    assert torch.equal(test[0].clean[0], test.prepared(0).clean)
+
+
+def test_windows_drawn_on_a_crop_cut_off_either_end_or_dim_all_of_it():
+    rows = torch.linspace(0.2, 0.6, 101)
+    clean, mask = rows.expand(1, 101, 101).clone(), torch.ones(1, 101, 101, dtype=torch.bool)
+    clean[:, :10], mask[:, :10] = 0, False  # the film beside the breast
+    drawn = [windowed(clean, mask, seeded_generator("window", i))[0] for i in range(400)]
+    assert torch.equal(drawn[0], windowed(clean, mask, seeded_generator("window", 0))[0])
+    assert all((image[:10] == 0).all() and (image[10].diff() >= 0).all() and 0 <= image[10, -1] <= 1 for image in drawn)
+    inside = torch.stack([image[10] for image in drawn])
+    ends = inside[:, -1]
+    full = ends > 1 - 1e-6
+    assert full.float().mean().item() == pytest.approx(0.5, abs=0.08) and 0.03 <= ends.min() < 0.04
+    assert ends[~full].log().mean().item() == pytest.approx(math.log(0.03) / 2, abs=0.25)  # uniform in the logarithm
+    for cut in (
+        inside >= ends[:, None] * (1 - 1e-6),
+        inside <= 0,
+    ):  # pixels at the window's end, and below its beginning
+        shares = cut.float().mean(1)
+        some = shares[shares > 0.015]  # one row of pixels is the brightest itself, or the darkest
+        assert len(some) / 400 == pytest.approx(0.5, abs=0.08)
+        assert some.max() <= 0.41 and some.mean().item() == pytest.approx(0.2, abs=0.03)
+    # what is left of the intensities lies on a straight line
+    inner = (inside > 0) & (inside < ends[:, None])
+    slopes = [image[kept].diff().std() / image[kept].diff().mean() for image, kept in zip(inside, inner, strict=True)]
+    assert max(slopes) < 1e-3
+
+
+def test_a_window_raises_no_intensity_by_more_than_its_gain():
+    flat, mask = torch.rand(1, 96, 96, generator=seeded_generator("flat")) * 1e-3 + 0.5, torch.ones(1, 96, 96).bool()
+    drawn = torch.stack([windowed(flat, mask, seeded_generator("gain", i)) for i in range(40)])
+    assert drawn.std((-1, -2)).max() <= 8.001 * flat.std()
+    assert windowed(flat, ~mask, seeded_generator("gain", 0)) is flat
+
+
+def test_training_crops_are_windowed_as_often_as_the_setting_says():
+    hps = SETTINGS.updated(crop_size=0, flip=False, windowing=0.5)
+    train, test = get_datasets("phantom", hps, ["train", "test"])
+    plain = train.prepared(0).clean
+    changed = [not torch.equal(train[SampleKey(epoch, 0, 0)].clean[0], plain) for epoch in range(60)]
+    assert 15 < sum(changed) < 45
     assert torch.equal(test[0].clean[0], test.prepared(0).clean)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from restoration import (
     box_weights,
     changed_box,
     restore_image,
+    unclamped,
 )
 from scripts import call, succeed, written
 from uncertainty import Calibration, assess, predict
@@ -85,6 +87,35 @@ def test_tissue_beyond_full_scale_comes_back_white(shipped, phantom, level):
     assert 0.1 < white.mean() < 0.3 and left < 0.35 * lost
 
 
+@pytest.mark.parametrize(
+    "window, gains",
+    [
+        (lambda image: image - np.quantile(image, 0.3), (12.0, 16.5)),  # 10.8 and 14.0 of a model that saw no such crop
+        (lambda image: image / np.quantile(image, 0.8), (8.0, 13.0)),  # 7.3 and 11.5
+        (lambda image: 0.05 * image, (17.0, 17.5)),  # 12.5 and 11.9
+    ],
+    ids=["black", "white", "dim"],
+)
+def test_tissue_cut_off_at_black_or_white_or_far_below_full_scale_is_restored(shipped, phantom, window, gains):
+    clean = window(phantom).clip(0, 1).astype(np.float32)
+    for level, gain in zip((0.2, 1.0), gains, strict=True):
+        low = low_dose(clean, level)
+        restored = restore_image(shipped, low, NoiseModel.from_level(level), "window").pixels
+        assert psnr(restored, clean) > psnr(low, clean) + gain
+
+
+def test_what_full_scale_cut_off_is_undone_for_a_model_that_saw_no_such_crop(shipped, phantom):
+    noise = NoiseModel.from_level(1.0)
+    low = low_dose(np.minimum(phantom / np.quantile(phantom, 0.8), 1).astype(np.float32), 1.0)
+    own, other = (
+        restore_image(replace(shipped, hps=shipped.hps.updated(windowing=share)), low, noise, "saturated").pixels
+        for share in (shipped.hps.windowing, 0.0)
+    )
+    assert shipped.hps.windowing > 0
+    np.testing.assert_allclose(other, unclamped(own, noise), atol=1e-6)
+    assert (other - own).max() > 0.01
+
+
 def test_noise_of_another_make_is_told_as_it_is(shipped, phantom):
     """Half of the electronic noise, and none: no noise level of the simulation has these."""
     for noise in (NoiseModel(3000.0, 0.002), NoiseModel(float("inf"), 0.012)):
@@ -101,8 +132,6 @@ def test_noise_of_another_make_is_told_as_it_is(shipped, phantom):
 
 
 def test_eight_orientations_are_no_worse_than_one(shipped, phantom):
-    from dataclasses import replace
-
     low, noise = low_dose(phantom, 0.2), NoiseModel.from_level(0.2)
     eight, one = (restore_image(replace(shipped, views=views), low, noise, "p").pixels for views in (8, 1))
     assert shipped.views == shipped.evaluations == 1
