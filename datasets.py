@@ -47,10 +47,10 @@ SPLITS = ("train", "validation", "test")
 FAINTEST, BRIGHTEST = 0.01, 0.6  # contrast of calcifications drawn on training crops
 FAINT_POWER = 1.5  # 1: uniform in the logarithm of the contrast; above it more are faint
 TILT = 0.1  # radians: how far a border drawn on a training crop is at most off the rows or columns
+BLACK, WHITE = 0.6, 0.2  # shares of these borders beyond which there is nothing, and a film's whitest; else a grey
 CUT = 0.4  # share of a training crop's breast that a window drawn on it cuts off at either end at most
 DIMMEST = 0.03  # intensity that the end of a window becomes at least
 MOST_GAIN = 8.0  # of a window: more would make the steps of an 8 bit image, and its grain, the whole picture
-BLACK, WHITE = 0.6, 0.2  # shares of these borders beyond which there is nothing, and a film's whitest; else a grey
 STAND_INS = 8  # images tried in the place of one that cannot be read
 LATENT_FORMAT = 1  # raised when the layout of a latent data set changes
 

@@ -403,7 +403,7 @@ def restore_image(
             scaled = torch.stack([unstabilize(torch.from_numpy(part), told) for part in parts])[None]
         layers = restore_in_tiles(scaled, function, tiles, multiple, progress=progress)[0].numpy() / np.float32(factor)
         whole = layers[0] if sides is None else np.where(sides.is_bright, layers[0], layers[1])
-        # what full scale cuts off the network has learned from such crops, or it is undone
+        # a network that was shown windows has learned what full scale cuts off
         return whole if told is None or restorer.hps.windowing else unclamped(whole, told)
 
     restored = restore_whole(image)
