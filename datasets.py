@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
@@ -50,7 +51,10 @@ TILT = 0.1  # radians: how far a border drawn on a training crop is at most off 
 BLACK, WHITE = 0.6, 0.2  # shares of these borders beyond which there is nothing, and a film's whitest; else a grey
 CUT = 0.4  # share of a training crop's breast that a window drawn on it cuts off at either end at most
 DIMMEST = 0.03  # intensity that the end of a window becomes at least
-MOST_GAIN = 8.0  # of a window: more would make the steps of an 8 bit image, and its grain, the whole picture
+MOST_GAIN = (
+    8.0  # of a window or an enhancement: more would make the steps of an 8 bit image, and its grain, the whole picture
+)
+ENHANCED_SIGMA = (2.0, 24.0)  # pixels: what is finer has its contrast raised
 STAND_INS = 8  # images tried in the place of one that cannot be read
 LATENT_FORMAT = 1  # raised when the layout of a latent data set changes
 
@@ -386,6 +390,8 @@ class MammogramDataset(Dataset):
                 gamma = log_uniform(*self.hps.gamma_range, generator)
                 if torch.rand((), generator=generator) < 0.5:
                     parts[0] = parts[0] ** gamma
+            if self.hps.enhancement and torch.rand((), generator=generator) < self.hps.enhancement:
+                parts[0] = enhanced(parts[0], generator)
             if self.hps.windowing and torch.rand((), generator=generator) < self.hps.windowing:
                 parts[0] = windowed(parts[0], parts[1], generator)
         if self.hps.dihedral:
@@ -410,9 +416,9 @@ def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
 def windowed(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     """An image (1, H, W) in [0, 1] through a random window, as displays and detectors have them.
 
-    Three coins are tossed: it begins at black, or at a quantile, up to `CUT`, of the intensities within the mask; it ends at
-    their maximum, or cuts up to `CUT` of them off; and its end becomes full scale, or a darker grey, log-uniform from
-    `DIMMEST`. The image is multiplied by `MOST_GAIN` at most.
+    Three coins are tossed: it begins at black, or at a quantile, up to `CUT`, of the intensities within the mask; it cuts up
+    to `CUT` of them off at white, or ends at their maximum; and this maximum becomes full scale, or a darker grey,
+    log-uniform from `DIMMEST`. The image is multiplied by `MOST_GAIN` at most.
 
     Source: linear windowing, DICOM PS3.3, C.11.2.1.2.
     """
@@ -423,8 +429,21 @@ def windowed(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     begins, cuts, dims = (half < 0.5 for half in halves)
     quantiles = inside.quantile(torch.tensor([CUT * low, 1 - CUT * high if cuts else 1.0])).tolist()
     floor, end = quantiles[0] if begins else 0.0, quantiles[1]
-    top = DIMMEST**dim if dims else 1.0
+    top = DIMMEST**dim if dims and not cuts else 1.0
     return ((clean - floor) / max(end - floor, 1 / MOST_GAIN)).clamp(0, 1) * top
+
+
+def enhanced(clean: Tensor, generator: torch.Generator) -> Tensor:
+    """An image (1, H, W) in [0, 1] whose local contrast is raised, as processing for display does.
+
+    What differs from a Gaussian mean, of a sigma log-uniform in `ENHANCED_SIGMA` pixels, is multiplied by a gain log-uniform
+    from 1 to `MOST_GAIN`.
+
+    Source: unsharp masking, Gonzalez & Woods, Digital Image Processing, 4th ed., equations 3-55 and 3-56.
+    """
+    sigma, gain = log_uniform(*ENHANCED_SIGMA, generator), log_uniform(1, MOST_GAIN, generator)
+    mean = torch.from_numpy(ndimage.gaussian_filter(clean[0].numpy(), sigma, mode="nearest", truncate=3.0))
+    return (mean + gain * (clean - mean)).clamp(0, 1)
 
 
 def calcified(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -569,7 +588,8 @@ class RecordDataset(MammogramDataset):
     def sends_levels(self) -> bool:
         """Whether training images go to the device as the cache keeps them, half the bytes: where nothing is computed here."""
         computes = any(
-            self.hps[name] for name in ("crop_size", "part_edges", "calcifications", "borders", "windowing", "phantoms")
+            self.hps[name]
+            for name in ("crop_size", "part_edges", "calcifications", "borders", "windowing", "enhancement", "phantoms")
         )
         return self.train and self.degrade_on_device and not computes and self.hps.gamma_range == [1, 1]
 

@@ -50,7 +50,7 @@ except ImportError:  # not a POSIX system: runs are not locked there
 SETTINGS_ADDED = {
     "noise_levels": [], "stabilize": False, "dihedral": False, "native": False, "scale_range": [1.0, 1.0], "phantoms": 0,
     "noise_conditioning": False, "views": 1, "part_edges": False, "calcifications": 0.0,
-    "borders": 0.0, "gamma_range": [1.0, 1.0], "windowing": 0.0,
+    "borders": 0.0, "gamma_range": [1.0, 1.0], "windowing": 0.0, "enhancement": 0.0,
     "degrade_on_device": False, "checkpoint_minutes": 10.0,
 }  # fmt: skip
 CHECKPOINT_FORMAT = 1  # raised when the layout of a checkpoint changes

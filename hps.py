@@ -62,6 +62,7 @@ _DATA = HParams(
     borders=0.0,  # share of training crops that end at a straight line, as at a film's border
     gamma_range=[1.0, 1.0],  # training crops are raised to a power between these, drawn log-uniformly, half of the time
     windowing=0.0,  # share of training crops seen through a random window: dark or bright tissue cut off, or all of it dimmed
+    enhancement=0.0,  # share of training crops whose local contrast is raised, as in images processed for display
     phantoms=0,  # folder: phantoms at the size of image_shape, added to the training images for their calcifications
     degrade_on_device=False,  # draw a training sample's low dose in the step, on the GPU if there is one, not in the loader
     cache_images=False,  # keep prepared images in memory after their first use (small sets only)
@@ -263,11 +264,12 @@ HPS_DIFFUSION["mammogram"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     part_edges=True,
     calcifications=0.8,  # at 0.4, with a third as many a crop, the faintest kept less of their contrast than BM3D leaves them
     borders=0.2,
-    windowing=0.4,  # without it tissue cut off at black or white, or far below full scale, was restored worse than by BM3D
+    windowing=0.5,  # without it tissue cut off at black or white, or far below full scale, was restored worse than by BM3D
+    enhancement=0.2,  # without it images of equalised local contrast were restored worse than by BM3D
     ema_decay=0.999,
     ddim_steps=10,  # samples have collapsed onto the mean: more tell nothing
     ddim_spacing="trailing",  # from T - 1 on: started lower, two steps lost 5 dB
-    max_epochs=125,
+    max_epochs=147,
     statistics_batches=32,
     validation_frequency=7,
     image_frequency=21,
@@ -363,7 +365,7 @@ def check(hps: HParams) -> None:
         if key in hps and not hps[key] >= 0:
             raise ValueError(f"--hps {key}={hps[key]}: must not be negative")
     fractions = ("breast_fraction", "validation_fraction", "test_fraction", "quantize_probability", "codebook_decay", "ddim_eta",
-                 "calcifications", "ema_decay", "dropout", "borders", "windowing")  # fmt: skip
+                 "calcifications", "ema_decay", "dropout", "borders", "windowing", "enhancement")  # fmt: skip
     for key in fractions:
         if key in hps and not 0 <= hps[key] <= 1:
             raise ValueError(f"--hps {key}={hps[key]}: must lie between 0 and 1")

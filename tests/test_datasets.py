@@ -21,6 +21,7 @@ from datasets import (
     bordered,
     calcified,
     draw_crop,
+    enhanced,
     folder_records,
     get_dataset,
     get_datasets,
@@ -602,7 +603,10 @@ def test_windows_drawn_on_a_crop_cut_off_either_end_or_dim_all_of_it():
     inside = torch.stack([image[10] for image in drawn])
     ends = inside[:, -1]
     full = ends > 1 - 1e-6
-    assert full.float().mean().item() == pytest.approx(0.5, abs=0.08) and 0.03 <= ends.min() < 0.04
+    assert full.float().mean().item() == pytest.approx(0.75, abs=0.08) and 0.03 <= ends.min() < 0.04
+    assert (
+        (inside >= ends[:, None] * (1 - 1e-6)).float().mean(1)[~full] < 0.015
+    ).all()  # what is dimmed is not cut off
     assert ends[~full].log().mean().item() == pytest.approx(math.log(0.03) / 2, abs=0.25)  # uniform in the logarithm
     for cut in (
         inside >= ends[:, None] * (1 - 1e-6),
@@ -625,8 +629,37 @@ def test_a_window_raises_no_intensity_by_more_than_its_gain():
     assert windowed(flat, ~mask, seeded_generator("gain", 0)) is flat
 
 
-def test_training_crops_are_windowed_as_often_as_the_setting_says():
-    hps = SETTINGS.updated(crop_size=0, flip=False, windowing=0.5)
+def test_enhancing_multiplies_what_is_finer_than_its_mean_and_keeps_what_is_coarser(monkeypatch):
+    column = torch.arange(288)
+    fine = 0.01 * (1 - 2 * (column % 2)).expand(
+        1, 96, 288
+    )  # at Nyquist, of which no mean of sigma 2 or more keeps anything
+    drawn = [enhanced(0.5 + fine, seeded_generator("enhance", i)) for i in range(300)]
+    gains = torch.stack([(image - 0.5)[0, 48, 144] / fine[0, 48, 144] for image in drawn])
+    assert 1 <= gains.min() < 1.05 and 7.6 < gains.max() <= 8.001
+    assert gains.log().mean().item() == pytest.approx(math.log(8) / 2, abs=0.1)  # uniform in the logarithm
+    for image, gain in zip(drawn[:5], gains, strict=False):
+        torch.testing.assert_close(image[..., 96:192], 0.5 + gain * fine[..., 96:192], atol=2e-4, rtol=0)
+    flat = torch.full((1, 96, 96), 0.3)
+    torch.testing.assert_close(enhanced(flat, seeded_generator("enhance")), flat)
+    # a wave of frequency f keeps exp(-2 (pi sigma f)^2) of itself in the mean, and the rest has the gain
+    sigma, gain = 10.0, 4.0
+    wave = 0.05 * torch.cos(2 * math.pi * column / 32).expand(1, 96, 288)
+    draws = iter([sigma, gain])
+    monkeypatch.setattr("datasets.log_uniform", lambda low, high, generator: next(draws))
+    image = enhanced(0.5 + wave, seeded_generator("enhance"))
+    monkeypatch.undo()
+    kept = math.exp(-2 * (math.pi * sigma / 32) ** 2)
+    torch.testing.assert_close(
+        image[0, 48, 128:160], 0.5 + (gain - (gain - 1) * kept) * wave[0, 48, 128:160], atol=2e-3, rtol=0
+    )
+    loud = enhanced(torch.rand(1, 96, 96, generator=seeded_generator("loud")), seeded_generator("enhance", 0))
+    assert loud.min() >= 0 and loud.max() <= 1
+
+
+@pytest.mark.parametrize("setting", ["windowing", "enhancement"])
+def test_training_crops_are_windowed_and_enhanced_as_often_as_the_setting_says(setting):
+    hps = SETTINGS.updated(crop_size=0, flip=False, **{setting: 0.5})
     train, test = get_datasets("phantom", hps, ["train", "test"])
     plain = train.prepared(0).clean
     changed = [not torch.equal(train[SampleKey(epoch, 0, 0)].clean[0], plain) for epoch in range(60)]

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 import assessment
 import restoration
@@ -84,15 +85,15 @@ def test_tissue_beyond_full_scale_comes_back_white(shipped, phantom, level):
     restored = restore_image(shipped, low, NoiseModel.from_level(level), "saturated").pixels
     white = saturated >= 1
     lost, left = ((1 - image[white]).mean() for image in (low, restored))
-    assert 0.1 < white.mean() < 0.3 and left < 0.35 * lost
+    assert 0.1 < white.mean() < 0.3 and left < 0.25 * lost
 
 
 @pytest.mark.parametrize(
     "window, gains",
     [
-        (lambda image: image - np.quantile(image, 0.3), (12.0, 16.5)),  # 10.8 and 14.0 of a model that saw no such crop
-        (lambda image: image / np.quantile(image, 0.8), (8.0, 13.0)),  # 7.3 and 11.5
-        (lambda image: 0.05 * image, (17.0, 17.5)),  # 12.5 and 11.9
+        (lambda image: image - np.quantile(image, 0.3), (12.2, 17.8)),  # 10.8 and 14.0 of a model that saw no such crop
+        (lambda image: image / np.quantile(image, 0.8), (8.4, 15.0)),  # 7.3 and 11.5
+        (lambda image: 0.05 * image, (19.0, 20.5)),  # 12.5 and 11.9
     ],
     ids=["black", "white", "dim"],
 )
@@ -102,6 +103,17 @@ def test_tissue_cut_off_at_black_or_white_or_far_below_full_scale_is_restored(sh
         low = low_dose(clean, level)
         restored = restore_image(shipped, low, NoiseModel.from_level(level), "window").pixels
         assert psnr(restored, clean) > psnr(low, clean) + gain
+
+
+@pytest.mark.parametrize("level, gain", [(0.2, 2.5), (1.0, 5.6)])  # 2.2 and 5.6 of a model that saw no enhanced crop
+def test_film_of_equalised_local_contrast_is_restored(shipped, level, gain, mammogram_dir):
+    film = read_image(mammogram_dir / "mdb076.png")[400:592, 200:392]
+    mean = ndimage.gaussian_filter(film, 16)
+    deviation = np.sqrt(ndimage.gaussian_filter((film - mean) ** 2, 16)) + 1e-3
+    clean = (0.5 + 0.15 * (film - mean) / deviation).clip(0, 1)
+    low = low_dose(clean, level)
+    restored = restore_image(shipped, low, NoiseModel.from_level(level), "enhanced").pixels
+    assert psnr(restored, clean) > psnr(low, clean) + gain
 
 
 def test_what_full_scale_cut_off_is_undone_for_a_model_that_saw_no_such_crop(shipped, phantom):
