@@ -51,9 +51,7 @@ TILT = 0.1  # radians: how far a border drawn on a training crop is at most off 
 BLACK, WHITE = 0.6, 0.2  # shares of these borders beyond which there is nothing, and a film's whitest; else a grey
 CUT = 0.4  # share of a training crop's breast that a window drawn on it cuts off at either end at most
 DIMMEST = 0.03  # intensity that the end of a window becomes at least
-MOST_GAIN = (
-    8.0  # of a window or an enhancement: more would make the steps of an 8 bit image, and its grain, the whole picture
-)
+MOST_GAIN = 8.0  # of a window, and of an enhancement before it: more would make an 8 bit image's steps the picture
 ENHANCED_SIGMA = (2.0, 24.0)  # pixels: what is finer has its contrast raised
 STAND_INS = 8  # images tried in the place of one that cannot be read
 LATENT_FORMAT = 1  # raised when the layout of a latent data set changes
@@ -417,8 +415,8 @@ def windowed(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     """An image (1, H, W) in [0, 1] through a random window, as displays and detectors have them.
 
     Three coins are tossed: it begins at black, or at a quantile, up to `CUT`, of the intensities within the mask; it cuts up
-    to `CUT` of them off at white, or ends at their maximum; and this maximum becomes full scale, or a darker grey,
-    log-uniform from `DIMMEST`. The image is multiplied by `MOST_GAIN` at most.
+    to `CUT` of them off at white, or ends at their maximum; and where it does, this may become a darker grey, log-uniform from
+    `DIMMEST`, instead of full scale. The image is multiplied by `MOST_GAIN` at most.
 
     Source: linear windowing, DICOM PS3.3, C.11.2.1.2.
     """
