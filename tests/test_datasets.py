@@ -604,14 +604,10 @@ def test_windows_drawn_on_a_crop_cut_off_either_end_or_dim_all_of_it():
     ends = inside[:, -1]
     full = ends > 1 - 1e-6
     assert full.float().mean().item() == pytest.approx(0.75, abs=0.08) and 0.03 <= ends.min() < 0.04
-    assert (
-        (inside >= ends[:, None] * (1 - 1e-6)).float().mean(1)[~full] < 0.015
-    ).all()  # what is dimmed is not cut off
+    at_end = inside >= ends[:, None] * (1 - 1e-6)
+    assert (at_end.float().mean(1)[~full] < 0.015).all()  # what is dimmed is not cut off
     assert ends[~full].log().mean().item() == pytest.approx(math.log(0.03) / 2, abs=0.25)  # uniform in the logarithm
-    for cut in (
-        inside >= ends[:, None] * (1 - 1e-6),
-        inside <= 0,
-    ):  # pixels at the window's end, and below its beginning
+    for cut in (at_end, inside <= 0):  # pixels at the window's end, and below its beginning
         shares = cut.float().mean(1)
         some = shares[shares > 0.015]  # one row of pixels is the brightest itself, or the darkest
         assert len(some) / 400 == pytest.approx(0.5, abs=0.08)
@@ -631,9 +627,8 @@ def test_a_window_raises_no_intensity_by_more_than_its_gain():
 
 def test_enhancing_multiplies_what_is_finer_than_its_mean_and_keeps_what_is_coarser(monkeypatch):
     column = torch.arange(288)
-    fine = 0.01 * (1 - 2 * (column % 2)).expand(
-        1, 96, 288
-    )  # at Nyquist, of which no mean of sigma 2 or more keeps anything
+    # at Nyquist, of which no mean of sigma 2 or more keeps anything
+    fine = 0.01 * (1 - 2 * (column % 2)).expand(1, 96, 288)
     drawn = [enhanced(0.5 + fine, seeded_generator("enhance", i)) for i in range(300)]
     gains = torch.stack([(image - 0.5)[0, 48, 144] / fine[0, 48, 144] for image in drawn])
     assert 1 <= gains.min() < 1.05 and 7.6 < gains.max() <= 8.001
