@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from classical import vst_bm3d
 from datasets import Batch, MammogramDataset, load_datasets
 from diffusion import LatentDiffusion
 from evaluation import INPUT, Evaluation, run_evaluation, save_picture
-from helper import Checkpoint, evaluation_folder, half_precision, seeded_generator, write_json
+from helper import Checkpoint, evaluation_folder, half_precision, seeded_generator, tracked, write_json
 from hps import HParams
 from metrics import ErrorSplit, PowerSpectrum, image_metrics, mnse_decomposition, noise_power_spectrum
 from preprocessing.degrade import NoiseModel, simulate_low_dose
@@ -80,7 +79,7 @@ def calibrate(restorer: Restorer, validation: MammogramDataset, *, progress: boo
     levels = [level for level in CALIBRATION_LEVELS if low <= level <= high] or [restorer.hps.noise_level]
     cases = []
     indices = spread(len(validation), CALIBRATION_IMAGES)
-    for index in tqdm(indices, desc="calibrate", unit="image", disable=not progress):
+    for index in tracked(indices, "calibrate", "image", progress):
         batch = validation[index]
         clean, mask = batch.clean[0, 0].numpy(), batch.mask[0, 0].numpy()
         generator = seeded_generator("calibrate", batch.meta[0].path)
@@ -175,7 +174,7 @@ def noise_and_bias(
     noise = NoiseModel.from_level(level)
     splits: dict[str, list[ErrorSplit]] = {name: [] for name in (INPUT, *methods)}
     patches: dict[str, list[np.ndarray]] = {name: [] for name in splits}
-    for index in tqdm(spread(len(test_set), SPLIT_IMAGES), desc="noise and bias", unit="image", disable=not progress):
+    for index in tracked(spread(len(test_set), SPLIT_IMAGES), "noise and bias", "image", progress):
         batch = test_set[index]
         clean, mask = batch.clean[0, 0].numpy(), batch.mask[0, 0].numpy()
         side = min(SPLIT_SIDE, *clean.shape)

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from helper import ImageError, UserError, atomic_path, one_line, seeded_generator, worker_count
+from helper import ImageError, UserError, atomic_path, one_line, seeded_generator, tracked, worker_count
 from prepared import LEVELS, Grid, Prepared, Record, prepare_record
 from stopping import left_to_the_main_process
 
@@ -72,7 +71,7 @@ class PreparedCache:
             num_workers=worker_count(min(workers, len(missing))),
             worker_init_fn=left_to_the_main_process,
         )
-        for index, failure in tqdm(loader, desc="preparing", disable=not progress, unit="image"):
+        for index, failure in tracked(loader, "preparing", "image", progress):
             if failure:
                 self.failures[missing[index].path] = failure
 

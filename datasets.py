@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from tqdm import tqdm
 
 import distributed
 from cache import PreparedCache
@@ -33,6 +32,7 @@ from helper import (
     one_line,
     seed_of,
     seeded_generator,
+    tracked,
     worker_count,
 )
 from hps import HParams
@@ -608,9 +608,7 @@ class RecordDataset(MammogramDataset):
         Raises ImageError where nothing is left or, with `strict`, for the first of them.
         """
         kept = []
-        for i, record in enumerate(
-            tqdm(self.records, desc=f"checking {self.split}", disable=not progress, unit="image")
-        ):
+        for i, record in enumerate(tracked(self.records, f"checking {self.split}", "image", progress)):
             try:
                 if self.cache is None:
                     self.prepared(i)
@@ -858,6 +856,12 @@ def load_datasets(args: argparse.Namespace, hps: HParams, *splits: str) -> list[
 # --- latents ---------------------------------------------------------------------------------------------------------
 
 
+# Settings that change training images before they are encoded, which latents cannot follow.
+CHANGES_OF_IMAGES = (
+    "flip", "dihedral", "scale_range", "gamma_range", "part_edges", "calcifications", "borders", "windowing", "enhancement",
+)  # fmt: skip
+
+
 class LatentDataset(Dataset):
     """Latents that `main-latents.py` wrote, memory-mapped, as a `Batch` of one (clean, degraded) pair in float32.
 
@@ -892,8 +896,10 @@ class LatentDataset(Dataset):
         return sorted({image["patient"] for image in self.images})
 
     def summary(self, name: str) -> str:
-        """How many latents of how many patients, in words."""
-        return f"{name}: {len(self.images)} latents, {self.realisations} noise draws each, of {len(self.patients())} patients"
+        """How many latents of how many patients, in words, and which settings of training images they leave unused."""
+        words = f"{name}: {len(self.images)} latents, {self.realisations} noise draws each, of {len(self.patients())} patients"
+        unused = [key for key in CHANGES_OF_IMAGES if self.hps[key] and self.hps[key] != [1, 1]]
+        return f"{words}; taken as they are, without {', '.join(unused)}" if self.train and unused else words
 
     def check(self, digest: str, path: Path) -> None:
         """Raises UserError unless the latents come from the first stage with this digest, of checkpoint `path`, and from

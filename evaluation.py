@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
 from datasets import Batch, MammogramDataset, make_loader
 from helper import (
@@ -24,6 +23,7 @@ from helper import (
     format_table,
     hold,
     remove_parts,
+    tracked,
     warn_of_shared_patients,
     write_json,
     write_text,
@@ -105,7 +105,7 @@ def evaluate(
     rows = []
     shown = set(np.linspace(0, len(dataset) - 1, min(picture_count, len(dataset))).round().astype(int).tolist())
     loader = make_loader(dataset, 1, workers=workers)
-    for i, batch in enumerate(tqdm(loader, desc="evaluate", disable=not progress, unit="image")):
+    for i, batch in enumerate(tracked(loader, "evaluate", "image", progress)):
         on_device = batch.to(device)
         images = {INPUT: batch.degraded}
         images |= {name: method(on_device).float().clamp(0, 1).cpu() for name, method in methods.items()}

@@ -17,16 +17,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import distributed
 import stopping
@@ -54,6 +56,7 @@ SETTINGS_ADDED = {
     "degrade_on_device": False, "checkpoint_minutes": 10.0,
 }  # fmt: skip
 CHECKPOINT_FORMAT = 1  # raised when the layout of a checkpoint changes
+SILENCE = 60.0  # seconds after which work without a progress bar prints how far it is
 _ROOT = Path(__file__).resolve().parent
 _HELD = contextlib.ExitStack()  # locks, which a script keeps until it ends
 
@@ -84,7 +87,8 @@ def run_script(main: Callable[[], None], *, parallel: bool = False) -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # file names need not be Unicode
+            # file names need not be Unicode; lines reach a file or a pipe when they are said
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         with stopping.obeyed():
             _run(main, parallel)
@@ -157,6 +161,38 @@ def refuse_torchrun(what: str) -> None:
         raise UserError(f"{what} runs in one process; call it with python, not torchrun")
 
 
+class Silence:
+    """How long nothing was said, for scripts that show no progress bar."""
+
+    def __init__(self):
+        self.since = time.monotonic()
+
+    def is_long(self) -> bool:
+        """Whether `SILENCE` seconds have gone by since this was made or was last true."""
+        if time.monotonic() - self.since < SILENCE:
+            return False
+        self.since = time.monotonic()
+        return True
+
+
+T = TypeVar("T")
+
+
+def tracked(items: Iterable[T], what: str, unit: str, progress: bool, total: int | None = None) -> Iterator[T]:
+    """The items under a progress bar or, without one, with a line a minute on how many are done.
+
+    `total` is their number, where they have no length.
+    """
+    if progress:
+        yield from tqdm(items, desc=what, total=total, unit=unit)
+        return
+    total, silence = len(items) if total is None else total, Silence()
+    for done, item in enumerate(items):
+        if silence.is_long():
+            print(f"{what}: {done} of {total} {unit}s")
+        yield item
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
@@ -216,7 +252,7 @@ def device_arguments(parser: argparse.ArgumentParser) -> None:
     device.add_argument("--cuda", action="store_true", help="no CUDA device is an error (default: run on the CPU then)")
     # of several processes one shows its progress
     silent = not distributed.is_main()
-    parser.add_argument("--no-tqdm", action="store_true", default=silent, help="disable progress bars")
+    parser.add_argument("--no-tqdm", action="store_true", default=silent, help="disable progress bars: a line a minute")
 
 
 # --- devices and numbers ---------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import distributed
 from datasets import (
@@ -34,6 +33,7 @@ from helper import (
     positive_int,
     resolve_settings,
     run_script,
+    tracked,
     weights_digest,
     write_json,
 )
@@ -113,7 +113,7 @@ def write_split(
     entries: list[tuple[int, dict]] = []
     loader = make_loader(_Realisations(images, realisations), distributed.size(), workers=workers, shared=True)
     pairs = zip(loader.sampler, loader, strict=True)
-    for key, batch in tqdm(pairs, total=len(loader), desc=images.split, disable=not progress, unit="pair"):
+    for key, batch in tracked(pairs, images.split, "pair", progress, len(loader)):
         if not key.counts:
             continue
         index, realisation = divmod(key.index, realisations)

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from evaluation import INPUT, METRICS, Evaluation, comparison, save_picture, write_evaluation
 from helper import (
@@ -33,6 +32,7 @@ from helper import (
     record_run,
     run_script,
     seeded_generator,
+    tracked,
     write_text,
 )
 from images import find_images, is_dicom, is_restored, read_mammogram
@@ -430,7 +430,7 @@ def main() -> None:
         raise UserError(f"--out {args.out}: cannot be made ({error.strerror}); choose another folder") from None
     rows: list[dict] = []
     failures: list[str] = []
-    for job in tqdm(jobs, desc="restore", unit="image", disable=args.no_tqdm):
+    for job in tracked(jobs, "restore", "image", not args.no_tqdm):
         try:
             rows += restore_job(job, restorer, calibration, args)
         except UserError as error:

@@ -28,6 +28,7 @@ from helper import (
     LAST,
     PREVIOUS,
     Checkpoint,
+    Silence,
     UserError,
     amp_dtype,
     get_parameter_count,
@@ -265,6 +266,7 @@ class Trainer:
             leave=False,
             disable=not self.progress,
         )
+        silence = Silence()
         seen = 0
         logs: dict[str, Tensor] = {}
         finite: list[Tensor] = []
@@ -297,7 +299,8 @@ class Trainer:
             if self.step % self.hps.log_frequency == 0 or seen >= samples:
                 values = distributed.sum_scalars(logs)
                 values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-                self.logger.log("train", self.step, self.epoch + 1, values, echo=seen >= samples)
+                echo = seen >= samples or (not self.progress and silence.is_long())
+                self.logger.log("train", self.step, self.epoch + 1, values, echo)
                 bar.set_postfix(loss=f"{values['loss']:.4g}")
             if self.step % min(self.hps.log_frequency, MOST_SKIPPED) == 0:
                 self.look_at_steps()

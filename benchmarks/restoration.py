@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -25,7 +25,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before the other: `restoration` is the module there
@@ -45,6 +44,7 @@ from helper import (
     record_run,
     run_script,
     seeded_generator,
+    tracked,
     worker_count,
     write_text,
 )
@@ -266,8 +266,9 @@ def bm3d_all(images: Sequence[np.ndarray], noise: NoiseModel, args: argparse.Nam
     """VST-BM3D of images (H, W) with the same noise, from --out/bm3d where a run before this one has left it."""
     paths = [bm3d_path(args.out / "bm3d", image, noise) for image in images]
     missing = {path: image for path, image in zip(paths, images, strict=True) if not path.exists()}
-    bar = functools.partial(tqdm, total=len(missing), desc=f"BM3D, {what}", unit="image", disable=args.no_tqdm)
-    for path, restored in bar(_bm3d(missing, noise, worker_count(args.workers))) if missing else ():
+    workers, progress = worker_count(args.workers), not args.no_tqdm
+    done = tracked(_bm3d(missing, noise, workers), f"BM3D, {what}", "image", progress, len(missing)) if missing else ()
+    for path, restored in done:
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.save(file, restored)
     try:
@@ -400,9 +401,9 @@ class Bench:
         records = self.records["test"][: self.args.images]
         return [read_case(record, self.args.scale) for record in self.bar(records, "test images", "image")]
 
-    def bar(self, items: Sequence, what: str, unit: str) -> tqdm:
-        """The items under a progress bar."""
-        return tqdm(items, desc=what, unit=unit, disable=self.args.no_tqdm)
+    def bar(self, items: Iterable, what: str, unit: str, total: int | None = None) -> Iterator:
+        """The items under a progress bar, or with a line a minute."""
+        return tracked(items, what, unit, not self.args.no_tqdm, total)
 
     def write_rows(self, name: str, rows: list[dict]) -> pd.DataFrame:
         """Rows as a table, which is also written to a CSV file of that name."""
@@ -661,7 +662,7 @@ def run_calcifications(bench: Bench) -> dict:
         raise UserError(f"--crop {args.crop}: phantoms have {PHANTOM_SHAPE[2]} x {PHANTOM_SHAPE[1]} pixels")
     scenes = []
     phantoms = calcified_phantoms(args.phantoms)
-    for index, phantom in tqdm(phantoms, "phantoms", args.phantoms, unit="phantom", disable=args.no_tqdm):
+    for index, phantom in bench.bar(phantoms, "phantoms", "phantom", args.phantoms):
         row, column, moved = cluster_crop(phantom, args.crop)
         whole = phantom.image[0].numpy()
         for share in SHARES:

@@ -129,8 +129,27 @@ def test_images_sent_in_16_bits_are_the_same_on_the_device(built, records, worke
     assert torch.equal(batch.degraded[real], expected.degraded[real])
     assert torch.equal(batch.degrade().degraded, expected.degraded)
     assert torch.equal(sent.whole(3, 1).degraded, plain.whole(3, 1).degraded)
-    cropped = RecordDataset(records, hps.updated(degrade_on_device=True, crop_size=32), "train", cache=built)
-    assert cropped[keys[0]].clean.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"crop_size": 32},
+        {"calcifications": 1.0},
+        {"borders": 1.0},
+        {"windowing": 1.0},
+        {"enhancement": 1.0},
+        {"gamma_range": [0.7, 1.4]},
+        {"phantoms": 1},
+    ],
+    ids=str,
+)
+def test_images_that_the_loader_computes_with_are_sent_as_floats(built, records, setting):
+    hps = HPS_VQVAE["folder"].updated(image_shape=list(SHAPE), degrade_on_device=True, **setting)
+    data = RecordDataset(records, hps, "train", cache=built)
+    first, last = data[SampleKey(0, 0, 0)], data[SampleKey(0, len(data) - 1, len(data) - 1)]
+    assert first.clean.dtype == last.clean.dtype == torch.float32
+    assert 0 < first.clean.mean() < 1
 
 
 def test_every_level_reads_as_numpy_divides_it():

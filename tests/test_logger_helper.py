@@ -38,6 +38,7 @@ from helper import (
     seed_of,
     seeded_generator,
     set_rng_state,
+    tracked,
     weights_digest,
     write_json,
 )  # fmt: skip
@@ -355,3 +356,18 @@ def test_logger_without_a_folder_writes_nothing(tmp_path, monkeypatch, capsys):
     logger.picture("samples", torch.zeros(3, 4, 4), 1)
     logger.close()
     assert list(Path().iterdir()) == [] and "loss 0.5" in capsys.readouterr().out
+
+
+def test_without_a_bar_long_work_says_once_a_minute_how_far_it_is(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(helper.time, "monotonic", lambda: now[0])
+
+    def items():
+        for now[0] in (10.0, 59.0, 61.0, 100.0, 121.0):  # when each of them is asked for
+            yield now[0]
+
+    assert list(tracked(items(), "restore", "image", False, 5)) == [10, 59, 61, 100, 121]
+    assert capsys.readouterr() == ("restore: 2 of 5 images\nrestore: 4 of 5 images\n", "")
+    assert list(tracked("ab", "restore", "image", True)) == ["a", "b"]
+    out, err = capsys.readouterr()
+    assert not out and "restore: 100%" in err and "2/2" in err

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -299,7 +300,8 @@ def test_latent_data_set_gives_validation_pairs_whole_and_training_pairs_as_crop
 
 def test_stage_2_trains_from_latents_without_the_images(latents, vqvae, tmp_path):
     line = f"--vqvae-path {vqvae} --latents {latents[0]} --out {tmp_path / 'run'}"
-    succeed("main-diffusion", f"{line} --epochs 1")
+    result = succeed("main-diffusion", f"{line} --epochs 1 --hps windowing=0.5")
+    assert re.search(r"^train: .* patients; taken as they are, without flip, windowing$", result.out, re.M)
     log = pd.read_csv(tmp_path / "run" / "log.csv")
     assert log["latent_error"][0] == pytest.approx(1, abs=0.2) and log["latent_error_T"][1] == pytest.approx(1, abs=0.1)
     succeed("main-diffusion", f"--vqvae-path {vqvae} --latents {latents[0]} --load-path {tmp_path / 'run'} --epochs 2")
