@@ -60,7 +60,7 @@ def start() -> None:
     store = dist.PrefixStore("collectives", _store)
     dist.init_process_group(backend, store=store, rank=number, world_size=processes, timeout=TIMEOUT)
     if number > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  for as long as the process lives
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: PTH123, SIM115  for as long as the process lives
 
 
 def use_own_gpu() -> bool:

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from datasets import Batch, MammogramDataset, make_loader
@@ -29,6 +30,7 @@ from helper import (
     write_text,
 )
 from hps import HParams
+from images import SOFTWARE
 from metrics import ImageMetrics, image_metrics
 
 INPUT = "low dose"
@@ -252,10 +254,12 @@ def _grey(image: Tensor) -> Image.Image:
 
 
 def save_picture(picture: Tensor, path: Path) -> None:
-    """Write a picture (3, H, W) uint8 atomically, in the format of the path's suffix."""
+    """Write a picture (3, H, W) uint8 atomically, in the format of the path's suffix.
+
+    A PNG says what made it, so that it is not taken for a mammogram.
+    """
+    text = PngInfo()
+    text.add_itxt("Software", SOFTWARE)
+    form = dict(format="JPEG", quality=95) if path.suffix == ".jpg" else dict(format="PNG", pnginfo=text)
     with atomic_path(path) as temporary:
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(
-            temporary,
-            format="JPEG" if path.suffix == ".jpg" else "PNG",
-            **({"quality": 95} if path.suffix == ".jpg" else {}),
-        )
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, **form)

@@ -142,17 +142,24 @@ def _run(main: Callable[[], None], parallel: bool) -> None:
 def fail(line: str, status: int) -> NoReturn:
     """End the script with one line on stderr, unless another process of the run has said why it ends."""
     if distributed.is_first_to_fail():
-        print(line, file=sys.stderr)
+        try:
+            print(line, file=sys.stderr)
+        except BrokenPipeError:
+            # nobody listens; what is left to say must not fail when the interpreter ends, and change the status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     sys.exit(status)
 
 
-def finish_batch(failures: Sequence[str]) -> None:
-    """End a script that went on past `failures`: their sentences on stderr and exit status 1, or nothing without any."""
+def finish_batch(failures: Sequence[str], done: int = 1) -> None:
+    """End a script that went on past `failures`: their sentences on stderr and exit status 1, or 2 where nothing was `done`.
+
+    Does nothing without failures.
+    """
     if distributed.is_main():
         for failure in failures:
             print(f"error: {failure}", file=sys.stderr)
     if failures:
-        sys.exit(1)
+        sys.exit(1 if done else 2)
 
 
 def refuse_torchrun(what: str) -> None:
@@ -252,7 +259,9 @@ def device_arguments(parser: argparse.ArgumentParser) -> None:
     device.add_argument("--cuda", action="store_true", help="no CUDA device is an error (default: run on the CPU then)")
     # of several processes one shows its progress
     silent = not distributed.is_main()
-    parser.add_argument("--no-tqdm", action="store_true", default=silent, help="disable progress bars: a line a minute")
+    parser.add_argument(
+        "--no-tqdm", action="store_true", default=silent, help="disable progress bars: at most a line a minute"
+    )
 
 
 # --- devices and numbers ---------------------------------------------------------------------------------------------

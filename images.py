@@ -8,6 +8,7 @@ import io
 import math
 import re
 import struct
+import sys
 import warnings
 import zlib
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ IMAGE_SUFFIXES = (".pgm", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".di
 FORMATS = ("PNG", "JPEG", "TIFF", "PPM")  # of pictures; Pillow reads others, some by running other programs
 MAX_PIXELS = 2**27  # four times the largest film digitised at 50 micrometres; more is taken for a trap
 MAX_HEADER_BYTES = 2**24  # of a DICOM file, beside its pixels
-SOFTWARE = "Low-dose mammography restoration"  # marks what `Mammogram.write` wrote
+SOFTWARE = "Low-dose mammography restoration"  # marks what `Mammogram.write` and pictures of this code are
 _PHOTOMETRIC_TAG, _BITS_TAG, _ORIENTATION_TAG, _RESOLUTION_TAG = 262, 258, 274, 282  # TIFF 6.0
 # What holds no longer once the pixels are others: thumbnails, signatures, and where compressed frames begin.
 _STALE_TAGS = (
@@ -156,7 +157,7 @@ def _reference(sop_class: str, instance: str) -> pydicom.Dataset:
 
 
 def is_restored(path: Path) -> bool:
-    """Whether `Mammogram.write` wrote this file."""
+    """Whether this file was written by `Mammogram.write`, or is a picture that this code drew."""
     try:
         if is_dicom(path):
             return dicom_tag(path, "DerivationDescription").startswith(SOFTWARE)
@@ -186,15 +187,20 @@ def is_dicom(path: Path) -> bool:
 def find_images(root: Path) -> list[Path]:
     """Image files below `root` in a fixed order, hidden ones left out; a file without a suffix counts if it is DICOM.
 
-    Raises UserError where there are none.
+    Links to images that are not there are counted, with a line on stderr. Raises UserError where there are no images.
     """
-    images = sorted(
-        path
-        for path in root.rglob("*")
-        if _is_file(path)
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        and (path.suffix.lower() in IMAGE_SUFFIXES or _is_bare_dicom(path))
+    seen = sorted(
+        path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts)
     )
+    images = [
+        path for path in seen if _is_file(path) and (path.suffix.lower() in IMAGE_SUFFIXES or _is_bare_dicom(path))
+    ]
+    lost = [path for path in seen if path.suffix.lower() in IMAGE_SUFFIXES and _is_lost_link(path)]
+    if lost:
+        print(
+            f"warning: {root}: {len(lost)} links lead to no file, such as {lost[0].relative_to(root)}; left out",
+            file=sys.stderr,
+        )
     if not images:
         raise UserError(f"{root}: no images in it; looked for {', '.join(IMAGE_SUFFIXES)}")
     return images
@@ -204,6 +210,13 @@ def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except OSError:  # a folder may be listed but not looked into
+        return False
+
+
+def _is_lost_link(path: Path) -> bool:
+    try:
+        return path.is_symlink() and not path.exists()
+    except OSError:
         return False
 
 

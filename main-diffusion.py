@@ -54,6 +54,8 @@ def main() -> None:
         )
     if args.evaluate:
         refuse_torchrun("--evaluate")
+        if args.latents is not None:
+            raise UserError("--latents goes with training; --evaluate restores images")
         if args.load_path is None:
             raise UserError("--evaluate needs --load-path, the diffusion checkpoint to restore with")
     vqvae, vqvae_checkpoint = load_vqvae(args.vqvae_path)

@@ -211,6 +211,8 @@ def main() -> None:
         if distributed.is_main():
             write_json(partial / "index.json", index)
             partial.replace(out)
+    except BrokenPipeError:  # standard output, not the folder
+        raise
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot be written ({error.strerror}); free space or choose another folder"

@@ -105,7 +105,9 @@ def parse_arguments() -> argparse.Namespace:
         "--resize", action="store_true", help="work on the training grid, not at the image's own pixels"
     )
     parser.add_argument(
-        "--tile", type=positive_int, help="side of the tiles in pixels (default: what the model was trained on)"
+        "--tile",
+        type=positive_int,
+        help="side of the tiles in pixels (default: seven training crops, or the training grid)",
     )
     parser.add_argument(
         "--steps",
@@ -271,11 +273,13 @@ def restore_job(job: Job, restorer: Restorer, calibration: Calibration | None, a
         raise UserError(f"{job.source}: not enough memory for its tiles; pass a smaller --tile") from None
     pixels = result.pixels if grid is None else grid.add(result.pixels - reference, mammogram.pixels)
     description = f"{describe(args, restorer, noise)}; {RESEARCH_USE}"
-    if calibration is not None and unseen:
-        # noise that was not seen may be there all the same; maps of an earlier run would promise what they cannot know
-        for kind in MAPS:
-            job.beside(kind).unlink(missing_ok=True)
-    elif calibration is not None:
+    # noise that was not seen may be there all the same, and nobody knows the error
+    mapped = calibration is not None and not unseen
+    for kind in (*(() if args.compare else ("compare",)), *(() if mapped else MAPS)):
+        # of an earlier run: it would speak of another restoration than the one beside it
+        if is_restored(job.beside(kind)):
+            job.beside(kind).unlink()
+    if mapped:
         # images of another size than the file's, on the training grid, keep theirs
         interval = predict(calibration, image, result.pixels, noise or restorer.noise)
         plain = dataclasses.replace(mammogram, pixels=result.pixels, bits=16, header=None, padding=None)
@@ -360,8 +364,9 @@ def compare(
 
 
 def printable(name: str) -> str:
-    """A file's name for a table; what is not Unicode in it is replaced."""
-    return os.fsencode(name).decode(errors="replace")
+    """A file's name for a table; what is not Unicode in it, or would break the line, is replaced."""
+    name = os.fsencode(name).decode(errors="replace")
+    return "".join(c if c.isprintable() else "\ufffd" for c in name)
 
 
 def report(rows: list[dict], args: argparse.Namespace, levels: tuple[float, float]) -> None:
@@ -383,7 +388,7 @@ def report(rows: list[dict], args: argparse.Namespace, levels: tuple[float, floa
     print(format_table(["image", "size", "bits", "noise level", "correction applied"], lines))
     if len(images) > TABLE_ROWS:
         print(f"... and {len(images) - TABLE_ROWS} more in {args.out / 'restore.csv'}")
-    if untouched and args.noise_level in (None, "auto"):
+    if untouched and is_estimated(args):
         print(
             f"{len(untouched)} images look free of noise and are as good as untouched; noise that was resized or compressed "
             "as JPEG does not show: give its --noise-level if you know it"
@@ -398,7 +403,10 @@ def report(rows: list[dict], args: argparse.Namespace, levels: tuple[float, floa
             f"{int(outside.sum())} images are of noise levels that the model was not trained at ({levels[0]:g} to {levels[1]:g}): "
             "their expected error and interval are not to be trusted"
         )
-    if args.degrade is not None:
+    if args.degrade is None:
+        for name in TABLES[1:]:  # of an earlier run, on other images
+            (args.out / name).unlink(missing_ok=True)
+    else:
         table = pd.DataFrame(rows)
         result = Evaluation(table[["path", "patient", "method", *METRICS]], {"noise_level": args.degrade})
         write_evaluation(result, args.out)
@@ -422,6 +430,7 @@ def main() -> None:
         args.vqvae_path, args.load_path, device, steps=args.steps, samples=args.samples or 1, views=args.views,
         seed=args.seed, amp=half_precision(device, args.half),
     )  # fmt: skip
+    made = [folder for folder in (args.out, *args.out.parents) if not folder.exists()]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if not os.access(args.out, os.W_OK):
@@ -434,16 +443,16 @@ def main() -> None:
         try:
             rows += restore_job(job, restorer, calibration, args)
         except UserError as error:
-            if len(jobs) == 1:
-                with contextlib.suppress(OSError):
-                    args.out.rmdir()  # if there is nothing in it
-                raise
             failures.append(one_line(error))
     if rows:
         record_run(args.out, restorer.hps, args.seed, RECORD, model=restorer.name, failures=failures)
         report(rows, args, restorer.levels if restorer.stabilized else (0.0, math.inf))
         print(f"{len({row['path'] for row in rows})} images restored into {args.out}")
-    finish_batch(failures)
+    else:
+        with contextlib.suppress(OSError):  # something is in one of them
+            for folder in made:
+                folder.rmdir()
+    finish_batch(failures, done=len(rows))
 
 
 if __name__ == "__main__":

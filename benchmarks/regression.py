@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from helper import UserError, atomic_path, seeded_generator
+from helper import Silence, UserError, atomic_path, seeded_generator
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.stabilize import stabilize, unstabilize
 
@@ -70,7 +70,7 @@ def train(
     generator = seeded_generator("regression CNN")
     centres = [np.argwhere(mask) for mask in masks]
     step, start, elapsed = 0, time.perf_counter(), 0.0
-    bar = tqdm(total=round(60 * minutes), desc="regression CNN", unit="s", disable=not progress)
+    bar, silence = tqdm(total=round(60 * minutes), desc="regression CNN", unit="s", disable=not progress), Silence()
     while elapsed < 60 * minutes:
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * elapsed / (60 * minutes))) / 2
         clean = torch.stack([_crop(images, centres, generator) for _ in range(BATCH)])[:, None]
@@ -83,6 +83,8 @@ def train(
         step += 1
         elapsed = time.perf_counter() - start
         bar.update(min(int(elapsed), bar.total) - bar.n)
+        if not progress and silence.is_long():
+            print(f"regression CNN: {elapsed / 60:.0f} of {minutes:g} minutes")
     bar.close()
     return model.eval(), step
 

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import sys
 import warnings
@@ -52,6 +53,7 @@ from hps import HPS_VQVAE
 from images import read_image
 from metrics import (
     INTENSITY_BINS,
+    MS_SSIM_SIDE,
     ErrorSplit,
     PowerSpectrum,
     breast_mask,
@@ -358,6 +360,9 @@ def quality_table(summary: dict[str, dict]) -> str:
     for method, row in summary.items():
         cells = [method, row["evaluations"]]
         for figure in FIGURES:
+            if figure == "ms_ssim" and math.isnan(row[figure]):
+                cells.append(f"none below {MS_SSIM_SIDE} pixels")
+                continue
             d = digits.get(figure, 4)
             cells.append(f"{row[figure]:.{d}f} +- {row[f'{figure}_std']:.{d}f} ({row[f'{figure}_input']:.{d}f})")
         lines.append(cells)

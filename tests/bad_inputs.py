@@ -141,6 +141,7 @@ ROWS = r"""
 2 | main-diffusion | --vqvae-path {vqvae} --latents {short-array} | {short-array}/validation/clean.npy: shape \(1, 16,
 2 | main-diffusion | --vqvae-path {vqvae} --latents {latents} --hps crop_size=20 | crop_size=20: must be a multiple of 8
 2 | main-diffusion | --vqvae-path {vqvae} --latents {latents} --hps noise_level=0.4 | extracted with noise_level=0.2
+2 | main-diffusion | --vqvae-path {vqvae} --latents {latents} --evaluate --load-path {diffusion} | --latents goes with training
 2 | main-diffusion | --vqvae-path {vqvae} --hps num_head_channels=48 | num_head_channels
 2 | main-diffusion | --vqvae-path {vqvae} --hps model_channels=40 | --hps model_channels=40: must be a multiple of 32
 2 | main-diffusion | --vqvae-path {vqvae} --hps in_channels=16 | --hps in_channels=16: must be twice out_channels=16

@@ -712,3 +712,11 @@ def test_a_mammogram_of_pixels_alone_becomes_a_png(tmp_path):
     Mammogram(Path("x"), np.zeros(SHAPE, np.float32), 16).write(tmp_path / "a" / "b.png", V16 / np.float32(65535), "d")
     with Image.open(tmp_path / "a" / "b.png") as image:
         np.testing.assert_array_equal(np.asarray(image), V16)
+
+
+def test_links_to_no_file_are_named(tmp_path, capsys):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    for name in ("b.png", "c.dcm", "notes.txt", ".hidden.png"):
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    assert [path.name for path in find_images(tmp_path)] == ["a.png"]
+    assert capsys.readouterr().err == f"warning: {tmp_path}: 2 links lead to no file, such as b.png; left out\n"

@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,7 @@ from phantom import generate_phantom
 from prepared import Grid
 from preprocessing.degrade import simulate_low_dose
 from restoration import Restorer
-from scripts import call, shell, written
+from scripts import ROOT, call, shell, written
 from test_images import dicom_file
 from vqvae2_wrapper import load_vqvae
 
@@ -386,6 +389,25 @@ def test_compare_shows_input_and_output_side_by_side(restored):
     assert widths == [3 * 262 + 6, 5 * 262 + 6]
 
 
+def test_what_an_earlier_run_left_beside_an_image_goes_where_this_one_makes_none(restored):
+    png("in/a.png")
+    restored("in --out out --compare --degrade 0.3")
+    shutil.copy("out/a.compare.png", "out/a.std.png")
+    png("out/a.low.png")  # not of this code's making
+    assert {"a.compare.png", "a.std.png", "metrics.csv", "metrics.json", "table.txt"} <= set(written(Path("out")))
+    restored("in --out out")
+    assert written(Path("out")) == sorted(["a.png", "a.low.png", *RECORDS])
+
+
+def test_pictures_beside_restored_images_are_no_inputs(restore):
+    png("in/a.png")
+    assert restore("in --out in/earlier --compare").code == 0
+    png("in/b.png")
+    result = restore("in --out out")
+    assert (result.code, result.err) == (0, "") and "2 restored images in it are passed over" in result.out
+    assert written(Path("out")) == ["a.png", "b.png", *RECORDS]
+
+
 def test_resize_changes_nothing_outside_of_the_breast_s_box(restored):
     values = np.pad(noisy(100, 60), ((30, 25), (0, 50)), constant_values=0.01)
     png("in/a.png", values, bits=16)
@@ -468,8 +490,21 @@ def test_a_batch_goes_on_past_bad_files_and_names_them_at_the_end(restore):
 
 def test_a_batch_without_a_good_file_writes_nothing(restore):
     bad = broken_files("in")
-    result = restore("in --out out")
-    assert result.code == 1 and len(result.err.splitlines()) == len(bad) and written(Path("out")) == []
+    Path("empty").mkdir()
+    for out in ("new/deep/out", "empty"):
+        result = restore(f"in --out {out}")
+        assert result.code == 2 and len(result.err.splitlines()) == len(bad)
+        assert all(line.startswith("error: in/") for line in result.err.splitlines())
+    assert not Path("new").exists() and list(Path("empty").iterdir()) == []
+
+
+def test_an_end_that_nobody_hears_keeps_its_status(vqvae, diffusion):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, ROOT / "main-restore.py", "missing", "--out", "out"]
+    done = subprocess.run(command, stdout=writer, stderr=writer, timeout=300, check=False)
+    os.close(writer)
+    assert done.returncode == 2
 
 
 def test_bad_input_reaches_the_shell_without_a_traceback(vqvae, diffusion):

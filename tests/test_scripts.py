@@ -1,5 +1,6 @@
 """The three scripts from the shell: what they write, what they refuse, and that a run can be repeated and resumed."""
 
+import errno
 import json
 import math
 import re
@@ -7,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,7 @@ from PIL import Image
 
 from datasets import SPLITS, LatentDataset, get_dataset
 from helper import load_checkpoint, weights_digest
-from scripts import ROOT, call, shell, succeed, written
+from scripts import ROOT, call, load_script, shell, succeed, written
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
 STAGES = ("main-vqvae", "main-diffusion")
@@ -306,6 +308,15 @@ def test_stage_2_trains_from_latents_without_the_images(latents, vqvae, tmp_path
     assert log["latent_error"][0] == pytest.approx(1, abs=0.2) and log["latent_error_T"][1] == pytest.approx(1, abs=0.1)
     succeed("main-diffusion", f"--vqvae-path {vqvae} --latents {latents[0]} --load-path {tmp_path / 'run'} --epochs 2")
     assert load(tmp_path / "run" / "last.pt")["step"] == 4
+
+
+def test_a_closed_pipe_is_not_blamed_on_the_latents_folder(vqvae, tmp_path):
+    module = load_script("main-latents")
+    flags = ["main-latents.py", str(vqvae), "--no-tqdm", "--cpu", "--out", str(tmp_path / "latents")]
+    closed = mock.patch.object(module, "write_split", side_effect=BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    with mock.patch.object(sys, "argv", flags), closed, pytest.raises(BrokenPipeError):
+        module.main()
+    assert not (tmp_path / "latents").exists()
 
 
 # --- unusual input ---------------------------------------------------------------------------------------------------
