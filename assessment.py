@@ -17,7 +17,7 @@ from torch import Tensor
 from classical import vst_bm3d
 from datasets import Batch, MammogramDataset, load_datasets
 from diffusion import LatentDiffusion
-from evaluation import INPUT, Evaluation, run_evaluation, save_picture
+from evaluation import BM3D, INPUT, Evaluation, run_evaluation, save_picture
 from helper import Checkpoint, evaluation_folder, half_precision, seeded_generator, tracked, write_json
 from hps import HParams
 from metrics import ErrorSplit, PowerSpectrum, image_metrics, mnse_decomposition, noise_power_spectrum
@@ -51,7 +51,6 @@ SPLIT_IMAGES, SPLIT_SIDE, REALISATIONS = 4, 256, 4  # of the split into noise an
 SPECTRUM_SIDE = 64  # pixels of the residuals whose spectrum is taken
 PIXEL_MM = 0.2  # pitch that frequencies are given at: that of mini-MIAS, and about that of the full training grid
 CASES = 3  # images on the page
-BM3D = "VST-BM3D"
 RESTORED = "restored"
 
 

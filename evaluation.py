@@ -34,6 +34,7 @@ from images import SOFTWARE
 from metrics import ImageMetrics, image_metrics
 
 INPUT = "low dose"
+BM3D = "VST-BM3D"  # the classical method that a restoration has to beat
 METRICS = tuple(field.name for field in dataclasses.fields(ImageMetrics))
 OVERVIEW = (1024, 768)  # height and width to which pictures of larger images are reduced
 ERROR_RANGE = 0.05  # errors are drawn from black (-0.05) over grey (0) to white (+0.05)

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy import ndimage
 
-from evaluation import INPUT, METRICS, Evaluation
+from evaluation import BM3D, INPUT, METRICS, Evaluation
 from helper import UserError, write_text
 from metrics import ErrorSplit, PowerSpectrum
 
@@ -292,7 +292,7 @@ def _results(evaluation: Evaluation) -> str:
     frame, summary = evaluation.per_image, evaluation.summary()
     metrics = sorted(METRICS, key=lambda metric: not metric.endswith("_breast"))
     first = metrics[0]
-    own = frame[frame["method"] == INPUT].set_index("path")[first]
+    by_image = frame.pivot(index="path", columns="method", values=first)[list(summary)]
     count, patients = frame["path"].nunique(), frame["patient"].nunique()
     rows = []
     for method, row in summary.items():
@@ -303,14 +303,14 @@ def _results(evaluation: Evaluation) -> str:
                 f'{_number(row[metric], digits)} <span class="input">({_number(row[f"{metric}_low_dose"], digits)})</span>'
                 f'<span class="quiet">± {_number(row[f"{metric}_std"], digits)}</span>'
             )
-        values = frame[frame["method"] == method].set_index("path")[first]
-        better = "" if method == INPUT else f"{int((values > own).sum())} of {count}"
+        better = "" if method == INPUT else f"{int((by_image[method] > by_image[INPUT]).sum())} of {count}"
+        if BM3D in by_image and method not in (INPUT, BM3D):
+            better += f'<span class="quiet">{int((by_image[method] > by_image[BM3D]).sum())} than {BM3D}</span>'
         # what the eye looks for stands beside the figure it is made of
         cells[2:2] = [f"<b>{_number(row[f'{first}_gain'], _digits(first), '+')}</b>", better]
         rows.append(cells)
     header = ["Method", *(_metric_name(metric) for metric in metrics)]
     header[2:2] = ['Gain<span class="quiet">breast, dB</span>', 'Better<span class="quiet">than the input</span>']
-    by_image = frame.pivot(index="path", columns="method", values=first)[list(summary)]
     image_rows = [
         [escape(str(path)), *(_number(value, _digits(first)) for value in values)]
         for path, values in zip(by_image.index, by_image.to_numpy(), strict=True)

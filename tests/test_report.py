@@ -274,6 +274,22 @@ def test_parts_that_are_left_out_leave_no_trace(tmp_path, report):
     assert "close-up" not in page.text.lower()
 
 
+def test_the_table_counts_the_images_that_are_better_than_bm3d(tmp_path, report):
+    frame = report.evaluation.per_image.replace({"method": {"BM3D": "VST-BM3D"}})
+    frame = pd.concat([frame, frame.assign(path=frame["path"] + "2")])  # four images
+    for method, psnr in {
+        "low dose": [36, 36, 36, 36],
+        "VST-BM3D": [42, 42, 42, 35],
+        "restored": [43, 41, 43, 37],
+    }.items():
+        frame.loc[frame["method"] == method, "psnr_breast"] = psnr
+    write_report(tmp_path / "a.html", replace(bare(report), evaluation=Evaluation(frame, {})))
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert '<td>4 of 4<span class="quiet">3 than VST-BM3D</span></td>' in text  # restored
+    assert "<td>3 of 4</td>" in text  # BM3D itself
+    assert text.count("than VST-BM3D") == 1
+
+
 def test_infinite_and_missing_figures_are_shown_as_such(tmp_path, report):
     frame = report.evaluation.per_image.copy()
     frame[[metric for metric in METRICS if "psnr" in metric]] = np.inf
