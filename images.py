@@ -33,7 +33,7 @@ IMAGE_SUFFIXES = (".pgm", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".di
 FORMATS = ("PNG", "JPEG", "TIFF", "PPM")  # of pictures; Pillow reads others, some by running other programs
 MAX_PIXELS = 2**27  # four times the largest film digitised at 50 micrometres; more is taken for a trap
 MAX_HEADER_BYTES = 2**24  # of a DICOM file, beside its pixels
-SOFTWARE = "Low-dose mammography restoration"  # marks what `Mammogram.write` and pictures of this code are
+SOFTWARE = "Low-dose mammography restoration"  # marks what `Mammogram.write` wrote, and pictures that this code drew
 _PHOTOMETRIC_TAG, _BITS_TAG, _ORIENTATION_TAG, _RESOLUTION_TAG = 262, 258, 274, 282  # TIFF 6.0
 # What holds no longer once the pixels are others: thumbnails, signatures, and where compressed frames begin.
 _STALE_TAGS = (

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 from evaluation import INPUT, METRICS, Evaluation, comparison, save_picture, write_evaluation
 from helper import (
@@ -225,6 +226,15 @@ def _stem(name: str) -> str:
     return name if not suffix or suffix.isdigit() else str(Path(name).with_suffix(""))
 
 
+def is_beside_an_image(path: Path, kind: str) -> bool:
+    """Whether a file is what this script writes as `kind` beside an image, and not a restored image that is called so."""
+    if not is_restored(path):
+        return False
+    with Image.open(path) as picture:
+        legend = LEGENDS.get(kind)
+        return picture.mode == "RGB" if legend is None else picture.info.get("Description", "").startswith(legend)
+
+
 # --- one image -------------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +287,7 @@ def restore_job(job: Job, restorer: Restorer, calibration: Calibration | None, a
     mapped = calibration is not None and not unseen
     for kind in (*(() if args.compare else ("compare",)), *(() if mapped else MAPS)):
         # of an earlier run: it would speak of another restoration than the one beside it
-        if is_restored(job.beside(kind)):
+        if is_beside_an_image(job.beside(kind), kind):
             job.beside(kind).unlink()
     if mapped:
         # images of another size than the file's, on the training grid, keep theirs
@@ -430,8 +440,8 @@ def main() -> None:
         args.vqvae_path, args.load_path, device, steps=args.steps, samples=args.samples or 1, views=args.views,
         seed=args.seed, amp=half_precision(device, args.half),
     )  # fmt: skip
-    made = [folder for folder in (args.out, *args.out.parents) if not folder.exists()]
     try:
+        made = [folder for folder in (args.out, *args.out.parents) if not folder.exists()]
         args.out.mkdir(parents=True, exist_ok=True)
         if not os.access(args.out, os.W_OK):
             raise UserError(f"--out {args.out}: may not be written to; choose another folder")
