@@ -53,6 +53,9 @@ CUT = 0.4  # share of a training crop's breast that a window drawn on it cuts of
 DIMMEST = 0.03  # intensity that the end of a window becomes at least
 MOST_GAIN = 8.0  # of a window, and of an enhancement before it: more would make an 8 bit image's steps the picture
 ENHANCED_SIGMA = (2.0, 24.0)  # pixels: what is finer has its contrast raised
+# Settings that change the values of training images, and all that change the images before they are encoded.
+CHANGES_OF_INTENSITIES = ("gamma_range", "part_edges", "calcifications", "borders", "windowing", "enhancement")
+CHANGES_OF_IMAGES = ("flip", "dihedral", "scale_range", *CHANGES_OF_INTENSITIES)
 STAND_INS = 8  # images tried in the place of one that cannot be read
 LATENT_FORMAT = 1  # raised when the layout of a latent data set changes
 
@@ -406,6 +409,11 @@ class MammogramDataset(Dataset):
         return Prepared(clean, mask, *degraded)
 
 
+def switched_on(hps: HParams, names: Iterable[str]) -> list[str]:
+    """Those of the settings that do something; a range from 1 to 1 does nothing."""
+    return [name for name in names if hps[name] and hps[name] != [1, 1]]
+
+
 def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
     """A draw between `low` and `high`, both above 0, uniform in its logarithm."""
     return low * (high / low) ** float(torch.rand((), generator=generator))
@@ -585,11 +593,8 @@ class RecordDataset(MammogramDataset):
     @property
     def sends_levels(self) -> bool:
         """Whether training images go to the device as the cache keeps them, half the bytes: where nothing is computed here."""
-        computes = any(
-            self.hps[name]
-            for name in ("crop_size", "part_edges", "calcifications", "borders", "windowing", "enhancement", "phantoms")
-        )
-        return self.train and self.degrade_on_device and not computes and self.hps.gamma_range == [1, 1]
+        computes = switched_on(self.hps, ("crop_size", "phantoms", *CHANGES_OF_INTENSITIES))
+        return self.train and self.degrade_on_device and not computes
 
     def image_count(self) -> int:
         return len(self.records) + (self.phantoms.image_count() if self.train else 0)
@@ -856,12 +861,6 @@ def load_datasets(args: argparse.Namespace, hps: HParams, *splits: str) -> list[
 # --- latents ---------------------------------------------------------------------------------------------------------
 
 
-# Settings that change training images before they are encoded, which latents cannot follow.
-CHANGES_OF_IMAGES = (
-    "flip", "dihedral", "scale_range", "gamma_range", "part_edges", "calcifications", "borders", "windowing", "enhancement",
-)  # fmt: skip
-
-
 class LatentDataset(Dataset):
     """Latents that `main-latents.py` wrote, memory-mapped, as a `Batch` of one (clean, degraded) pair in float32.
 
@@ -898,7 +897,7 @@ class LatentDataset(Dataset):
     def summary(self, name: str) -> str:
         """How many latents of how many patients, in words, and which settings of training images they leave unused."""
         words = f"{name}: {len(self.images)} latents, {self.realisations} noise draws each, of {len(self.patients())} patients"
-        unused = [key for key in CHANGES_OF_IMAGES if self.hps[key] and self.hps[key] != [1, 1]]
+        unused = switched_on(self.hps, CHANGES_OF_IMAGES)
         return f"{words}; taken as they are, without {', '.join(unused)}" if self.train and unused else words
 
     def check(self, digest: str, path: Path) -> None:

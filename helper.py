@@ -23,7 +23,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -112,8 +112,7 @@ def _run(main: Callable[[], None], parallel: bool) -> None:
     except UserError as error:
         fail(f"error: {one_line(error)}", 2)
     except BrokenPipeError:
-        # what is left to say must not fail again when the interpreter ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _to_nowhere(sys.stdout)
         fail("error: standard output was closed while the script ran; send it to a file, or to /dev/null", 2)
     except OSError as error:
         sentence = f"{error.filename or 'a file'}: {error.strerror or error}; free space, or see that it can be used"
@@ -139,14 +138,18 @@ def _run(main: Callable[[], None], parallel: bool) -> None:
         sys.exit(1)
 
 
+def _to_nowhere(stream: TextIO) -> None:
+    """Nobody listens: what is left to say must not fail again when the interpreter ends, and change the status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def fail(line: str, status: int) -> NoReturn:
     """End the script with one line on stderr, unless another process of the run has said why it ends."""
     if distributed.is_first_to_fail():
         try:
             print(line, file=sys.stderr)
         except BrokenPipeError:
-            # nobody listens; what is left to say must not fail when the interpreter ends, and change the status
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+            _to_nowhere(sys.stderr)
     sys.exit(status)
 
 

@@ -285,9 +285,9 @@ def restore_job(job: Job, restorer: Restorer, calibration: Calibration | None, a
     description = f"{describe(args, restorer, noise)}; {RESEARCH_USE}"
     # noise that was not seen may be there all the same, and nobody knows the error
     mapped = calibration is not None and not unseen
-    for kind in (*(() if args.compare else ("compare",)), *(() if mapped else MAPS)):
+    for kind, is_made in {"compare": args.compare, **dict.fromkeys(MAPS, mapped)}.items():
         # of an earlier run: it would speak of another restoration than the one beside it
-        if is_beside_an_image(job.beside(kind), kind):
+        if not is_made and is_beside_an_image(job.beside(kind), kind):
             job.beside(kind).unlink()
     if mapped:
         # images of another size than the file's, on the training grid, keep theirs

@@ -34,6 +34,7 @@ import regression
 
 from classical import inverse_table, vst_bm3d
 from datasets import folder_records
+from evaluation import BM3D, INPUT
 from helper import (
     Parser,
     UserError,
@@ -72,7 +73,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("calcifications", "mnse", "levels", "crops", "native")
 SPLIT_CSV = ROOT / "preprocessing" / "splits" / "mini-mias.csv"
 LEVEL = 0.2  # noise level of everything but the native part
-INPUT, BM3D, DEFAULT = "low dose", "VST-BM3D", "shipped default"
+DEFAULT = "shipped default"
 FIGURES = ("psnr_breast", "ssim_breast", "ms_ssim", "psnr", "ssim")
 TESTED = ("psnr_breast", "ssim_breast")
 MUSCLE = 1 / 3  # of a breast's rows, from the top: where the pectoral muscle is, brighter than any gland
