@@ -1,57 +1,65 @@
-"""What an evaluation says beyond its table: how sure the restoration is, what its error is made of, and a page to look at."""
+"""What an evaluation says beyond its table: whether samples look like clean images, how sure the restoration is, what its
+error is made of, and a page to look at."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from classical import vst_bm3d
 from datasets import Batch, MammogramDataset, load_datasets
 from diffusion import LatentDiffusion
-from evaluation import BM3D, INPUT, Evaluation, run_evaluation, save_picture
-from helper import Checkpoint, evaluation_folder, half_precision, seeded_generator, tracked, write_json
+from evaluation import BM3D, INPUT, Evaluation, Method, run_evaluation, save_picture, spread_picture
+from helper import Checkpoint, evaluation_folder, format_table, half_precision, seeded_generator, tracked, write_json
 from hps import HParams
-from metrics import ErrorSplit, PowerSpectrum, image_metrics, mnse_decomposition, noise_power_spectrum
-from preprocessing.degrade import NoiseModel, simulate_low_dose
-from report import Case as ReportCase
-from report import Coverage as ReportCoverage
-from report import CoverageBin, Report, choose_close_ups, read_curves, write_report
-from restoration import Restorer, restore_image
-from uncertainty import (
-    MISS,
-    SMOOTH,
-    Calibration,
-    Coverage,
-    Interval,
-    Region,
-    assess,
-    fit,
-    local_error,
-    picture,
-    predict,
+from metrics import (
+    BANDS,
+    ErrorSplit,
+    PowerSpectrum,
+    band_power,
+    image_metrics,
+    mnse_decomposition,
+    noise_power_spectrum,
 )
-from uncertainty import Case as CalibrationCase
+from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.stabilize import stabilize
+from report import PageCase, Power, Report, choose_close_ups, read_curves, write_report
+from restoration import Restorer, restore_image, sampling_of
+from uncertainty import Calibration, Case, Coverage, Tally, fit, interval
 from vqvae2_wrapper import VQVAE2Wrapper
 
-CALIBRATION_SIDE = 384  # pixels of the squares of validation images that the uncertainty is calibrated on
-CALIBRATION_SQUARES = 3  # of an image and level; with one, intervals in the background held 84 %, not 87 %
-CALIBRATION_LEVELS = (0.05, 0.2, 0.5, 1.0)  # noise levels, of those that the model knows
-CALIBRATION_IMAGES = 16  # validation images looked at, evenly spaced
-KEPT_PIXELS = 2**17  # of an image, for the coverage
+MEAN_OF = 8  # posterior samples of the table's mean, and of the spread that is shown
+SPREAD_SAMPLES = 16  # of the calibration and of the coverage
+CALIBRATION_SIDE = 192  # pixels of the squares of validation images that the uncertainty is calibrated on
+CALIBRATION_LEVELS = (
+    0.05,
+    0.2,
+    0.5,
+    1.0,
+)  # noise levels, of those that the model knows: a square of every image for each
+CALIBRATION_IMAGES = 4  # validation images looked at, evenly spaced
+COVERAGE_IMAGES, COVERAGE_SIDE = 4, 512  # test images, evenly spaced, and pixels of the square of each for the coverage
 SPLIT_IMAGES, SPLIT_SIDE, REALISATIONS = 4, 256, 4  # of the split into noise and bias
 SPECTRUM_SIDE = 64  # pixels of the residuals whose spectrum is taken
 PIXEL_MM = 0.2  # pitch that frequencies are given at: that of mini-MIAS, and about that of the full training grid
-CASES = 3  # images on the page
-RESTORED = "restored"
+CURVE_EDGES = tuple(np.linspace(0.02, 0.5, 33))  # cycles a pixel; bins of the curve of power over clean's
+CASES = 3  # images on the page, and of the power over clean's
+TEXTURE_SIDE = 192  # pixels of the close-up that is there to judge the texture
+PASS, MEAN = "autoencoder pass", "posterior mean"
+POWER = "power_over_clean"  # in metrics.json, by method and in the bands of `metrics.BANDS`
 
 
 def bm3d_is_there() -> bool:
@@ -64,102 +72,99 @@ def spread(count: int, most: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
-def square(image: np.ndarray, row: int, column: int, side: int) -> np.ndarray:
-    """The square of an image (H, W) at a corner, cut off at its borders."""
-    return np.ascontiguousarray(image[row : row + side, column : column + side])
+Window = tuple[slice, slice]  # rows and columns
 
 
-def calibrate(restorer: Restorer, validation: MammogramDataset, *, progress: bool = True) -> Calibration:
-    """Fit the predicted error and its 90 % interval on validation images, at the noise levels that the model knows.
+def window_at(row: float, column: float, side: int, shape: tuple[int, ...]) -> Window:
+    """The square of at most `side` pixels around a pixel, moved to lie inside an image of `shape` (H, W)."""
+    side = min(side, *shape)
+    starts = (int(min(max(0, at - side // 2), size - side)) for at, size in zip((row, column), shape, strict=True))
+    return tuple(slice(start, start + side) for start in starts)
 
-    Raises UserError where there are too few of them.
+
+def middle_window(mask: np.ndarray, side: int) -> Window:
+    """The square of at most `side` pixels in the middle of a breast (H, W)."""
+    row, column = (np.median(places) for places in np.nonzero(mask))
+    return window_at(row, column, side, mask.shape)
+
+
+def breast_window(mask: np.ndarray, most: int | None = None) -> Window:
+    """The largest square, of at most `most` pixels, that lies inside a breast (H, W)."""
+    reach = ndimage.distance_transform_cdt(np.pad(mask, 1), "chessboard")[1:-1, 1:-1]
+    row, column = np.unravel_index(reach.argmax(), reach.shape)
+    side = 2 * int(reach.max()) - 1
+    return window_at(row, column, min(side, most or side), mask.shape)
+
+
+def planes(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Clean image, low dose and breast mask of a batch of one, each (H, W)."""
+    return tuple(v[0, 0].cpu().numpy() for v in (batch.clean, batch.degraded, batch.mask))
+
+
+def noise_of(batch: Batch) -> NoiseModel:
+    """The noise of a batch of one."""
+    return NoiseModel.from_level(float(batch.level[0]))
+
+
+# --- uncertainty -----------------------------------------------------------------------------------------------------
+
+
+def calibrate(sampler: Restorer, validation: MammogramDataset, *, progress: bool = True) -> Calibration:
+    """Fit how many times as wide intervals have to be as the samples' spread says, at noise levels that the model knows.
+
+    On a square inside the breast of some validation images. Raises UserError where there is none.
     """
-    low, high = restorer.levels
-    levels = [level for level in CALIBRATION_LEVELS if low <= level <= high] or [restorer.hps.noise_level]
+    low, high = sampler.levels
+    levels = [level for level in CALIBRATION_LEVELS if low <= level <= high] or [sampler.hps.noise_level]
     cases = []
     indices = spread(len(validation), CALIBRATION_IMAGES)
     for index in tracked(indices, "calibrate", "image", progress):
         batch = validation[index]
-        clean, mask = batch.clean[0, 0].numpy(), batch.mask[0, 0].numpy()
-        generator = seeded_generator("calibrate", batch.meta[0].path)
-        for _, level in itertools.product(range(CALIBRATION_SQUARES), levels):
-            row, column = (
-                int(torch.randint(max(1, length - CALIBRATION_SIDE + 1), (), generator=generator))
-                for length in clean.shape
-            )
-            part, inside = (square(image, row, column, CALIBRATION_SIDE) for image in (clean, mask))
+        name, (clean, _, mask) = batch.meta[0].path, planes(batch)
+        generator = seeded_generator("calibrate", name)
+        inside = np.argwhere(mask)
+        for level in levels if len(inside) else ():
+            centre = inside[int(torch.randint(len(inside), (), generator=generator))]
+            window = window_at(*centre, CALIBRATION_SIDE, clean.shape)
+            degraded = simulate_low_dose(torch.from_numpy(clean[window].copy()), level, generator).numpy()
             noise = NoiseModel.from_level(level)
-            degraded = simulate_low_dose(torch.from_numpy(part), level, generator).numpy()
-            restored = restore_image(restorer, degraded, noise, f"calibrate {batch.meta[0].path} {level}").pixels
-            cases.append(CalibrationCase(part, degraded, restored, noise, inside, batch.meta[0].patient))
-    return fit(cases)
+            samples = restore_image(sampler, degraded, noise, f"calibrate {name} {level}").products
+            cases.append(Case(clean[window], samples, mask[window], level))
+    calibration = fit(cases)
+    about = {"images": len(indices), "samples": sampler.samples, "sampler": str(sampler.sampling)}
+    return dataclasses.replace(calibration, about=calibration.about | about)
 
 
-@dataclass
-class Collector:
-    """Takes note, image by image, of how the intervals do."""
-
-    calibration: Calibration
-    folder: Path | None  # where the maps of `shown` images go
-    shown: set[int]
-    suffix: str = ".png"
-    intervals: list[Interval] = field(default_factory=list)
-    cleans: list[np.ndarray] = field(default_factory=list)
-    masks: list[np.ndarray] = field(default_factory=list)
-    local: list[np.ndarray] = field(default_factory=list)
-
-    def add(self, batch: Batch, restored: np.ndarray) -> None:
-        """The restoration (H, W) of a batch of one."""
-        noise = NoiseModel.from_level(float(batch.level[0]))
-        clean, degraded = batch.clean[0, 0].cpu().numpy(), batch.degraded[0, 0].cpu().numpy()
-        mask = batch.mask[0, 0].cpu().numpy()
-        interval = predict(self.calibration, degraded, restored, noise)
-        if self.folder is not None and batch.meta[0].key.index in self.shown:
-            name = Path(batch.meta[0].path).with_suffix("").as_posix().replace("/", "_")
-            save_picture(picture(clean, interval), self.folder / f"uncertainty-{name}{self.suffix}")
-        # every n-th pixel is enough, and all of a large test set would not fit into memory
-        step = max(1, round((clean.size / KEPT_PIXELS) ** 0.5))
-        thin = slice(None, None, step), slice(None, None, step)
-        kept = {part.name: getattr(interval, part.name)[thin].copy() for part in dataclasses.fields(interval)}
-        self.intervals.append(Interval(**kept))
-        self.cleans.append(clean[thin].copy())
-        self.masks.append(mask[thin].copy())
-        self.local.append(local_error(restored, clean)[thin])
-
-    def coverage(self) -> Coverage:
-        """How the intervals did on all of them."""
-        return assess(self.intervals, self.cleans, self.masks, local=self.local)
+def count_coverage(
+    sampler: Restorer, test_set: MammogramDataset, calibration: Calibration, *, progress: bool = True
+) -> tuple[Coverage | None, str]:
+    """How the intervals do on a square in the middle of the breast of a few test images, and on how much that is, in words."""
+    tally = Tally()
+    indices = spread(len(test_set), COVERAGE_IMAGES)
+    for index in tracked(indices, "coverage", "image", progress):
+        batch = test_set[index]
+        clean, degraded, mask = planes(batch)
+        window, level = middle_window(mask, COVERAGE_SIDE), float(batch.level[0])
+        part = np.ascontiguousarray(degraded[window])
+        samples = restore_image(sampler, part, noise_of(batch), f"coverage {batch.meta[0].path}").products
+        tally.add(Case(clean[window], samples, mask[window], level), calibration.factor(level))
+    counted = f"{sampler.samples} samples, {sampler.sampling}, of each of {len(indices)} test images"
+    return tally.coverage(), f"{counted}, squares of at most {COVERAGE_SIDE} pixels"
 
 
-def coverage_text(coverage: Coverage) -> str:
-    """A line a region: coverage, by intensity too, and how wide the intervals are against a constant one."""
-    lines = []
-    for name, region in (("whole image", coverage.image), ("inside the breast", coverage.breast)):
-        if region is None:
-            continue
-        bins = ", ".join(f"{share:.1%}" for share in region.bin_coverage)
-        lines.append(
-            f"{1 - MISS:.0%} interval, {name}: holds {region.coverage:.1%} (by intensity {bins}); mean width {region.width:.4f}, "
-            f"{region.ratio:.2f} of a constant width of the same coverage ({region.constant_width:.4f}; {region.oracle:.2f} if the "
-            f"error within {SMOOTH:g} pixels were known)"
-        )
-    return "\n".join(lines)
-
-
-def _bins(region: Region, where: str) -> ReportCoverage:
-    lower = [0.0, *region.bin_upper[:-1]]
-    bins = [
-        CoverageBin(low, high, coverage, width)
-        for low, high, coverage, width in zip(
-            lower, region.bin_upper, region.bin_coverage, region.bin_width, strict=True
-        )
-    ]
-    overall = CoverageBin(0.0, region.bin_upper[-1], region.coverage, region.width, region.pixels)
-    return ReportCoverage(1 - MISS, bins, overall, region.constant_width, where)
+# --- error and power -------------------------------------------------------------------------------------------------
 
 
 # Maps a low dose (H, W), its noise and a name to a restored image.
 Restore = Callable[[np.ndarray, NoiseModel, str], np.ndarray]
+
+
+def split_methods(estimate: Restorer) -> dict[str, Restore]:
+    """The methods whose error is split: an estimate of the clean image, and VST-BM3D where it is there."""
+    methods = {estimate.product: lambda image, noise, name: restore_image(estimate, image, noise, name).pixels}
+    if bm3d_is_there():
+        methods[BM3D] = lambda image, noise, _: vst_bm3d(image, noise)
+    return methods
 
 
 def noise_and_bias(
@@ -175,91 +180,230 @@ def noise_and_bias(
     patches: dict[str, list[np.ndarray]] = {name: [] for name in splits}
     for index in tracked(spread(len(test_set), SPLIT_IMAGES), "noise and bias", "image", progress):
         batch = test_set[index]
-        clean, mask = batch.clean[0, 0].numpy(), batch.mask[0, 0].numpy()
-        side = min(SPLIT_SIDE, *clean.shape)
-        rows, columns = np.nonzero(mask)
-        row, column = (
-            int(min(max(0, np.median(places) - side // 2), length - side))
-            for places, length in zip((rows, columns), clean.shape, strict=True)
-        )
-        part, inside = square(clean, row, column, side), square(mask, row, column, side)
+        clean, _, mask = planes(batch)
+        window = middle_window(mask, SPLIT_SIDE)
+        part, inside = (np.ascontiguousarray(v[window]) for v in (clean, mask))
         name = batch.meta[0].path
         lows = [
             simulate_low_dose(torch.from_numpy(part), level, seeded_generator("realisation", name, r)).numpy()
             for r in range(REALISATIONS)
         ]
-        edge = min(SPECTRUM_SIDE, side)
+        centre = window_at(*(side // 2 for side in part.shape), SPECTRUM_SIDE, part.shape)
         for method in splits:
             images = lows if method == INPUT else [methods[method](v, noise, f"{name} {r}") for r, v in enumerate(lows)]
             splits[method].append(mnse_decomposition(np.stack(images), part, inside))
-            middle = (side - edge) // 2
-            patches[method] += [square(image - part, middle, middle, edge) for image in images]
+            patches[method] += [(image - part)[centre] for image in images]
     spectra = {name: noise_power_spectrum(np.stack(own), PIXEL_MM) for name, own in patches.items()}
     return {name: ErrorSplit.pooled(own) for name, own in splits.items()}, spectra
 
 
-def report_case(
-    batch: Batch, restored: np.ndarray, calibration: Calibration | None, classical: np.ndarray | None
-) -> ReportCase:
-    """An image of the page: low dose, BM3D (H, W) where it is there, restored, and the expected error."""
-    noise = NoiseModel.from_level(float(batch.level[0]))
-    clean, low, mask = (v[0, 0].cpu().numpy() for v in (batch.clean, batch.degraded, batch.mask))
-    images = {INPUT: low}
-    if classical is not None:
-        images[BM3D] = classical
-    images[RESTORED] = restored
-    truth, inside = torch.from_numpy(clean)[None], torch.from_numpy(mask)[None]
-    labels = {}
-    for name, image in images.items():
-        figures = image_metrics(torch.from_numpy(np.asarray(image, np.float32))[None], truth, inside)
-        labels[name] = f"{figures.psnr_breast:.2f} dB, SSIM {figures.ssim_breast:.4f} in the breast"
-    std = None if calibration is None else predict(calibration, low, restored, noise).std
-    close_ups = choose_close_ups(clean, mask, batch.meta[0].info.get("calcifications", ()))
-    return ReportCase(batch.meta[0].path, clean, images, std, labels, close_ups)
+# --- images to look at -----------------------------------------------------------------------------------------------
 
 
-def write_page(
-    folder: Path,
-    evaluation: Evaluation,
-    *,
-    title: str,
-    provenance: dict,
-    logs: Sequence[tuple[str, Path]],
-    cases: Sequence[ReportCase],
-    coverage: Coverage | None,
-    splits: dict[str, ErrorSplit],
-    spectra: dict[str, PowerSpectrum],
-) -> Path:
-    """Write `report.html` into an evaluation's folder; `logs` are the names and folders of the trainings."""
-    curves = [curve for name, place in logs for curve in read_curves(place / "log.csv", name)]
-    path = folder / "report.html"
-    breast = None if coverage is None else coverage.breast or coverage.image
-    where = "inside the breast" if coverage is not None and coverage.breast else "of whole images"
-    images = evaluation.per_image["path"].nunique()
-    write_report(
-        path,
-        Report(
-            title,
-            f"{images} test images; every figure stands beside the low-dose input's",
-            provenance,
-            evaluation,
-            curves,
-            splits,
-            spectra,
-            None if breast is None else _bins(breast, where),
-            cases,
-        ),
-    )
-    return path
+@dataclass
+class Shown:
+    """A test image to look at, and what was made of it."""
+
+    batch: Batch  # of one
+    images: dict[str, np.ndarray]  # by method, (H, W), the low dose first
+    std: np.ndarray | None = None  # expected error, (H, W)
+
+    def page_case(self, estimate: str) -> PageCase:
+        """What the page shows of it; the error drawn is that of the method `estimate`."""
+        clean, _, mask = planes(self.batch)
+        truth, inside = torch.from_numpy(clean)[None], torch.from_numpy(mask)[None]
+        labels = {}
+        for name, image in self.images.items():
+            figures = image_metrics(torch.from_numpy(image)[None], truth, inside)
+            labels[name] = f"{figures.psnr_breast:.2f} dB, SSIM {figures.ssim_breast:.4f} in the breast"
+        meta = self.batch.meta[0]
+        rows, columns = breast_window(mask, TEXTURE_SIDE)
+        close_ups = choose_close_ups(clean, mask, meta.info.get("calcifications", ()))
+        close_ups.append((rows.start, columns.start, rows.stop - rows.start))
+        return PageCase(meta.path, clean, self.images, estimate, self.std, labels, close_ups)
 
 
-def write_coverage(folder: Path, calibration: Calibration, coverage: Coverage) -> None:
-    """Write `uncertainty.json`, the calibration that main-restore.py takes, and `coverage.json`."""
-    calibration.to_json(folder / "uncertainty.json")
-    write_json(folder / "coverage.json", dataclasses.asdict(coverage))
+@dataclass
+class Gallery:
+    """Keeps, of a few test images, what methods make of them."""
+
+    indices: Sequence[int]  # of the images
+    names: Sequence[str]  # of the methods
+    calibration: Calibration | None
+    folder: Path | None  # where the pictures of the uncertainty go
+    suffix: str = ".png"
+    shown: dict[int, Shown] = field(default_factory=dict)
+
+    def method(self, name: str, products: Callable[[Batch], np.ndarray]) -> Method:
+        """The method of that name for a table; `products` makes (K, H, W) of a batch of one, whose mean is compared."""
+
+        def method(batch: Batch) -> Tensor:
+            made = products(batch)
+            image, index = made.mean(0, dtype=np.float32), batch.meta[0].key.index
+            if index in self.indices:
+                shown = self.shown.setdefault(index, Shown(batch, {INPUT: planes(batch)[1]}))
+                if name in self.names:
+                    shown.images[name] = image
+                if len(made) > 1 and self.calibration is not None:
+                    self._note_spread(shown, made)
+            return torch.from_numpy(image)[None, None]
+
+        return method
+
+    def _note_spread(self, shown: Shown, samples: np.ndarray) -> None:
+        own = interval(samples, self.calibration.factor(float(shown.batch.level[0])))
+        shown.std = own.std
+        if self.folder is not None:
+            name = Path(shown.batch.meta[0].path).with_suffix("").as_posix().replace("/", "_")
+            path = self.folder / f"uncertainty-{name}{self.suffix}"
+            save_picture(spread_picture(planes(shown.batch)[0], own, samples[0]), path)
+
+    def add_bm3d(self) -> None:
+        """Put VST-BM3D beside the low dose where the table has not."""
+        for shown in self.shown.values():
+            if BM3D not in shown.images:
+                low = shown.images[INPUT]
+                shown.images = {INPUT: low, BM3D: vst_bm3d(low, noise_of(shown.batch)), **shown.images}
+
+    def power(self) -> dict[str, Power]:
+        """Power of the images over the clean ones', by method, in the largest square inside the breast, stabilised."""
+        total: dict[str, list[np.ndarray]] = {}
+        for shown in self.shown.values():
+            clean, _, mask = planes(shown.batch)
+            window, noise = breast_window(mask), noise_of(shown.batch)
+            for name, image in {"clean": clean, **shown.images}.items():
+                values = stabilize(torch.from_numpy(image[window].copy()), noise).numpy()
+                own = [band_power(values, edges) for edges in (BANDS, CURVE_EDGES)]
+                total[name] = [a + b for a, b in zip(total[name], own, strict=True)] if name in total else own
+        bands, curve = total.pop("clean")
+        middles = (np.array(CURVE_EDGES[1:]) + CURVE_EDGES[:-1]) / 2
+        seen = curve > 0  # small images have no frequency in some bins
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return {name: Power(a / bands, middles[seen], b[seen] / curve[seen]) for name, (a, b) in total.items()}
+
+
+def signature_text(evaluation: Evaluation, power: Mapping[str, Power], samples: Mapping[str, int]) -> str:
+    """What tells a sampler from a smoother: power over clean's by band, and the PSNR of the posterior mean less others'.
+
+    `samples` is of how many samples the methods of the table that are compared with it are the mean.
+    """
+    text = []
+    if power:
+        header = ["power over clean's at", *(f"{low:g}-{high:g}" for low, high in itertools.pairwise(BANDS))]
+        rows = [[name, *(f"{value:.2f}" for value in own.bands)] for name, own in power.items()]
+        text.append(format_table([*header[:-1], f"{header[-1]} cycles/pixel"], rows))
+    summary = evaluation.summary()
+    for name, count in samples.items() if MEAN in summary else ():
+        gap, ideal = summary[MEAN]["psnr_breast"] - summary[name]["psnr_breast"], 10 * math.log10(1 + 1 / count)
+        text.append(f"{MEAN} less {name}: {gap:.2f} dB ({ideal:.2f} where mean and samples are right)")
+    return "\n".join(text)
 
 
 # --- the whole of it -------------------------------------------------------------------------------------------------
+
+
+def has_known_noise(hps: HParams, test_set: MammogramDataset) -> bool:
+    """Whether there is noise, and it is known: nobody has told that of real pairs."""
+    return hps.noise_level > 0 and "real" not in test_set.noise
+
+
+def restorers_of(
+    args: argparse.Namespace,
+    hps: HParams,
+    model: LatentDiffusion,
+    first_stage: VQVAE2Wrapper,
+    checkpoint: Checkpoint,
+    device: torch.device,
+) -> list[Restorer]:
+    """What the model makes: its posterior mean, a posterior sample, and the mean of some; says so where it has not all."""
+    # what the network has seen does not change with the task that it is evaluated on
+    seen = {key: checkpoint.hps[key] for key in ("noise_levels", "windowing")}
+    amp = half_precision(device, args.half)
+    mean = Restorer(first_stage.to(device), model.to(device), hps.updated(**seen), seed=args.seed, amp=amp)
+    if not model.has_samples:
+        print("no posterior samples: the model's training ended before the diffusion")
+        return [mean]
+    sample = dataclasses.replace(mean, samples=1, sampling=sampling_of(hps, "ddim"))
+    samples = dataclasses.replace(mean, samples=MEAN_OF, sampling=sampling_of(hps, "dpm++"))
+    if not model.has_mean:
+        print("no posterior mean: the model is a plain diffusion (precondition=none)")
+        return [sample, samples]
+    return [mean, sample, samples]
+
+
+def table_methods(gallery: Gallery, restorers: Sequence[Restorer], *, bm3d: bool, progress: bool) -> dict[str, Method]:
+    """The methods of the table, by name; `gallery` looks at what they make."""
+
+    def restored(restorer: Restorer, batch: Batch) -> np.ndarray:
+        noise, name = noise_of(batch), batch.meta[0].path
+        if not restorer.stabilized:
+            images = restorer.restore(batch.degraded, name, noise=noise, progress=progress)
+            return images[0].float().clamp(0, 1).cpu().numpy()
+        # as main-restore.py does, borders mirrored and edges taken apart
+        return restore_image(restorer, planes(batch)[1], noise, name, progress=progress).products
+
+    first_stage = restorers[0].first_stage
+
+    def passed(batch: Batch) -> Tensor:
+        latent = first_stage.encode(batch.degraded, batch.noise)
+        return first_stage.decode(latent, shape=batch.clean.shape[-2:], noise=batch.noise)
+
+    methods = {}
+    if bm3d:
+        methods[BM3D] = gallery.method(BM3D, lambda batch: vst_bm3d(planes(batch)[1], noise_of(batch))[None])
+    methods[PASS] = passed
+    for restorer in restorers:
+        name = restorer.product
+        methods[name] = gallery.method(name, functools.partial(restored, restorer))
+    return methods
+
+
+def write_page(folder: Path, args: argparse.Namespace, hps: HParams, evaluation: Evaluation, **parts: Any) -> None:
+    """Write `report.html` into an evaluation's folder; `parts` are the report's others."""
+    if not bm3d_is_there():
+        print("without BM3D beside it: pip install -r requirements-benchmarks.txt adds it to the page")
+    logs = [("stage 1", args.vqvae_path), ("stage 2", args.load_path)]
+    folders = [(name, path if path.is_dir() else path.parent) for name, path in logs]
+    path = folder / "report.html"
+    note = {key: value for key, value in evaluation.note.items() if key != POWER}
+    report = Report(
+        title=f"Restoration of {args.task} at noise level {hps.noise_level:g}",
+        subtitle=f"{evaluation.per_image['path'].nunique()} test images; every figure stands beside the low-dose input's",
+        provenance=note | {"hyperparameters": dict(hps)},
+        evaluation=evaluation,
+        curves=[curve for name, place in folders for curve in read_curves(place / "log.csv", name)],
+        **parts,
+    )
+    write_report(path, report)
+    print(f"the page to look at: {path}")
+
+
+def compare(
+    args: argparse.Namespace,
+    hps: HParams,
+    test_set: MammogramDataset,
+    restorers: Sequence[Restorer],
+    gallery: Gallery,
+    checkpoints: tuple[Checkpoint, Checkpoint],
+) -> tuple[Evaluation, dict[str, Power]]:
+    """Measure what restorers make of the test set, print table and signature, and write the table's files."""
+    power: dict[str, Power] = {}
+
+    def note() -> dict:
+        if gallery.folder is not None and bm3d_is_there():
+            gallery.add_bm3d()
+        power.update(gallery.power() if has_known_noise(hps, test_set) else {})
+        settings = {key: hps[key] for key in ("ddim_steps", "ddim_eta", "ddim_spacing", "fast_steps")}
+        bands = {name: own.bands.tolist() for name, own in power.items()}
+        return {"vqvae": str(args.vqvae_path), "settings": settings, POWER: bands}
+
+    result = run_evaluation(
+        args, hps, test_set, table_methods(gallery, restorers, bm3d=args.bm3d, progress=not args.no_tqdm),
+        restorers[0].device, checkpoints, title=f"stage 2 (EMA weights, eta {hps.ddim_eta})",
+        pictured=[name for name in gallery.names if name != BM3D], note=note,
+    )  # fmt: skip
+    print(signature_text(result, power, {r.product: r.samples for r in restorers if r.samples}))
+    return result, power
 
 
 def restore_test_set(
@@ -270,120 +414,38 @@ def restore_test_set(
     checkpoints: tuple[Checkpoint, Checkpoint],
     device: torch.device,
 ) -> list[str]:
-    """Table, files, pictures and page of the restored test set: DDIM samples, and the mean that one evaluation gives.
+    """Table, files, pictures and page of the restored test set: posterior mean, posterior sample, and the mean of some.
 
-    The expected error is calibrated on validation images first. Returns what was wrong with images that are left out.
+    The samples' spread is calibrated on validation images first. Returns what was wrong with images that are left out.
     """
     validation_set, test_set = load_datasets(args, hps, "validation", "test")
-    left_out = [*validation_set.left_out, *test_set.left_out]
-    progress = not args.no_tqdm
-    amp = half_precision(device, args.half)
-    # what the network has seen does not change with the task that it is evaluated on
-    seen = {key: checkpoints[1].hps[key] for key in ("noise_levels", "windowing")}
-    sampler = Restorer(
-        first_stage.to(device), model.to(device), hps.updated(**seen), hps.ddim_steps, seed=args.seed, amp=amp
-    )
-    mean = dataclasses.replace(sampler, steps=1)
-    default = dataclasses.replace(mean, views=hps.views)
-
-    def restore(restorer: Restorer, batch: Batch) -> Tensor:
-        noise, name = NoiseModel.from_level(float(batch.level[0])), batch.meta[0].path
-        if not restorer.stabilized:
-            return restorer.restore(batch.degraded, [name], noise=noise, progress=progress)
-        # as main-restore.py does, borders mirrored and edges taken apart
-        image = batch.degraded[0, 0].cpu().numpy()
-        pixels = restore_image(restorer, image, noise, name, progress=progress).pixels
-        return torch.from_numpy(pixels)[None, None]
-
-    def restore_part(image: np.ndarray, noise: NoiseModel, name: str) -> np.ndarray:
-        return restore_image(default, image, noise, name).pixels
-
-    # without noise there is no error to expect, and real pairs are of a noise that nobody has told
-    simulated = hps.noise_level > 0 and "real" not in test_set.noise
-    shown = set(spread(len(test_set), CASES))
-    collector = None
-    if simulated and len(validation_set.patients()) < 2:
-        print("no expected error: its calibration takes the images of two validation patients at least")
-    elif simulated:
-        calibration = calibrate(default, validation_set, progress=progress)
-        collector = Collector(
-            calibration, evaluation_folder(args, args.load_path), shown, ".jpg" if args.save_jpg else ".png"
-        )
-    cases = []
-    kept: dict[int, np.ndarray] = {}  # BM3D of shown images, which table and page both want
-
-    def classical(batch: Batch) -> np.ndarray:
-        index = batch.meta[0].key.index
-        if index in kept:
-            return kept[index]
-        image = vst_bm3d(batch.degraded[0, 0].cpu().numpy(), NoiseModel.from_level(float(batch.level[0])))
-        if index in shown:
-            kept[index] = image
-        return image
-
-    def restore_default(batch: Batch) -> Tensor:
-        pixels = restore(default, batch)[0, 0].clamp(0, 1).float().cpu().numpy()
-        if collector is not None:
-            collector.add(batch, pixels)
-        if not args.no_save and batch.meta[0].key.index in shown:
-            rival = classical(batch) if bm3d_is_there() else None
-            cases.append(report_case(batch, pixels, collector and collector.calibration, rival))
-        return torch.from_numpy(pixels)[None, None]
-
-    restored = f"restored, DDIM {hps.ddim_steps}"
-    methods = {
-        "autoencoder pass": lambda batch: first_stage.decode(
-            first_stage.encode(batch.degraded, batch.noise), shape=batch.clean.shape[-2:], noise=batch.noise
-        ),
-        "posterior mean, 1 step": restore_default if hps.views == 1 else lambda batch: restore(mean, batch),
-        restored: lambda batch: restore(sampler, batch),
-    }
-    if args.bm3d:
-        methods = {BM3D: lambda batch: torch.from_numpy(classical(batch))[None, None], **methods}
-    if hps.views > 1:
-        methods[f"default, {default.evaluations} evaluations"] = restore_default
-    result = run_evaluation(
-        args,
-        hps,
-        test_set,
-        methods,
-        device,
-        checkpoints,
-        title=f"stage 2 (EMA weights, eta {hps.ddim_eta})",
-        pictured=("autoencoder pass", list(methods)[-1]),
-        note=lambda: {
-            "vqvae": str(args.vqvae_path),
-            "settings": {key: hps[key] for key in ("ddim_steps", "ddim_eta", "ddim_spacing", "views")},
-        },
-    )
-    coverage = None
-    if collector is not None:
-        coverage = collector.coverage()
-        print(coverage_text(coverage))
-    folder = evaluation_folder(args, args.load_path)
-    if folder is None:
-        return left_out
-    if collector is not None:
-        write_coverage(folder, collector.calibration, coverage)
-    splits, spectra = {}, {}
-    if simulated:
-        parts = {"restored": restore_part} | (
-            {BM3D: lambda image, noise, _: vst_bm3d(image, noise)} if bm3d_is_there() else {}
-        )
-        splits, spectra = noise_and_bias(test_set, parts, progress=progress)
-    if not bm3d_is_there():
-        print("without BM3D beside it: pip install -r requirements-benchmarks.txt adds it to the page")
-    logs = [("stage 1", args.vqvae_path), ("stage 2", args.load_path)]
-    page = write_page(
-        folder,
-        result,
-        title=f"Restoration of {args.task} at noise level {hps.noise_level:g}",
-        provenance=result.note | {"hyperparameters": dict(hps)},
-        logs=[(name, path if path.is_dir() else path.parent) for name, path in logs],
-        cases=cases,
-        coverage=coverage,
-        splits=splits,
-        spectra=spectra,
-    )
-    print(f"the page to look at: {page}")
-    return left_out
+    progress, folder = not args.no_tqdm, evaluation_folder(args, args.load_path)
+    restorers = restorers_of(args, hps, model, first_stage, checkpoints[1], device)
+    estimate = restorers[0] if model.has_mean else restorers[-1]
+    known = has_known_noise(hps, test_set)
+    calibration = coverage = None
+    counted = ""
+    if known and model.has_samples:
+        sampler = dataclasses.replace(restorers[-1], samples=SPREAD_SAMPLES)
+        calibration = calibrate(sampler, validation_set, progress=progress)
+    names = [BM3D, *(r.product for r in restorers if r.samples == 1), estimate.product]
+    suffix = ".jpg" if args.save_jpg else ".png"
+    gallery = Gallery(spread(len(test_set), CASES), names, calibration, folder, suffix)
+    result, power = compare(args, hps, test_set, restorers, gallery, checkpoints)
+    if calibration is not None:
+        coverage, counted = count_coverage(sampler, test_set, calibration, progress=progress)
+        print(f"{coverage or 'no breast to count the coverage in'} ({counted})")
+    if folder is not None:
+        if calibration is not None:
+            calibration.to_json(folder / "uncertainty.json")
+            figures = {} if coverage is None else dataclasses.asdict(coverage)
+            write_json(folder / "coverage.json", figures | {"counted": counted})
+        splits = spectra = None
+        if known:
+            splits, spectra = noise_and_bias(test_set, split_methods(estimate), progress=progress)
+        cases = [shown.page_case(estimate.product) for shown in gallery.shown.values()]
+        write_page(
+            folder, args, hps, result, mnse=splits, spectrum=spectra, power=power, coverage=coverage,
+            coverage_note=counted, cases=cases,
+        )  # fmt: skip
+    return [*validation_set.left_out, *test_set.left_out]

@@ -279,6 +279,7 @@ class MammogramDataset(Dataset):
         self.strict = False  # an image that cannot be read is an error
         self.left_out: list[str] = []  # what was wrong with images that are left out
         self.degrade_on_device = hps.degrade_on_device
+        self.unaltered = hps.updated(scale_range=[1.0, 1.0], gamma_range=[1.0, 1.0], windowing=0.0, enhancement=0.0)
         self._cache: dict[int, Prepared] = {}
 
     def image_count(self) -> int:
@@ -328,7 +329,8 @@ class MammogramDataset(Dataset):
             return self._sample(image, meta, seeded_generator("noise of", meta.path))
         image, meta = self._image_or_another(key)
         generator = seeded_generator("sample", self.seed, key.epoch, key.index)
-        sample = self._sample(self._augment(image, generator), meta, generator, self.degrade_on_device)
+        hps = self.unaltered if 0 < self.hps.altered_epochs <= key.epoch else self.hps
+        sample = self._sample(self._augment(image, hps, generator), meta, generator, self.degrade_on_device)
         return one_side(sample, generator) if self.hps.part_edges else sample
 
     def _image_or_another(self, key: SampleKey) -> tuple[Prepared, Meta]:
@@ -370,41 +372,41 @@ class MammogramDataset(Dataset):
         mask = None if on_device else image.mask[None]  # no training step looks at it
         return Batch(image.clean[None], degraded[None], [meta], level, mask, pending)
 
-    def _augment(self, image: Prepared, generator: torch.Generator) -> Prepared:
+    def _augment(self, image: Prepared, hps: HParams, generator: torch.Generator) -> Prepared:
         """A random crop, resized, turned, of another contrast and drawn on as the settings say; its noise is drawn after it."""
         parts = [part for part in (image.clean, image.mask, image.degraded) if part is not None]
-        if size := self.hps.crop_size:
+        if size := hps.crop_size:
             side = size
-            if image.degraded is None and self.hps.scale_range != [1, 1]:
+            if image.degraded is None and hps.scale_range != [1, 1]:
                 # half of the crops keep their pixels; a measured low dose would lose its noise
-                factor = log_uniform(*self.hps.scale_range, generator)
+                factor = log_uniform(*hps.scale_range, generator)
                 side = size if torch.rand((), generator=generator) < 0.5 else round(size / factor)
             short = [max(0, side - length) for length in image.mask.shape[-2:]]
             if any(short):  # padding by nothing would copy the whole image
                 parts = [F.pad(part, (0, short[1], 0, short[0])) for part in parts]
-            row, column = draw_crop(parts[1][0], side, 1, self.hps.breast_fraction, generator)
+            row, column = draw_crop(parts[1][0], side, 1, hps.breast_fraction, generator)
             parts = [part[:, row : row + side, column : column + side] for part in parts]
             if side != size:
                 parts = [_resized(part, size) for part in parts]
         if image.degraded is None:  # a measured low dose has the intensities it has
-            if self.hps.gamma_range != [1, 1]:
-                gamma = log_uniform(*self.hps.gamma_range, generator)
+            if hps.gamma_range != [1, 1]:
+                gamma = log_uniform(*hps.gamma_range, generator)
                 if torch.rand((), generator=generator) < 0.5:
                     parts[0] = parts[0] ** gamma
-            if self.hps.enhancement and torch.rand((), generator=generator) < self.hps.enhancement:
+            if hps.enhancement and torch.rand((), generator=generator) < hps.enhancement:
                 parts[0] = enhanced(parts[0], generator)
-            if self.hps.windowing and torch.rand((), generator=generator) < self.hps.windowing:
+            if hps.windowing and torch.rand((), generator=generator) < hps.windowing:
                 parts[0] = windowed(parts[0], parts[1], generator)
-        if self.hps.dihedral:
+        if hps.dihedral:
             orientation = int(torch.randint(8, (), generator=generator))
             parts = [oriented(part, orientation) for part in parts]
-        elif self.hps.flip and torch.rand((), generator=generator) < 0.5:
+        elif hps.flip and torch.rand((), generator=generator) < 0.5:
             parts = [part.flip(-1) for part in parts]
         clean, mask, *degraded = parts
         if image.degraded is None:  # a measured low dose would show neither; their contrast is the same in any window
-            if self.hps.calcifications and torch.rand((), generator=generator) < self.hps.calcifications:
+            if hps.calcifications and torch.rand((), generator=generator) < hps.calcifications:
                 clean = calcified(clean, mask, generator)
-            if self.hps.borders and torch.rand((), generator=generator) < self.hps.borders:
+            if hps.borders and torch.rand((), generator=generator) < hps.borders:
                 clean = bordered(clean, generator)
         return Prepared(clean, mask, *degraded)
 
@@ -515,15 +517,6 @@ def oriented(image: Tensor, orientation: int) -> Tensor:
     if orientation & 2:
         image = image.flip(-2)
     return image.transpose(-1, -2) if orientation & 4 else image
-
-
-def upright(image: Tensor, orientation: int) -> Tensor:
-    """Inverse of `oriented`."""
-    if orientation & 4:
-        image = image.transpose(-1, -2)
-    if orientation & 2:
-        image = image.flip(-2)
-    return image.flip(-1) if orientation & 1 else image
 
 
 def _resized(image: Tensor, side: int) -> Tensor:

@@ -1,8 +1,7 @@
-"""Stage 2: `UNet`, `LatentDiffusion`, `DDIMSampler` and `LitEma`.
+"""Stage 2: `UNet`, `LatentDiffusion`, `DDIMSampler`, `DPMSolverSampler` and `LitEma`.
 
-The UNet has the structure and the parameter names of the published latent-diffusion UNet (Rombach et al., 2022,
-arXiv:2112.10752; Dhariwal and Nichol, 2021, arXiv:2105.05233), so its state dicts load. What goes beyond it, such as the
-preconditioned output, stands around it in `LatentDiffusion`.
+`LatentDiffusion` diffuses what a first network, the posterior mean, leaves unknown of the clean latent. The `UNet` of both
+stands in `unet.py`.
 """
 
 from __future__ import annotations
@@ -18,250 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from helper import seeded_generator
+from hps import HParams
+from unet import UNet
 
-NOISE_STEP = 100.0  # timesteps that an octave of the noise level counts as in its embedding
-WIENER_TAPS = 5  # side, in latents, of the neighbourhood that the linear estimate looks at
-WIENER_LEVELS = 5  # noise levels between the least and the greatest at which it is fitted
+FILTER_TAPS = 5  # side, in latents, of the neighbourhood that the linear estimate looks at
+LEVEL_KNOTS = 5  # noise levels, between the least and the greatest, at which statistics are measured
 LOCAL_RADIUS = 4  # latents; radius of the box whose mean, taken twice, is the local mean
 OUTLIER = 16.0  # mean square, in units of the noise's, from which on what the linear estimate takes away is no noise
-WHITENED_LIMIT = 4.0  # standard deviations; what the network sees of the whitened conditioning latent
-
-
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding of timesteps (N,) as (N, dim): cosines, then sines (Vaswani et al., 2017, section 3.5)."""
-    half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t[:, None].float() * frequencies
-    embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
-    return F.pad(embedding, (0, dim - 2 * half))
-
-
-def _zero(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation (Wu and He, 2018) of (N, C, H, W) that measures, on larger maps, around every position.
-
-    A network trained on crops has never seen the statistics of a whole image, and one bright speck there changes all of
-    it. With `window` set, in evaluation mode, mean and variance are those of the square of that side around a position,
-    moved to lie inside the map: on a crop of that side they are the crop's own (Chu et al., 2022, arXiv:2112.04491).
-    """
-
-    window = 0  # side in positions; 0: the whole map
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = (min(self.window or side, side) for side in x.shape[-2:])
-        if self.training or (height, width) == x.shape[-2:]:
-            return super().forward(x)
-        groups = x.unflatten(1, (self.num_groups, -1))
-        mean = _window_mean(groups.mean(2), height, width)
-        variance = (_window_mean(groups.square().mean(2), height, width) - mean.square()).clamp(min=0)
-        scale = (variance + self.eps).rsqrt()
-        normalised = ((groups - mean.to(x.dtype)[:, :, None]) * scale.to(x.dtype)[:, :, None]).flatten(1, 2)
-        return normalised * self.weight[:, None, None] + self.bias[:, None, None]
-
-
-def _window_mean(x: Tensor, height: int, width: int) -> Tensor:
-    """Means of (N, C, H, W) over windows of `height` x `width` around every position, moved to lie inside, in float64."""
-    sums = F.pad(
-        x.double().cumsum(-1).cumsum(-2), (1, 0, 1, 0)
-    )  # float32 would lose the small difference of large sums
-    sums = sums[..., height:, :] - sums[..., :-height, :]
-    means = (sums[..., width:] - sums[..., :-width]) / (height * width)
-    before = (width - 1) // 2, (height - 1) // 2
-    return F.pad(means, (before[0], width - 1 - before[0], before[1], height - 1 - before[1]), mode="replicate")
-
-
-class SiLU(nn.SiLU):
-    """SiLU (Elfwing et al., 2018) of what nothing else looks at; without gradients it takes no memory of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-class ResBlock(nn.Module):
-    """GroupNorm-SiLU-conv twice, the timestep embedding added between; (N, C_in, H, W) to (N, C_out, H, W)."""
-
-    def __init__(self, channels: int, emb_channels: int, out_channels: int, dropout: float):
-        super().__init__()
-        self.in_layers = nn.Sequential(GroupNorm(32, channels), SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
-        self.out_layers = nn.Sequential(
-            GroupNorm(32, out_channels),
-            SiLU(),
-            nn.Dropout(dropout),
-            _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
-        )
-        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x)
-        h += self.emb_layers(emb).to(h.dtype)[:, :, None, None]  # no backward pass looks at what a convolution returned
-        h = self.out_layers(h)
-        h += self.skip_connection(x)
-        return h
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention over all positions of (N, C, H, W), heads of `num_head_channels`, added to its input."""
-
-    def __init__(self, channels: int, num_head_channels: int):
-        super().__init__()
-        if channels % num_head_channels:
-            raise ValueError(f"num_head_channels {num_head_channels} does not divide {channels} channels")
-        self.head_channels = num_head_channels
-        self.norm = GroupNorm(32, channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = _zero(nn.Conv1d(channels, channels, 1))
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        # (N, L, 3C) to three (N, heads, L, D) with D contiguous, or the fused kernels are passed over; in channels_last
-        # nothing is copied on the way there and back
-        positions = self.norm(x).flatten(2).transpose(1, 2)
-        qkv = F.linear(positions, self.qkv.weight.squeeze(-1), self.qkv.bias)
-        q, k, v = qkv.unflatten(2, (-1, 3, self.head_channels)).permute(3, 0, 2, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out = F.linear(out, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
-        return x + out.transpose(1, 2).unflatten(2, x.shape[-2:])
-
-
-class Downsample(nn.Module):
-    """Strided 3x3 convolution: halves H and W."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-class UNet(nn.Module):
-    """The latent-diffusion UNet (Rombach et al., 2022): (N, in_channels, H, W), timesteps (N,) to (N, out_channels, H, W).
-
-    Constructor words as in `hps.py`. Sides that are no multiple of 2**(levels - 1) are padded inside and cropped. With
-    `noise_conditioning` the logarithm of the noise level (N,), to the base 2, is embedded like a timestep and added to it.
-    """
-
-    def __init__(
-        self,
-        in_channels: int = 256,
-        out_channels: int = 128,
-        model_channels: int = 192,
-        channel_mult: Sequence[int] = (1, 2, 4),
-        num_res_blocks: int = 2,
-        attention_levels: Sequence[int] = (1, 2),
-        num_head_channels: int = 64,
-        dropout: float = 0.0,
-        use_checkpoint: bool = True,
-        noise_conditioning: bool = False,
-    ):
-        super().__init__()
-        self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
-        self.use_checkpoint = use_checkpoint
-        self.stride = 2 ** (len(channel_mult) - 1)
-        emb = 4 * model_channels
-        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.noise_embed = None
-        if noise_conditioning:
-            self.noise_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), _zero(nn.Linear(emb, emb)))
-
-        def stage(channels: int, out: int, level: int) -> list[nn.Module]:
-            attention = [AttentionBlock(out, num_head_channels)] if level in attention_levels else []
-            return [ResBlock(channels, emb, out, dropout), *attention]
-
-        channels = model_channels
-        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, channels, 3, padding=1)])])
-        skips = [channels]
-        for level, mult in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
-                self.input_blocks.append(nn.ModuleList(stage(channels, mult * model_channels, level)))
-                channels = mult * model_channels
-                skips.append(channels)
-            if level < len(channel_mult) - 1:
-                self.input_blocks.append(nn.ModuleList([Downsample(channels)]))
-                skips.append(channels)
-        self.middle_block = nn.ModuleList(
-            [
-                ResBlock(channels, emb, channels, dropout),
-                AttentionBlock(channels, num_head_channels),
-                ResBlock(channels, emb, channels, dropout),
-            ]
-        )
-        self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            for block in range(num_res_blocks + 1):
-                layers = stage(channels + skips.pop(), mult * model_channels, level)
-                channels = mult * model_channels
-                if level and block == num_res_blocks:
-                    layers.append(Upsample(channels))
-                self.output_blocks.append(nn.ModuleList(layers))
-        self.out = nn.Sequential(
-            GroupNorm(32, channels), SiLU(), _zero(nn.Conv2d(channels, out_channels, 3, padding=1))
-        )
-        for parameter in self.parameters():
-            if parameter.dim() == 4:  # Module.to would swap fake tensors, which other references forbid
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-
-    def normalize_within(self, window: int) -> None:
-        """Let every `GroupNorm` measure, in evaluation, over windows of `window` latents; 0: over the whole map."""
-        level = 0
-        for blocks in (self.input_blocks, [self.middle_block], self.output_blocks, [nn.ModuleList([self.out])]):
-            for layers in blocks:
-                for layer in layers:
-                    if isinstance(layer, Upsample):
-                        level -= 1
-                    for module in layer.modules():
-                        if isinstance(module, GroupNorm):
-                            module.window = -(-window // 2**level)
-                    if isinstance(layer, Downsample):
-                        level += 1
-
-    def _run(self, layers: nn.ModuleList, h: Tensor, emb: Tensor) -> Tensor:
-        for layer in layers:
-            if not isinstance(layer, (ResBlock, AttentionBlock)):
-                h = layer(h)
-            elif self.use_checkpoint and self.training and torch.is_grad_enabled():
-                h = checkpoint(layer, h, emb, use_reentrant=False)
-            else:
-                h = layer(h, emb)
-        return h
-
-    def forward(self, x: Tensor, t: Tensor, log_level: Tensor | None = None) -> Tensor:
-        height, width = x.shape[-2:]
-        h = x.contiguous(memory_format=torch.channels_last)
-        if height % self.stride or width % self.stride:
-            h = F.pad(h, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
-        emb = self.time_embed(timestep_embedding(t, self.model_channels))
-        if self.noise_embed is not None:
-            emb = emb + self.noise_embed(timestep_embedding(NOISE_STEP * log_level, self.model_channels))
-        skips = []
-        for layers in self.input_blocks:
-            h = self._run(layers, h, emb)
-            skips.append(h)
-        h = self._run(self.middle_block, h, emb)
-        for layers in self.output_blocks:
-            h = torch.cat([h, skips.pop()], dim=1)  # frees both before the layers run
-            h = self._run(layers, h, emb)
-        return self.out(h)[..., :height, :width]
+LEAST_DEVIATION = 1e-2  # of the largest: principal components of the residual below it are not diffused
 
 
 def make_betas(schedule: str, timesteps: int, linear_start: float, linear_end: float) -> Tensor:
@@ -278,26 +44,139 @@ def local_mean(x: Tensor) -> Tensor:
     return x
 
 
+def _compressed(x: Tensor) -> Tensor:
+    """2 asinh(x / 2): 50 standard deviations still tell where an edge is, and do not drown the rest."""
+    return 2 * torch.asinh(x / 2)
+
+
+def _mixed(x: Tensor, matrix: Tensor) -> Tensor:
+    """A matrix (K, C) applied to the channels of (N, C, H, W)."""
+    return F.conv2d(x, matrix[:, :, None, None])
+
+
+def _at(table: Tensor, t: Tensor) -> Tensor:
+    """Entries (N, 1, 1, 1) of a table (T,) at timesteps (N,)."""
+    return table[t][:, None, None, None]
+
+
+def _level_shares(level: Tensor, knots: Tensor) -> Tensor:
+    """Shares (N, K) of noise levels in levels (N,), `knots` (K,) being their logarithms: linear between the two nearest."""
+    if len(knots) == 1:
+        return torch.ones(len(level), 1, device=knots.device)
+    place = (level.to(knots).log2() - knots[0]) / (knots[1] - knots[0])
+    place = place.clamp(0, len(knots) - 1)
+    return (1 - (place[:, None] - torch.arange(len(knots), device=knots.device)).abs()).clamp(min=0)
+
+
+@dataclass
+class LinearView:
+    """What a linear filter says about a degraded latent; all normalised."""
+
+    degraded: Tensor  # (N, C, H, W): the degraded latent, whitened
+    noise: Tensor  # (N, C, H, W): what the filter takes for noise, in deviations of the noise
+    estimate: Tensor  # (N, C, H, W): the clean latent by its account
+    error: Tensor  # (N, 1, 1, 1): rms error of that estimate
+
+
+class LinearEstimate(nn.Module):
+    """A Wiener filter of normalised latents, fitted by least squares at several noise levels.
+
+    It looks at what the degraded latent deviates from its local mean. Where it would take away far more than the noise, as
+    on an edge, the degraded latent stands.
+    """
+
+    def __init__(self, channels: int, levels: tuple[float, float]):
+        super().__init__()
+        low, high = levels
+        knots = LEVEL_KNOTS if high > low else 1
+        self.register_buffer("log_levels", torch.linspace(math.log2(low), math.log2(high), knots))
+        self.register_buffer("degradation_scale", torch.ones(()))  # rms of degraded - clean
+        self.register_buffer("whitening", torch.eye(channels))  # of degraded latents
+        self.register_buffer("local_whitening", torch.eye(channels))  # of deviations from the local mean
+        self.register_buffer("noise_filter", torch.zeros(knots, channels, FILTER_TAPS**2 * channels))
+        self.register_buffer("error", torch.ones(knots))  # rms error of the estimate
+
+    def forward(self, cond: Tensor, level: Tensor) -> LinearView:
+        """The view of degraded latents (N, C, H, W) of noise levels (N,)."""
+        mean, share = local_mean(cond), _level_shares(level, self.log_levels)
+        noise = self._noise(cond - mean, share)
+        fine, coarse = _mixed(cond - mean, self.local_whitening), _mixed(mean, self.whitening)
+        excess = noise.square().mean(1, keepdim=True) / (OUTLIER * self.degradation_scale**2)
+        return LinearView(
+            # next to an edge deviations are too large to show noise
+            degraded=_compressed(fine) + coarse,
+            noise=_compressed(noise / self.degradation_scale),
+            estimate=cond - noise * (1 - excess).clamp(min=0).square(),  # the biweight of Beaton and Tukey (1974)
+            error=(share @ self.error.log()).exp()[:, None, None, None],
+        )
+
+    def _noise(self, deviations: Tensor, share: Tensor) -> Tensor:
+        n, c, h, w = deviations.shape
+        filters = torch.einsum("nk,kct->nct", share, self.noise_filter)
+        filters = filters.unflatten(2, (c, FILTER_TAPS, FILTER_TAPS)).flatten(0, 1)
+        padded = F.pad(deviations, (FILTER_TAPS // 2,) * 4, mode="replicate")
+        return F.conv2d(padded.flatten(0, 1)[None], filters, groups=n).view(n, c, h, w)
+
+    def fit(self, pairs: list[tuple[Tensor, Tensor]], levels: Sequence[Tensor]) -> None:
+        """Fit to (clean, degraded) latents, each (N, C, H, W), of noise levels (N,), and measure the error.
+
+        Weighted least squares from the neighbourhoods of deviations from the local mean to the noise, every position
+        counting in inverse proportion to its own energy: edges are rare and large, and not what the filter is for.
+        """
+        knots, channels, taps = self.noise_filter.shape
+        gram = torch.zeros(knots, taps, taps, dtype=torch.float64)
+        cross = torch.zeros(knots, channels, taps, dtype=torch.float64)
+        second = torch.zeros(channels, channels, dtype=torch.float64)
+        floor = self.degradation_scale**2
+        for (clean, degraded), level in zip(pairs, levels, strict=True):
+            deviations = degraded - local_mean(degraded)
+            rows = F.unfold(deviations, FILTER_TAPS, padding=FILTER_TAPS // 2)
+            noise = (degraded - clean).flatten(2)
+            weight = floor / (floor + rows.square().mean(1, keepdim=True))
+            share = _level_shares(level, self.log_levels)
+            for i in range(len(rows)):
+                weighted, own = rows[i] * weight[i], deviations[i].flatten(1)
+                a, b = weighted @ rows[i].t(), noise[i] @ weighted.t()
+                second += (((own * weight[i]) @ own.t()) / (weight[i].sum() + 1e-12)).double().cpu()
+                for knot in share[i].nonzero().flatten().tolist():
+                    gram[knot] += float(share[i, knot]) * a.double().cpu()
+                    cross[knot] += float(share[i, knot]) * b.double().cpu()
+        # the latent fills but some directions of its channels: a ridge keeps the others at zero
+        ridge = 1e-4 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(taps, dtype=torch.float64)
+        solution = torch.linalg.solve(gram + ridge + 1e-12 * torch.eye(taps), cross.transpose(1, 2)).transpose(1, 2)
+        self.noise_filter.copy_(solution)
+        values, vectors = torch.linalg.eigh(second / max(1, sum(len(level) for level in levels)))
+        least = 0.1 * values.clamp(min=0).mean() + 1e-12  # directions that the latent hardly fills stay small
+        self.local_whitening.copy_((vectors * (values.clamp(min=0) + least).rsqrt()) @ vectors.t())
+        squared = (self(d, level).estimate - c for (c, d), level in zip(pairs, levels, strict=True))
+        error = _by_level([e.square().mean((1, 2, 3)) for e in squared], levels, self.log_levels)
+        self.error.copy_(error.clamp(min=1e-8).sqrt())
+
+
+def _by_level(values: Sequence[Tensor], levels: Sequence[Tensor], knots: Tensor) -> Tensor:
+    """Means (K, ...) at knots of the noise level of values (N, ...) at levels (N,); at a knot that has none, that of all."""
+    values, share = torch.cat(list(values)).float(), torch.cat([_level_shares(v, knots) for v in levels])
+    total = share.sum(0).view(-1, *[1] * (values.ndim - 1))
+    means = torch.einsum("nk,n...->k...", share, values) / total.clamp(min=1e-6)
+    return torch.where(total > 0, means, values.mean(0))
+
+
 @dataclass
 class Prediction:
-    """What the network's output says about x_t, in float32."""
+    """What the network's output says about z_t, in float32."""
 
-    x_start: Tensor  # (N, C, H, W): the clean latent, normalised
-    eps: Tensor  # (N, C, H, W): the noise in x_t
+    x_start: Tensor  # (N, C, H, W): z_0, the diffused variable without noise
+    eps: Tensor  # (N, C, H, W): the noise in z_t
 
 
 @dataclass
 class ConditioningView:
-    """What the network is shown of a degraded latent, and what it adds to."""
+    """What is known of degraded latents at every timestep alike."""
 
-    seen: Tensor  # (N, C', H, W): its input beside x_t
-    base: Tensor | None  # (N, C, H, W): the degraded latent or a linear estimate; None for the plain network
-    log_level: Tensor  # (N,): logarithm of the noise level, to the base 2
-
-
-def _compressed(x: Tensor) -> Tensor:
-    """2 asinh(x / 2): 50 standard deviations still tell where an edge is, and do not drown the rest."""
-    return 2 * torch.asinh(x / 2)
+    seen: Tensor  # (N, C, H, W): what the network sees beside z_t
+    level: Tensor  # (N,): noise level
+    mean: Tensor  # (N, C, H, W): posterior mean; 0 for the plain diffusion
+    scale: Tensor  # (N, C, 1, 1): deviation of the residual's principal components, 0 where none is diffused; else 1
 
 
 @dataclass
@@ -306,45 +185,113 @@ class DiffusionLoss:
 
     loss: Tensor  # scalar: what is minimised
     l_simple: Tensor  # scalar: unweighted MSE on what the parameterisation predicts
-    latent_error: Tensor  # scalar: mean squared error of the clean latent over that of the conditioning latent
 
 
-def _at(table: Tensor, t: Tensor) -> Tensor:
-    """Entries (N, 1, 1, 1) of a table (T,) at timesteps (N,)."""
-    return table[t][:, None, None, None]
+class Plain(nn.Module):
+    """The diffused variable of the plain LDM: z = x, the normalised clean latent itself."""
+
+    def view(self, cond: Tensor, level: Tensor) -> ConditioningView:
+        """The network sees the degraded latent (N, C, H, W) as it is."""
+        return ConditioningView(cond, level, torch.zeros_like(cond), torch.ones_like(cond[..., :1, :1]))
+
+    def diffused(self, clean: Tensor, view: ConditioningView) -> Tensor:
+        """z (N, C, H, W) of clean latents."""
+        return clean
+
+    def restored(self, z: Tensor, view: ConditioningView) -> Tensor:
+        """The clean latents that z (N, C, H, W) stands for."""
+        return z
+
+
+class Residual(nn.Module):
+    """The diffused variable z = U^T (x - m(c)) / s: what the posterior mean m of the degraded latent c leaves unknown.
+
+    U holds the principal components of x - m(c), s their deviations at the noise level: of unit variance, z needs the
+    schedule's whole range, where normalised latents, of deviation 1 and a residual of 0.01, make no use of it. The mean is a
+    network of its own that adds to a linear estimate, x = linear(c) - error * F, and is trained first (predict and refine:
+    Whang et al., CVPR 2022; posterior mean first: Ohayon et al., PMRF, 2024, arXiv:2410.00418, section 4).
+    """
+
+    def __init__(self, mean_model: nn.Module, channels: int, levels: tuple[float, float]):
+        super().__init__()
+        self.linear = LinearEstimate(channels, levels)
+        self.mean_model = mean_model
+        self.register_buffer("components", torch.eye(channels))  # U^T, a component a row
+        self.register_buffer("deviations", torch.zeros(len(self.linear.log_levels), channels))  # s; 0: not measured yet
+
+    def train(self, mode: bool = True) -> Residual:
+        """Training mode, unless the posterior mean is frozen: dropout must not move what the residual is measured around."""
+        return super().train(mode and any(p.requires_grad for p in self.mean_model.parameters()))
+
+    def mean(self, cond: Tensor, level: Tensor) -> tuple[Tensor, LinearView]:
+        """The posterior mean (N, C, H, W) of degraded latents of noise levels (N,), and the linear view it adds to."""
+        with torch.autocast(cond.device.type, enabled=False):
+            linear = self.linear(cond.float(), level)
+        seen = torch.cat([linear.degraded, linear.noise], dim=1)
+        output = self.mean_model(seen, torch.zeros_like(level), level.log2()).float()
+        return linear.estimate - linear.error * output, linear
+
+    def mean_loss(self, clean: Tensor, cond: Tensor, level: Tensor) -> Tensor:
+        """Mean squared error of the posterior mean, in units of the linear estimate's: what the first phase minimises."""
+        mean, linear = self.mean(cond, level)
+        return ((mean - clean) / linear.error).square().mean()
+
+    def view(self, cond: Tensor, level: Tensor) -> ConditioningView:
+        """The network sees the degraded latent (N, C, H, W) whitened."""
+        mean, linear = self.mean(cond, level)
+        scale = (_level_shares(level, self.linear.log_levels) @ self.deviations)[:, :, None, None]
+        return ConditioningView(linear.degraded, level, mean, scale)
+
+    def diffused(self, clean: Tensor, view: ConditioningView) -> Tensor:
+        """z (N, C, H, W) of clean latents."""
+        z = _mixed(clean - view.mean, self.components) / view.scale.clamp(min=1e-12)
+        return z * (view.scale > 0)
+
+    def restored(self, z: Tensor, view: ConditioningView) -> Tensor:
+        """The clean latents that z (N, C, H, W) stands for."""
+        return view.mean + _mixed(view.scale * z, self.components.t())
+
+    def measure(self, pairs: Iterable[tuple[Tensor, Tensor]], levels: Sequence[Tensor]) -> None:
+        """Measure U and s on (clean, degraded) normalised latents, each (N, C, H, W), of noise levels (N,)."""
+        covariances, seen = [], []
+        for (clean, cond), level in zip(pairs, levels, strict=True):
+            residual = (clean - self.mean(cond, level)[0]).flatten(2).double()
+            covariances.append(residual @ residual.transpose(1, 2) / residual.shape[2])
+            seen.append(level)
+        by_level = _by_level(covariances, seen, self.linear.log_levels).double()
+        # what is left at strong noise must not decide alone: every level counts by its own variance
+        total = (by_level / by_level.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12)[:, None, None]).mean(0)
+        components = torch.linalg.eigh(total)[1].flip(1).t()
+        variances = torch.einsum("pc,kcd,pd->kp", components, by_level, components).clamp(min=0)
+        largest = variances.amax(1, keepdim=True)
+        if not (largest > 0).all():
+            raise ValueError(
+                "nothing is unknown of these latents once the degraded ones are: there is nothing to sample"
+            )
+        self.components.copy_(components)
+        self.deviations.copy_(variances.sqrt() * (variances.amax(0) > LEAST_DEVIATION**2 * largest.max()))
 
 
 class LatentDiffusion(nn.Module):
     """Conditional diffusion of normalised latents (Ho et al., 2020, arXiv:2006.11239; Rombach et al., 2022).
 
-    The degraded latent c is concatenated to the noisy one. With `precondition="conditioning"` the network F stands between
-    an input and an output transform, in the spirit of Karras et al. (2022, arXiv:2206.00364), eq. 7. It sees c whitened,
-    (C + s^2)^(-1/2) c with C the covariance of clean latents and s the rms of the degradation, and what x_t says beyond c,
-    (x_t - sqrt(abar_t) c) / sqrt(abar_t s^2 + 1 - abar_t), both of unit variance, the former clamped. It predicts the
-    degradation in units of s: x_start = c - s F, hence eps = (x_t - sqrt(abar_t) x_start) / sqrt(1 - abar_t): it adds to the
-    noise that c implies. With "wiener" it adds to a linear estimate instead: c less what a filter takes for noise, fitted by
-    least squares at several noise levels to what the degraded latent deviates from its local mean; where that is far more
-    than the noise, as on an edge, c stands. The network then sees, beside x_t, those deviations and the local mean, whitened,
-    and what the filter took for noise: three times the channels of the latent; s is the rms error of the linear estimate at
-    the noise level of the image. With "none" it sees x_t and c and predicts eps, v or x_start itself.
-
-    `loss_weighting` multiplies L_simple (Hang et al., 2023, arXiv:2303.09556): "latent" gives every t the same weight in
-    the error of the clean latent, over s^2 (for eps: 1 / SNR); "min_snr" gives it the weight min(SNR, 5); "none" is L_simple.
+    What is diffused, z, is a `Residual` around the posterior mean, which `mean_model` predicts, or with
+    `precondition="none"` the latent itself (`Plain`). The network sees z_t and the degraded latent, concatenated, and predicts
+    eps, v or z_0, as `parameterization` says.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        mean_model: nn.Module | None = None,
         timesteps: int = 1000,
         beta_schedule: str = "linear",
         linear_start: float = 0.0015,
         linear_end: float = 0.0195,
         parameterization: str = "eps",
-        precondition: str = "conditioning",
-        loss_weighting: str = "latent",
+        precondition: str = "residual",
         l_simple_weight: float = 1.0,
         original_elbo_weight: float = 0.0,
-        learn_logvar: bool = False,
         latent_channels: int | None = None,
         noise_level: float = 0.2,
         noise_levels: Sequence[float] = (),
@@ -352,15 +299,14 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         for name, value, words in (
             ("parameterization", parameterization, ("eps", "v", "x0")),
-            ("precondition", precondition, ("conditioning", "wiener", "none")),
-            ("loss_weighting", loss_weighting, ("latent", "min_snr", "none")),
+            ("precondition", precondition, ("residual", "none")),
         ):
             if value not in words:
                 raise ValueError(f"{name} must be one of {', '.join(words)}, not {value!r}")
+        if (mean_model is None) == (precondition == "residual"):
+            raise ValueError("precondition residual needs a network for the posterior mean, and none takes none")
         self.model = model
-        self.timesteps = timesteps
-        self.parameterization, self.precondition = parameterization, precondition
-        self.loss_weighting = loss_weighting
+        self.parameterization = parameterization
         self.l_simple_weight, self.original_elbo_weight = l_simple_weight, original_elbo_weight
         betas = make_betas(beta_schedule, timesteps, linear_start, linear_end)
         alphas_cumprod = (1 - betas).cumprod(0)
@@ -375,24 +321,28 @@ class LatentDiffusion(nn.Module):
         channels = latent_channels or getattr(model, "out_channels", 1)
         self.register_buffer("latent_shift", torch.zeros(channels))  # mean of each latent channel
         self.register_buffer("latent_scale", torch.ones(()))  # standard deviation of the latent
-        self.register_buffer("degradation_scale", torch.ones(()))  # rms of degraded - clean, in normalised latents
-        self.register_buffer(
-            "whitening", torch.eye(channels)
-        )  # of degraded normalised latents, for the network's input
         self.noise_level = noise_level  # of images whose level is not given
-        low, high = noise_levels or (noise_level, noise_level)
-        if precondition == "wiener":
-            knots = WIENER_LEVELS if high > low else 1
-            taps = WIENER_TAPS**2 * channels
-            self.register_buffer("log_levels", torch.linspace(math.log2(low), math.log2(high), knots))
-            self.register_buffer("local_whitening", torch.eye(channels))  # of deviations from the local mean
-            self.register_buffer("noise_filter", torch.zeros(knots, channels, taps))  # deviations to the noise in them
-            self.register_buffer("wiener_error", torch.ones(knots))  # rms error of the estimate, in normalised latents
-        self.logvar = nn.Parameter(torch.zeros(timesteps), requires_grad=learn_logvar)
+        levels = tuple(noise_levels) or (noise_level, noise_level)
+        self.variable = Plain() if mean_model is None else Residual(mean_model, channels, levels)
 
-    def normalize(self, z: Tensor) -> Tensor:
+    @property
+    def unets(self) -> list[nn.Module]:
+        """The networks: of the diffusion and, where there is one, of the posterior mean."""
+        return [self.model, self.variable.mean_model] if self.has_mean else [self.model]
+
+    @property
+    def has_mean(self) -> bool:
+        """Whether there is a network for the posterior mean."""
+        return isinstance(self.variable, Residual)
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether what is to be sampled has been measured: the posterior mean is trained before."""
+        return not self.has_mean or bool(self.variable.deviations.any())
+
+    def normalize(self, latent: Tensor) -> Tensor:
         """First-stage latents (N, C, H, W) to zero mean by channel and unit variance overall."""
-        return (z - self.latent_shift[:, None, None]) / self.latent_scale
+        return (latent - self.latent_shift[:, None, None]) / self.latent_scale
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Inverse of `normalize`."""
@@ -402,14 +352,13 @@ class LatentDiffusion(nn.Module):
     def measure_statistics(
         self, pairs: Iterable[tuple[Tensor, Tensor]], levels: Sequence[Tensor] | None = None
     ) -> None:
-        """Set shift, scale and degradation scale from (clean, degraded) first-stage latents, each (N, C, H, W).
+        """Set shift and scale, and fit the linear estimate, from (clean, degraded) first-stage latents, each (N, C, H, W).
 
-        With `precondition="wiener"` the linear estimate too, at the noise `levels` (N,) of each pair; None: all at
-        `noise_level`. Raises ValueError where there are none or the latents are constant.
+        `levels` (N,) are the noise levels of each pair; None: all are `noise_level`. Raises ValueError where there are no
+        pairs or the latents are constant.
         """
         count, total, square, noise = 0, 0.0, 0.0, 0.0
-        if self.precondition == "wiener":
-            pairs = list(pairs)  # its filter is fitted to what is normalised by all of them
+        pairs = list(pairs)  # what is fitted is normalised by all of them
         for clean, degraded in pairs:
             vectors = clean.double().transpose(0, 1).flatten(1)
             count += vectors.shape[1]
@@ -425,189 +374,74 @@ class LatentDiffusion(nn.Module):
             raise ValueError("the latents are constant: nothing to normalise")
         self.latent_shift.copy_(mean)
         self.latent_scale.copy_(variance.sqrt())
+        if not self.has_mean:
+            return
+        linear = self.variable.linear
         rms = (noise / (count * len(mean)) / variance).sqrt().clamp(min=1e-3)  # noise level 0 must not divide by zero
-        self.degradation_scale.copy_(rms)
+        linear.degradation_scale.copy_(rms)
         values, vectors = torch.linalg.eigh(covariance / variance)
-        self.whitening.copy_((vectors * (values.clamp(min=0) + rms**2).rsqrt()) @ vectors.t())
-        if self.precondition == "wiener":
-            levels = levels or [torch.full((len(clean),), self.noise_level) for clean, _ in pairs]
-            self._fit_wiener([(self.normalize(c), self.normalize(d)) for c, d in pairs], levels)
+        linear.whitening.copy_((vectors * (values.clamp(min=0) + rms**2).rsqrt()) @ vectors.t())
+        levels = levels or [torch.full((len(clean),), self.noise_level) for clean, _ in pairs]
+        linear.fit([(self.normalize(c), self.normalize(d)) for c, d in pairs], levels)
 
-    def _fit_wiener(self, pairs: list[tuple[Tensor, Tensor]], levels: Sequence[Tensor]) -> None:
-        """Fit the linear estimate and measure its error on (clean, degraded) normalised latents.
-
-        Weighted least squares from the neighbourhoods of deviations from the local mean to the noise, every position
-        counting in inverse proportion to its own energy: edges are rare and large, and not what the filter is for.
-        """
-        knots, channels, taps = self.noise_filter.shape
-        gram = torch.zeros(knots, taps, taps, dtype=torch.float64)
-        cross = torch.zeros(knots, channels, taps, dtype=torch.float64)
-        second = torch.zeros(channels, channels, dtype=torch.float64)
-        floor = self.degradation_scale**2
-        for (clean, degraded), level in zip(pairs, levels, strict=True):
-            mean = local_mean(degraded)
-            rows = F.unfold(degraded - mean, WIENER_TAPS, padding=WIENER_TAPS // 2)
-            noise = (degraded - clean).flatten(2)
-            deviations = (degraded - mean).flatten(2)
-            weight = floor / (floor + rows.square().mean(1, keepdim=True))
-            share = self._knots(level)
-            for i in range(len(rows)):
-                weighted = rows[i] * weight[i]
-                a, b = weighted @ rows[i].t(), noise[i] @ weighted.t()
-                second += ((deviations[i] * weight[i]) @ deviations[i].t()).double().cpu() / (
-                    weight[i].sum().cpu() + 1e-12
-                )
-                for knot in share[i].nonzero().flatten().tolist():
-                    gram[knot] += float(share[i, knot]) * a.double().cpu()
-                    cross[knot] += float(share[i, knot]) * b.double().cpu()
-        # the latent fills but some directions of its channels: a ridge keeps the others at zero
-        ridge = 1e-4 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(taps, dtype=torch.float64)
-        solution = torch.linalg.solve(gram + ridge + 1e-12 * torch.eye(taps), cross.transpose(1, 2)).transpose(1, 2)
-        self.noise_filter.copy_(solution)
-        values, vectors = torch.linalg.eigh(second / max(1, sum(len(level) for level in levels)))
-        least = 0.1 * values.clamp(min=0).mean() + 1e-12  # directions that the latent hardly fills stay small
-        self.local_whitening.copy_((vectors * (values.clamp(min=0) + least).rsqrt()) @ vectors.t())
-        error, shares = torch.zeros(knots), torch.zeros(knots)
-        for (clean, degraded), level in zip(pairs, levels, strict=True):
-            share = self._knots(level).cpu()
-            base = self.view(degraded, level).base
-            squared = (base - clean).square().mean((1, 2, 3))
-            error += share.t() @ squared.cpu()
-            shares += share.sum(0)
-        mean_error = (error / shares.clamp(min=1e-6)).clamp(min=1e-8)
-        self.wiener_error.copy_(torch.where(shares > 0, mean_error, floor.cpu()).sqrt())
-
-    def _log_level(self, x: Tensor, level: Tensor | None) -> Tensor:
-        """Logarithm of the noise levels (N,), those of `noise_level` where they are None."""
-        if level is None:
-            level = torch.full((len(x),), self.noise_level, device=x.device)
-        return level.float().log2()
-
-    def _knots(self, level: Tensor) -> Tensor:
-        """Shares (N, knots) of the fitted noise levels in levels (N,): linear between the two nearest in the logarithm."""
-        knots = self.log_levels
-        if len(knots) == 1:
-            return torch.ones(len(level), 1, device=knots.device)
-        place = (level.to(knots).log2() - knots[0]) / (knots[1] - knots[0])
-        place = place.clamp(0, len(knots) - 1)
-        return (1 - (place[:, None] - torch.arange(len(knots), device=knots.device)).abs()).clamp(min=0)
-
-    def _linear_noise(self, cond: Tensor, log_level: Tensor) -> Tensor:
-        """What the linear filter takes for noise in the degraded latent (N, C, H, W), normalised."""
-        share = self._knots(log_level.exp2())
-        filters = torch.einsum("nk,kct->nct", share, self.noise_filter)
-        filters = filters.unflatten(2, (cond.shape[1], WIENER_TAPS, WIENER_TAPS)).flatten(0, 1)
-        n, c, h, w = cond.shape
-        deviations = F.pad(cond - local_mean(cond), (WIENER_TAPS // 2,) * 4, mode="replicate")
-        return F.conv2d(deviations.flatten(0, 1)[None], filters, groups=n).view(n, c, h, w)
-
-    def _wiener(self, cond: Tensor, noise: Tensor) -> Tensor:
-        """The estimate of the clean latent that the degraded one (N, C, H, W) and the noise seen in it make."""
-        excess = noise.square().mean(1, keepdim=True) / (OUTLIER * self.degradation_scale**2)
-        return cond - noise * (1 - excess).clamp(min=0).square()  # the biweight of Beaton and Tukey (1974)
-
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise (Ho et al., 2020, eq. 4)."""
+    def q_sample(self, z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """z_t = sqrt(abar_t) z + sqrt(1 - abar_t) noise (Ho et al., 2020, eq. 4)."""
         abar = _at(self.alphas_cumprod, t)
-        return abar.sqrt() * x_start + (1 - abar).sqrt() * noise
-
-    def _scale(self, log_level: Tensor) -> Tensor:
-        """Rms error of what the network adds to, in normalised latents (N, 1, 1, 1)."""
-        if self.precondition == "wiener":
-            return (self._knots(log_level.exp2()) @ self.wiener_error.log()).exp()[:, None, None, None]
-        return self.degradation_scale
+        return abar.sqrt() * z + (1 - abar).sqrt() * noise
 
     def view(self, cond: Tensor, level: Tensor | None = None) -> ConditioningView:
-        """What the network sees of a conditioning latent (N, C, H, W), normalised, at every timestep alike; see `predict`."""
-        cond, log_level = cond.float(), self._log_level(cond, level)
-        with torch.autocast(cond.device.type, enabled=False):
-            if self.precondition == "none":
-                return ConditioningView(cond, None, log_level)
-            if self.precondition == "conditioning":
-                # unclamped, one bright speck or film edge shifts the GroupNorm statistics, and with them the whole image
-                seen = F.conv2d(cond, self.whitening[:, :, None, None]).clamp(-WHITENED_LIMIT, WHITENED_LIMIT)
-                return ConditioningView(seen, cond, log_level)
-            mean, noise = local_mean(cond), self._linear_noise(cond, log_level)
-            fine = F.conv2d(cond - mean, self.local_whitening[:, :, None, None])
-            coarse = F.conv2d(mean, self.whitening[:, :, None, None])
-            # next to an edge the deviations are too large to show noise; what the filter took for it reaches less far
-            seen = torch.cat([_compressed(fine) + coarse, _compressed(noise / self.degradation_scale)], dim=1)
-            return ConditioningView(seen, self._wiener(cond, noise), log_level)
+        """What is known of degraded latents (N, C, H, W), normalised; `level` (N,) is their noise level, None: `noise_level`."""
+        if level is None:
+            level = torch.full((len(cond),), self.noise_level, device=cond.device)
+        return self.variable.view(cond.float(), level.float())
 
-    def _network(self, x: Tensor, t: Tensor, view: ConditioningView) -> Tensor:
-        if view.base is not None:
-            abar = _at(self.alphas_cumprod, t)
-            x = (x - abar.sqrt() * view.base) / (abar * self._scale(view.log_level) ** 2 + 1 - abar).sqrt()
-        told = (view.log_level,) if self.model_knows_noise else ()
-        return self.model(torch.cat([x, view.seen], dim=1), t, *told).float()
+    def _network(self, z: Tensor, t: Tensor, view: ConditioningView) -> Tensor:
+        output = self.model(torch.cat([z, view.seen], dim=1), t, view.level.log2())
+        return output.float() * (view.scale > 0)
 
-    @property
-    def model_knows_noise(self) -> bool:
-        """Whether the network is told the noise level."""
-        return getattr(self.model, "noise_embed", None) is not None
-
-    def _x_start(self, output: Tensor, x: Tensor, t: Tensor, view: ConditioningView) -> Tensor:
-        """The clean latent that a network output stands for."""
-        if view.base is not None:
-            return view.base - self._scale(view.log_level) * output
-        abar = _at(self.alphas_cumprod, t)
+    def predict(self, z: Tensor, t: Tensor, view: ConditioningView) -> Prediction:
+        """z_0 and the noise predicted from z_t (N, C, H, W), t (N,) and what is known of the degraded latents."""
+        z = z.float()
+        output, abar = self._network(z, t, view), _at(self.alphas_cumprod, t)
         if self.parameterization == "eps":
-            return (x - (1 - abar).sqrt() * output) / abar.sqrt()
-        if self.parameterization == "v":  # Salimans and Ho (2022), appendix D
-            return abar.sqrt() * x - (1 - abar).sqrt() * output
-        return output
+            return Prediction((z - (1 - abar).sqrt() * output) / abar.sqrt(), output)
+        # v: Salimans and Ho (2022), appendix D
+        x_start = output if self.parameterization == "x0" else abar.sqrt() * z - (1 - abar).sqrt() * output
+        return Prediction(x_start, (z - abar.sqrt() * x_start) / (1 - abar).sqrt())
 
-    def predict(self, x: Tensor, t: Tensor, cond: Tensor | ConditioningView, level: Tensor | None = None) -> Prediction:
-        """Clean latent and noise predicted from x_t (N, C, H, W), t (N,) and the conditioning latent, all normalised.
+    def p_losses(self, clean: Tensor, view: ConditioningView, t: Tensor, noise: Tensor) -> DiffusionLoss:
+        """Loss at timesteps t (N,) for normalised clean latents and unit noise, both (N, C, H, W).
 
-        `level` (N,) is the noise level of the degraded images; None: `noise_level`. Whoever asks more than once hands over
-        `view(cond, level)` in place of both.
+        L_simple is Ho et al. (2020), eq. 14, on what `parameterization` names, over the components that are diffused; a squared
+        error of z_0 counts SNR times in eps, SNR + 1 times in v, once in x0.
         """
-        x = x.float()
-        view = cond if isinstance(cond, ConditioningView) else self.view(cond, level)
-        output = self._network(x, t, view)
-        x_start = self._x_start(output, x, t, view)
-        if self.precondition == "none" and self.parameterization == "eps":
-            return Prediction(x_start, output)
-        abar = _at(self.alphas_cumprod, t)
-        return Prediction(x_start, (x - abar.sqrt() * x_start) / (1 - abar).sqrt())
-
-    def p_losses(
-        self, x_start: Tensor, cond: Tensor, t: Tensor, noise: Tensor, level: Tensor | None = None
-    ) -> DiffusionLoss:
-        """Loss at timesteps t (N,) for normalised clean and conditioning latents and unit noise, all (N, C, H, W).
-
-        L_simple is Ho et al. (2020), eq. 14, on what `parameterization` names; a squared error of the clean latent counts
-        SNR times in eps, SNR + 1 times in v, once in x0.
-        """
-        x = self.q_sample(x_start, t, noise)
-        view = self.view(cond, level)
-        output = self._network(x, t, view)
-        abar = self.alphas_cumprod[t]
-        snr = abar / (1 - abar)
-        factor = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[self.parameterization]
-        if view.base is not None:
-            latent_error = (self._x_start(output, x, t, view) - x_start).square().mean((1, 2, 3))
-            simple = factor * latent_error
-        else:
-            target = {"eps": noise, "x0": x_start}.get(self.parameterization)
-            if target is None:
-                root = _at(self.alphas_cumprod, t)
-                target = root.sqrt() * noise - (1 - root).sqrt() * x_start
-            simple = (output - target).square().mean((1, 2, 3))
-            latent_error = simple / factor
-        weight = {
-            "latent": 1 / (factor * self._scale(view.log_level).flatten() ** 2),
-            "min_snr": snr.clamp(max=5) / factor,
-            "none": torch.ones_like(snr),
-        }[self.loss_weighting]
-        logvar = self.logvar[t]
-        loss = self.l_simple_weight * (weight * simple / logvar.exp() + logvar).mean()
+        z, active = self.variable.diffused(clean, view), (view.scale > 0).float()
+        noise = noise * active
+        output = self._network(self.q_sample(z, t, noise), t, view)
+        root = _at(self.alphas_cumprod, t)
+        targets = {"eps": noise, "x0": z, "v": root.sqrt() * noise - (1 - root).sqrt() * z}
+        simple = (output - targets[self.parameterization]).square().mean((1, 2, 3)) / active.mean()
+        loss = self.l_simple_weight * simple.mean()
         if self.original_elbo_weight:
             # the bound weighs the error of eps, whatever the network predicts
-            loss = loss + self.original_elbo_weight * (self.elbo_weights[t] * snr / factor * simple).mean()
-        ratio = latent_error.detach().mean() / self.degradation_scale**2
-        return DiffusionLoss(loss, simple.detach().mean(), ratio)
+            abar = self.alphas_cumprod[t]
+            share = {"eps": 1, "v": abar, "x0": abar / (1 - abar)}[self.parameterization]
+            loss = loss + self.original_elbo_weight * (self.elbo_weights[t] * share * simple).mean()
+        return DiffusionLoss(loss, simple.detach().mean())
+
+
+def make_diffusion(hps: HParams) -> LatentDiffusion:
+    """The two UNets and the diffusion around them that the settings describe."""
+    mean_model = None
+    if hps.precondition == "residual":
+        of_mean = hps.updated(model_channels=hps.mean_channels, num_res_blocks=hps.mean_res_blocks)
+        mean_model = UNet(**of_mean.arguments(UNet))
+    return LatentDiffusion(
+        UNet(**hps.arguments(UNet)), mean_model, latent_channels=hps.out_channels, **hps.arguments(LatentDiffusion)
+    )
+
+
+# --- samplers --------------------------------------------------------------------------------------------------------
 
 
 def ddim_timesteps(timesteps: int, steps: int, spacing: str = "leading") -> Tensor:
@@ -628,10 +462,10 @@ def ddim_timesteps(timesteps: int, steps: int, spacing: str = "leading") -> Tens
 
 
 class DDIMSampler:
-    """DDIM (Song et al., 2021, arXiv:2010.02502, eq. 12) over a model with `alphas_cumprod` and `predict(x, t, cond)`.
+    """DDIM (Song et al., 2021, arXiv:2010.02502, eq. 12) over a model with `alphas_cumprod` and `predict(z, t, view)`.
 
-    `final_alpha_cumprod` is abar after the last step: 1 returns the predicted clean latent; LDM's own sampler keeps
-    alphas_cumprod[0], which leaves noise of 0.039 in the result, as much as the degradation itself.
+    `final_alpha_cumprod` is abar after the last step: 1 returns the predicted z_0; LDM's own sampler keeps
+    alphas_cumprod[0], which leaves noise of 0.039 in the result.
     """
 
     def __init__(self, model: LatentDiffusion, spacing: str = "leading", final_alpha_cumprod: float = 1.0):
@@ -651,18 +485,18 @@ class DDIMSampler:
     @torch.no_grad()
     def sample(
         self,
-        cond: Tensor | ConditioningView,
+        cond: ConditioningView,
         x_T: Tensor,
         steps: int = 50,
         eta: float = 0.0,
         draw: Callable[[], Tensor] | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Sample clean latents given conditioning latents, both (N, C, H, W) and normalised.
+        """Samples (N, C, H, W) of z.
 
         Args:
-            cond: conditioning latents, or what the model's `predict` takes in their place.
-            x_T: unit Gaussian noise to start from, like cond.
+            cond: what the model's `predict` is to know of the degraded latents.
+            x_T: unit Gaussian noise to start from, (N, C, H, W).
             steps: number of network evaluations.
             eta: 0 is deterministic, 1 has the variance of the ancestral sampler.
             draw: returns unit noise like x_T, called once a step where eta > 0.
@@ -679,6 +513,50 @@ class DDIMSampler:
         for i, t in enumerate(tqdm(schedule.tolist(), desc="DDIM", leave=False, disable=not progress)):
             prediction = self.model.predict(x, torch.full((len(x),), t, device=x.device), cond)
             x = self.step(x, prediction, abars[i], previous[i], eta, draw() if eta > 0 else None)
+        return x
+
+
+def dpm_timesteps(alphas_cumprod: Tensor, steps: int) -> Tensor:
+    """The `steps` timesteps, descending from the last, (steps,) int64, evenly spaced in half the logarithm of the SNR.
+
+    Raises ValueError for steps of which two would meet at one timestep.
+    """
+    half_log_snr = torch.logit(alphas_cumprod.double()).cpu() / 2  # descending
+    wanted = torch.linspace(float(half_log_snr[-1]), float(half_log_snr[0]), steps, dtype=torch.float64)
+    timesteps = (half_log_snr - wanted[:, None]).abs().argmin(1)
+    if not 1 <= steps <= len(alphas_cumprod) or len(timesteps.unique()) < steps:
+        raise ValueError(f"DPM-Solver++ has no {steps} different timesteps to take; ask for fewer")
+    return timesteps
+
+
+class DPMSolverSampler:
+    """DPM-Solver++(2M) (Lu et al., 2022, arXiv:2211.01095, algorithm 2): few steps, each with what the last one saw.
+
+    With lambda = log(sqrt(abar) / sqrt(1 - abar)), h the step in it and r the last step over this one,
+    D = (1 + 1 / (2 r)) z_0 - 1 / (2 r) z_0' and z' = sigma' / sigma z - alpha' (exp(-h) - 1) D.
+    """
+
+    def __init__(self, model: LatentDiffusion):
+        self.model = model
+
+    @torch.no_grad()
+    def sample(self, cond: ConditioningView, x_T: Tensor, steps: int = 8, progress: bool = False) -> Tensor:
+        """Samples (N, C, H, W) of z from unit noise x_T alike, by `steps` network evaluations; see `DDIMSampler.sample`."""
+        alphas_cumprod = self.model.alphas_cumprod
+        schedule = dpm_timesteps(alphas_cumprod, steps)
+        abars = alphas_cumprod.double().cpu()[schedule]
+        alpha, sigma, lambdas = abars.sqrt().tolist(), (1 - abars).sqrt().tolist(), (torch.logit(abars) / 2).tolist()
+        x, last = x_T, None
+        for i, t in enumerate(tqdm(schedule.tolist(), desc="DPM-Solver++", leave=False, disable=not progress)):
+            x_start = self.model.predict(x, torch.full((len(x),), t, device=x.device), cond).x_start
+            if i == steps - 1:
+                return x_start  # the step to no noise at all
+            h, estimate = lambdas[i + 1] - lambdas[i], x_start
+            if last is not None:
+                inverse_2r = h / (lambdas[i] - lambdas[i - 1]) / 2
+                estimate = (1 + inverse_2r) * x_start - inverse_2r * last
+            x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * math.expm1(-h) * estimate
+            last = x_start
         return x
 
 
@@ -707,35 +585,47 @@ class NoiseField:
         return torch.randn(self.channels, self.BLOCK, self.BLOCK, generator=generator, device=device)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How posterior samples are drawn."""
+
+    sampler: str = "ddim"  # or "dpm++"
+    steps: int = 50  # network evaluations a sample
+    eta: float = 0.0  # of DDIM
+    spacing: str = "leading"  # of DDIM
+
+    def __str__(self) -> str:
+        return f"{'DDIM' if self.sampler == 'ddim' else 'DPM-Solver++'} {self.steps}"
+
+
 @torch.no_grad()
 def sample_latents(
     model: LatentDiffusion,
-    cond: Tensor,
+    view: ConditioningView,
     fields: Sequence[NoiseField],
-    steps: int,
-    eta: float = 0.0,
-    spacing: str = "leading",
+    sampling: Sampling,
     *,
     origin: tuple[int, int] = (0, 0),
-    first_draw: int = 0,
+    number: int = 0,
     progress: bool = False,
-    level: Tensor | None = None,
-    orient: Callable[[Tensor], Tensor] = lambda noise: noise,
 ) -> Tensor:
-    """DDIM samples of normalised latents given normalised conditioning latents (N, C, H, W), one noise field an image.
+    """Posterior samples of normalised latents (N, C, H, W), one noise field an image, from what is known of the degraded ones.
 
-    `origin` is the place of the latents' first row and column on the field; sample k of an image has its own draws with
-    `first_draw` = k * (steps + 1). `orient` turns the noise into the latents' orientation, of which `origin` knows nothing.
+    `origin` is the place of the latents' first row and column on the field; sample `number` of an image has its own draws.
     """
-    draws = itertools.count(first_draw)
-    size = orient(cond[:1, :1]).shape[-2:]  # a transposition is its own inverse
+    draws = itertools.count(number * (sampling.steps + 1))
+    size, device, active = view.seen.shape[-2:], view.seen.device, view.scale > 0
 
     def draw() -> Tensor:
-        number = next(draws)
-        return orient(torch.stack([field.window(number, *origin, *size, cond.device) for field in fields]))
+        at = next(draws)
+        return torch.stack([field.window(at, *origin, *size, device) for field in fields]) * active
 
-    view = model.view(cond, level)  # the same at every step
-    return DDIMSampler(model, spacing).sample(view, draw(), steps, eta, draw, progress)
+    if sampling.sampler == "ddim":
+        sampler = DDIMSampler(model, sampling.spacing)
+        z = sampler.sample(view, draw(), sampling.steps, sampling.eta, draw, progress)
+    else:
+        z = DPMSolverSampler(model).sample(view, draw(), sampling.steps, progress)
+    return model.variable.restored(z, view)
 
 
 class LitEma(nn.Module):
@@ -750,13 +640,17 @@ class LitEma(nn.Module):
             raise ValueError(f"EMA decay must lie between 0 and 1, not {decay}")
         self.decay = decay
         self.averaged = AveragedModel(model, multi_avg_fn=self._average).requires_grad_(False).eval()
-        self.averaged.n_averaged.fill_(1)  # the copy made here counts as the first: n = 1 at the first update
+        self.restart()  # the copy made here counts as the first
 
     @torch.no_grad()
     def _average(self, averages: list[Tensor], parameters: list[Tensor], _: Tensor) -> None:
         # the counter lives on the host, so reading it does not synchronise with the device
         n = int(self.averaged.n_averaged)
         torch._foreach_lerp_(averages, parameters, 1 - min(self.decay, (1 + n) / (10 + n)))
+
+    def restart(self) -> None:
+        """Count the updates from 1 again, and with them the warm-up."""
+        self.averaged.n_averaged.fill_(1)
 
     def forward(self, model: nn.Module) -> None:
         """One update towards the parameters of `model`."""

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import torch
@@ -32,11 +33,13 @@ from helper import (
 from hps import HParams
 from images import SOFTWARE
 from metrics import ImageMetrics, image_metrics
+from uncertainty import Interval
 
 INPUT = "low dose"
 BM3D = "VST-BM3D"  # the classical method that a restoration has to beat
 METRICS = tuple(field.name for field in dataclasses.fields(ImageMetrics))
 OVERVIEW = (1024, 768)  # height and width to which pictures of larger images are reduced
+TITLE, GAP, BAR = 34, 6, 14  # pixels: labels of a picture, space between its parts, width of a colour bar
 ERROR_RANGE = 0.05  # errors are drawn from black (-0.05) over grey (0) to white (+0.05)
 
 # A method maps a batch of images to (N, C, H, W) images to be compared with `batch.clean`.
@@ -208,6 +211,42 @@ def _close_up(clean: Tensor, mask: Tensor, largest: int) -> tuple[int, int, int]
     return best // columns * stride, best % columns * stride, side
 
 
+def to_grey(image: np.ndarray) -> Image.Image:
+    """An image (H, W) in [0, 1], grey."""
+    return Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8)).convert("RGB")
+
+
+def to_magma(values: np.ndarray) -> Image.Image:
+    """Values (H, W) in the colours of matplotlib's magma, from 0 to 1."""
+    return Image.fromarray(matplotlib.colormaps["magma"](np.clip(values, 0, 1).astype(np.float64), bytes=True)[..., :3])
+
+
+def reduction(shape: tuple[int, ...]) -> int:
+    """The factor by which a picture of an image (H, W) is reduced."""
+    return math.ceil(max(side / most for side, most in zip(shape, OVERVIEW, strict=True)))
+
+
+def side_by_side(columns: Sequence[tuple[str, str, Sequence[Image.Image]]]) -> Tensor:
+    """Columns of pictures, alike in height, under a name and a label: (3, H, W) uint8."""
+    font = ImageFont.load_default(13)
+    widths = [
+        max(*(image.width for image in images), *(math.ceil(font.getlength(text)) for text in (name, label)))
+        for name, label, images in columns
+    ]
+    height = TITLE + sum(image.height + GAP for image in columns[0][2])
+    canvas = Image.new("RGB", (GAP + sum(width + GAP for width in widths), height), (24, 24, 24))
+    draw, left = ImageDraw.Draw(canvas), GAP
+    for (name, label, images), width in zip(columns, widths, strict=True):
+        draw.text((left, 2), name, font=font, fill=(255, 255, 255))
+        draw.text((left, 17), label, font=font, fill=(180, 200, 255))
+        top = TITLE
+        for image in images:
+            canvas.paste(image, (left, top))
+            top += image.height + GAP
+        left += width + GAP
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
 def comparison(
     clean: Tensor, images: Mapping[str, Tensor], mask: Tensor, labels: Mapping[str, str], reference: str = "clean"
 ) -> Tensor:
@@ -220,38 +259,41 @@ def comparison(
     columns += [(name, image.mean(0), labels.get(name, "")) for name, image in images.items()]
     ends = list(dict.fromkeys([next(iter(images)), list(images)[-1]]))
     errors = [(f"{name} - {reference}", (images[name] - clean).mean(0), f"+-{ERROR_RANGE}") for name in ends]
-    reduced = math.ceil(max(side / limit for side, limit in zip(clean.shape[-2:], OVERVIEW, strict=True)))
-    height, width = (-(-side // reduced) for side in clean.shape[-2:])
-    row, column, side = _close_up(clean, mask, max(192, width))
-    window = clean[..., row : row + side, column : column + side].mean(0)
-    low, high = torch.quantile(window.flatten().float(), torch.tensor([0.005, 0.995])).tolist()
+    reduced = reduction(clean.shape[-2:])
+    least = max(192, -(-clean.shape[-1] // reduced))
+    row, column, side = _close_up(clean, mask, least)
+    window = slice(row, row + side), slice(column, column + side)
+    low, high = torch.quantile(clean.mean(0)[window].flatten().float(), torch.tensor([0.005, 0.995])).tolist()
     high = max(high, low + 0.02)
-    zoom, title, gap = max(192, width), 34, 6
-    enlarge = max(1, zoom // side)
-    zoom = enlarge * side
-    cell = max(width, zoom)
-    total = len(columns) + len(errors)
-    canvas = Image.new("RGB", (total * (cell + gap) + gap, title + height + gap + zoom + gap), (24, 24, 24))
-    draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(13)
+    box = [column // reduced, row // reduced, (column + side) // reduced - 1, (row + side) // reduced - 1]
+    pictures = []
     for i, (name, image, label) in enumerate(columns + errors):
-        left = gap + i * (cell + gap)
-        draw.text((left, 2), name, font=font, fill=(255, 255, 255))
-        draw.text((left, 17), label, font=font, fill=(180, 200, 255))
-        part = image[row : row + side, column : column + side]
+        part = (image[window] - low) / (high - low)
         if i >= len(columns):
-            image, part = (0.5 + v / (2 * ERROR_RANGE) for v in (image, part))
-        else:
-            part = (part - low) / (high - low)
-        canvas.paste(_grey(image).reduce(reduced), (left, title))
-        canvas.paste(_grey(part).resize((zoom, zoom), Image.Resampling.NEAREST), (left, title + height + gap))
-        box = [left + column // reduced, title + row // reduced]
-        draw.rectangle([*box, box[0] + side // reduced - 1, box[1] + side // reduced - 1], outline=(255, 200, 0))
-    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+            image = 0.5 + image / (2 * ERROR_RANGE)
+            part = image[window]
+        whole = to_grey(image.cpu().numpy()).reduce(reduced)
+        ImageDraw.Draw(whole).rectangle(box, outline=(255, 200, 0))
+        zoom = (side * max(1, least // side),) * 2
+        pictures.append((name, label, [whole, to_grey(part.cpu().numpy()).resize(zoom, Image.Resampling.NEAREST)]))
+    return side_by_side(pictures)
 
 
-def _grey(image: Tensor) -> Image.Image:
-    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+def spread_picture(clean: np.ndarray | None, own: Interval, sample: np.ndarray) -> Tensor:
+    """The mean of posterior samples, one of them, and the expected error: (3, H', W') uint8 with labels and a colour bar.
+
+    With `clean` (H, W) the absolute error of the mean stands beside. Maps are drawn from 0 to one and a half times what 99 %
+    of the expected errors stay below; large images are reduced.
+    """
+    limit = max(1.5 * float(np.quantile(own.std, 0.99)), 1e-6)
+    columns = [("mean of the samples", "", to_grey(own.mean)), ("posterior sample", "the first", to_grey(sample))]
+    columns.append(("expected error", "standard deviation", to_magma(own.std / limit)))
+    if clean is not None:
+        covered = f"{own.holds(clean).mean():.1%} in the interval"
+        columns.append(("absolute error", covered, to_magma(np.abs(clean - own.mean) / limit)))
+    columns = [(name, label, [image.reduce(reduction(own.mean.shape))]) for name, label, image in columns]
+    bar = to_magma(np.repeat(np.linspace(1, 0, columns[0][2][0].height)[:, None], BAR, axis=1))
+    return side_by_side([*columns, (f"{limit:.3f}", "to 0", [bar])])
 
 
 def save_picture(picture: Tensor, path: Path) -> None:

@@ -51,11 +51,11 @@ except ImportError:  # not a POSIX system: runs are not locked there
 # Settings that came after the first checkpoints, at what those were trained with.
 SETTINGS_ADDED = {
     "noise_levels": [], "stabilize": False, "dihedral": False, "native": False, "scale_range": [1.0, 1.0], "phantoms": 0,
-    "noise_conditioning": False, "views": 1, "part_edges": False, "calcifications": 0.0,
-    "borders": 0.0, "gamma_range": [1.0, 1.0], "windowing": 0.0, "enhancement": 0.0,
+    "noise_conditioning": False, "part_edges": False, "calcifications": 0.0,
+    "borders": 0.0, "altered_epochs": 0, "gamma_range": [1.0, 1.0], "windowing": 0.0, "enhancement": 0.0,
     "degrade_on_device": False, "checkpoint_minutes": 10.0,
 }  # fmt: skip
-CHECKPOINT_FORMAT = 1  # raised when the layout of a checkpoint changes
+CHECKPOINT_FORMAT = {"vqvae": 1, "diffusion": 2}  # raised when the layout of a kind of checkpoint changes
 SILENCE = 60.0  # seconds after which work without a progress bar prints how far it is
 _ROOT = Path(__file__).resolve().parent
 _HELD = contextlib.ExitStack()  # locks, which a script keeps until it ends
@@ -465,7 +465,7 @@ LAST, PREVIOUS = "last.pt", "previous.pt"
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically; a `last.pt` that was there is `previous.pt` then."""
-    payload = {"format_version": CHECKPOINT_FORMAT} | {
+    payload = {"format_version": CHECKPOINT_FORMAT[checkpoint.kind]} | {
         field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)
     }
     payload["hps"] = dict(checkpoint.hps)
@@ -553,15 +553,15 @@ def _load_checkpoint(path: Path, kind: str, lazily: bool) -> Checkpoint:
     if not isinstance(payload, dict) or "format_version" not in payload or "kind" not in payload:
         raise UserError(f"{path}: not a checkpoint of this project; train one with main-vqvae.py or main-diffusion.py")
     version, other = payload["format_version"], str(payload["kind"])[:40]
-    if type(version) is not int or version != CHECKPOINT_FORMAT:
-        raise UserError(
-            f"{path}: checkpoint format {str(version)[:40]}, but this version reads {CHECKPOINT_FORMAT}; "
-            "use the version it came from"
-        )
+    scripts = {"vqvae": "main-vqvae.py (stage 1)", "diffusion": "main-diffusion.py (stage 2)"}
     if other != kind:
-        scripts = {"vqvae": "main-vqvae.py (stage 1)", "diffusion": "main-diffusion.py (stage 2)"}
         raise UserError(
             f"{path}: a checkpoint of {scripts.get(other, other)}, but one of {scripts[kind]} is needed here"
+        )
+    if type(version) is not int or version != CHECKPOINT_FORMAT[kind]:
+        raise UserError(
+            f"{path}: checkpoint format {str(version)[:40]}, but this version reads {CHECKPOINT_FORMAT[kind]}; train it anew "
+            f"with {scripts[kind]}, or use the version it came from"
         )
     del payload["format_version"]
     try:

@@ -63,6 +63,7 @@ _DATA = HParams(
     gamma_range=[1.0, 1.0],  # training crops are raised to a power between these, drawn log-uniformly, half of the time
     windowing=0.0,  # share of training crops seen through a random window: dark or bright tissue cut off, or all of it dimmed
     enhancement=0.0,  # share of training crops whose local contrast is raised, as in images processed for display
+    altered_epochs=0,  # epochs with scale_range, gamma_range, windowing and enhancement, which samples would imitate; 0: all
     phantoms=0,  # folder: phantoms at the size of image_shape, added to the training images for their calcifications
     degrade_on_device=False,  # draw a training sample's low dose in the step, on the GPU if there is one, not in the loader
     cache_images=False,  # keep prepared images in memory after their first use (small sets only)
@@ -125,7 +126,7 @@ HPS_DIFFUSION["cbis-ddsm"] = HParams(
         beta_schedule="linear",  # LDM's "linear": linear in sqrt(beta)
         linear_start=0.0015,  # beta_0
         linear_end=0.0195,  # beta_{T-1}
-        in_channels=256,  # UNet input: noisy latent and conditioning latent, concatenated
+        in_channels=256,  # UNet input: what is diffused and the degraded latent, concatenated
         out_channels=128,  # UNet output: channels of the latent
         model_channels=192,  # base width of the UNet
         channel_mult=[1, 2, 4],  # width multiplier of each resolution
@@ -141,18 +142,18 @@ HPS_DIFFUSION["cbis-ddsm"] = HParams(
         grad_clip_norm=1.0,  # clip the gradient norm
         l_simple_weight=1.0,  # weight of L_simple, the MSE on the predicted noise
         original_elbo_weight=0.0,  # weight of the variational bound (VLB); 0: disabled
-        learn_logvar=False,  # learn a log-variance per timestep that scales L_simple
         parameterization="eps",  # what the network predicts: `eps`, `v` or `x0`
-        precondition="conditioning",  # add to what the conditioning latent implies, `wiener`: to a linear estimate; `none`: plain
-        noise_conditioning=False,  # tell the UNet the noise level; needed where noise_levels names a range
-        loss_weighting="latent",  # weight of L_simple over t: `latent` (1/SNR for eps), `min_snr`, or `none` (plain L_simple)
-        timestep_sampling="uniform",  # distribution of training timesteps: `uniform` or `stratified` (lower variance)
+        precondition="residual",  # diffuse what the posterior mean leaves unknown, in units of its deviation; `none`: the latent
+        noise_conditioning=False,  # tell the UNets the noise level; needed where noise_levels names a range
+        mean_epochs=100,  # of max_epochs: the first train the posterior mean, the rest the diffusion around it
+        mean_channels=192,  # base width of the posterior mean's UNet
+        mean_res_blocks=2,  # its residual blocks per resolution
         ema_decay=0.9999,  # EMA of the UNet's weights, warmed up as min(decay, (1 + n) / (10 + n))
         ddim_steps=50,  # DDIM sampling steps
         ddim_eta=0.0,  # DDIM eta; 0: deterministic
         ddim_spacing="leading",  # timesteps of the sampler: `leading` (LDM) or `trailing` (starts at T - 1)
-        views=1,  # orientations of an image (of 8) whose restorations are averaged; each is one more network evaluation a step
-        statistics_batches=32,  # batches from which the latent's shift and scale are measured, once
+        fast_steps=8,  # network evaluations a sample of DPM-Solver++, the fast sampler
+        statistics_batches=32,  # batches from which the latent's statistics are measured, before each of the two phases
         amp=True,  # mixed precision on CUDA
     )
 )
@@ -183,9 +184,13 @@ HPS_DIFFUSION["phantom"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     num_res_blocks=1,
     attention_levels=[1],
     use_checkpoint=False,
+    parameterization="v",
     learning_rate=5e-4,
-    timestep_sampling="stratified",
-    max_epochs=20,
+    mean_epochs=16,
+    mean_channels=64,
+    mean_res_blocks=1,
+    max_epochs=30,
+    ema_decay=0.99,
 )
 
 # Any folder of mammograms, at the reference values.
@@ -217,9 +222,13 @@ HPS_DIFFUSION["folder-small"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     num_res_blocks=1,
     attention_levels=[],
     use_checkpoint=False,
+    parameterization="v",
     learning_rate=5e-4,
-    timestep_sampling="stratified",
-    max_epochs=24,
+    mean_epochs=24,
+    mean_channels=96,
+    mean_res_blocks=1,
+    max_epochs=36,
+    ema_decay=0.99,
     validation_frequency=3,
 )
 
@@ -250,26 +259,27 @@ HPS_VQVAE["mammogram"] = HPS_VQVAE["cbis-ddsm"].updated(
 )
 HPS_DIFFUSION["mammogram"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     **_MAMMOGRAM,
-    in_channels=96,
+    in_channels=64,
     out_channels=32,
     model_channels=64,
     channel_mult=[1, 2, 2],
-    num_res_blocks=2,
+    num_res_blocks=1,
     attention_levels=[],
     use_checkpoint=False,
+    parameterization="v",
     learning_rate=1e-3,
-    timestep_sampling="stratified",
-    precondition="wiener",
     noise_conditioning=True,
+    mean_epochs=147,
+    altered_epochs=147,  # at level 0.2 samples had half of the fine texture of film when the diffusion saw resized crops too
+    mean_channels=64,
+    mean_res_blocks=2,
     part_edges=True,
     calcifications=0.8,  # at 0.4, with a third as many a crop, the faintest kept less of their contrast than BM3D leaves them
     borders=0.2,
     windowing=0.5,  # without it tissue cut off at black or white, or far below full scale, was restored worse than by BM3D
     enhancement=0.2,  # before it images of equalised local contrast were restored worse than by BM3D at level 0.2
     ema_decay=0.999,
-    ddim_steps=10,  # samples have collapsed onto the mean: more tell nothing
-    ddim_spacing="trailing",  # from T - 1 on: started lower, two steps lost 5 dB
-    max_epochs=147,
+    max_epochs=158,
     statistics_batches=32,
     validation_frequency=7,
     image_frequency=21,
@@ -285,7 +295,7 @@ ARCHITECTURE_VQVAE = (
 ARCHITECTURE_DIFFUSION = (
     "timesteps", "beta_schedule", "linear_start", "linear_end", "in_channels", "out_channels", "model_channels",
     "channel_mult", "num_res_blocks", "attention_levels", "num_head_channels", "parameterization", "precondition",
-    "noise_conditioning", "learn_logvar",
+    "noise_conditioning", "mean_channels", "mean_res_blocks",
 )  # fmt: skip
 
 # Entries that take one of a few words.
@@ -298,9 +308,7 @@ CHOICES = {
     "beta_schedule": ("linear",),
     "conditioning": ("concat",),
     "parameterization": ("eps", "v", "x0"),
-    "precondition": ("conditioning", "wiener", "none"),
-    "loss_weighting": ("latent", "min_snr", "none"),
-    "timestep_sampling": ("uniform", "stratified"),
+    "precondition": ("residual", "none"),
     "ddim_spacing": ("leading", "trailing"),
 }
 
@@ -354,13 +362,15 @@ def check(hps: HParams) -> None:
         "batch_size", "max_epochs", "crops_per_image", "log_frequency", "checkpoint_frequency", "image_frequency",
         "validation_frequency", "learning_rate", "hidden_channels", "res_channels", "nb_levels", "embed_dim",
         "nb_entries", "codebook_batches", "timesteps", "linear_start", "linear_end", "model_channels", "num_res_blocks",
-        "num_head_channels", "ddim_steps", "statistics_batches", "in_channels", "out_channels",
+        "num_head_channels", "ddim_steps", "fast_steps", "statistics_batches", "mean_channels",
+        "mean_res_blocks", "in_channels", "out_channels",
     )  # fmt: skip
     for key in positive:
         if key in hps and not hps[key] > 0:
             raise ValueError(f"--hps {key}={hps[key]}: must be greater than 0")
     non_negative = ("mini_batch_size", "checkpoint_minutes", "crop_size", "nb_workers", "warmup_steps", "nb_res_layers", "beta",
-                    "grad_clip_norm", "weight_decay", "phantoms", "ddim_eta", "revive_threshold", "noise_level")  # fmt: skip
+                    "grad_clip_norm", "weight_decay", "phantoms", "altered_epochs",
+                    "mean_epochs", "ddim_eta", "revive_threshold", "noise_level")  # fmt: skip
     for key in non_negative:
         if key in hps and not hps[key] >= 0:
             raise ValueError(f"--hps {key}={hps[key]}: must not be negative")
@@ -390,8 +400,6 @@ def check(hps: HParams) -> None:
         raise ValueError(
             f"--hps noise_levels={hps.noise_levels}: one model serves several levels with stabilize=True alone"
         )
-    if not 1 <= hps.get("views", 1) <= 8:
-        raise ValueError(f"--hps views={hps.views}: must lie between 1 and 8")
     if hps.mini_batch_size and hps.batch_size % hps.mini_batch_size:
         raise ValueError(f"--hps mini_batch_size={hps.mini_batch_size}: must divide batch_size {hps.batch_size}")
     if hps.crop_size > min(hps.image_shape[1:]):
@@ -412,19 +420,25 @@ def check(hps: HParams) -> None:
             raise ValueError(
                 f"--hps attention_levels={hps.attention_levels}: channel_mult has {len(hps.channel_mult)} levels"
             )
-        parts, word = (3, "three times") if hps.precondition == "wiener" else (2, "twice")
-        if hps.in_channels != parts * hps.out_channels:
+        if hps.in_channels != 2 * hps.out_channels:
             raise ValueError(
-                f"--hps in_channels={hps.in_channels}: must be {word} out_channels={hps.out_channels} (concat)"
+                f"--hps in_channels={hps.in_channels}: must be twice out_channels={hps.out_channels} (concat)"
             )
-        if hps.ddim_steps > hps.timesteps:
-            raise ValueError(f"--hps ddim_steps={hps.ddim_steps}: more than timesteps={hps.timesteps}")
-        if hps.model_channels % 32:
-            raise ValueError(f"--hps model_channels={hps.model_channels}: must be a multiple of 32 (GroupNorm)")
-        # the middle block, at the coarsest resolution, always attends
-        for level in [*hps.attention_levels, len(hps.channel_mult) - 1]:
-            channels = hps.channel_mult[level] * hps.model_channels
-            if channels % hps.num_head_channels:
-                raise ValueError(
-                    f"--hps num_head_channels={hps.num_head_channels}: does not divide {channels} channels"
-                )
+        if hps.precondition == "residual" and not hps.noise_level:
+            raise ValueError(
+                f"--hps noise_level={hps.noise_level}: leaves nothing unknown to sample; train at a level above 0, or with "
+                "--hps precondition=none"
+            )
+        for key in ("ddim_steps", "fast_steps"):
+            if hps[key] > hps.timesteps:
+                raise ValueError(f"--hps {key}={hps[key]}: more than timesteps={hps.timesteps}")
+        for key in ("model_channels", "mean_channels"):
+            if hps[key] % 32:
+                raise ValueError(f"--hps {key}={hps[key]}: must be a multiple of 32 (GroupNorm)")
+            # the middle block, at the coarsest resolution, always attends
+            for level in [*hps.attention_levels, len(hps.channel_mult) - 1]:
+                channels = hps.channel_mult[level] * hps[key]
+                if channels % hps.num_head_channels:
+                    raise ValueError(
+                        f"--hps num_head_channels={hps.num_head_channels}: does not divide {channels} channels"
+                    )

@@ -64,16 +64,17 @@ class Mammogram:
         """Of the file that `write` makes: `.dcm` for DICOM, else `.png`."""
         return ".png" if self.header is None else ".dcm"
 
-    def write(self, path: Path, pixels: np.ndarray, description: str) -> None:
+    def write(self, path: Path, pixels: np.ndarray, description: str, *, series: str = "") -> None:
         """Write `pixels` (H, W) in [0, 1] in place of this mammogram's: its size, depth, orientation, and patient.
 
         DICOM becomes a derived image of a new series, with identifiers that depend on the source and on `description`
-        alone; anything else becomes a PNG. Raises UserError where the file cannot be written.
+        alone; images with one description of their `series` (default: their own) share one. Anything else becomes a PNG.
+        Raises UserError where the file cannot be written.
         """
         if pixels.shape != self.pixels.shape:
             raise ValueError(f"pixels must be {self.pixels.shape}, not {pixels.shape}")
         if self.header is not None:
-            content = self._dicom(pixels, description)
+            content = self._dicom(pixels, description, series or description)
             with atomic_path(path) as temporary:
                 temporary.write_bytes(content)
             return
@@ -85,12 +86,12 @@ class Mammogram:
         with atomic_path(path) as temporary:
             picture.save(temporary, format="PNG", pnginfo=text, **self.carried)
 
-    def _dicom(self, pixels: np.ndarray, description: str) -> bytes:
+    def _dicom(self, pixels: np.ndarray, description: str, series: str) -> bytes:
         buffer = io.BytesIO()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what a header has wrong stays as it is
-                self._derived(pixels, description).save_as(buffer, enforce_file_format=True)
+                self._derived(pixels, description, series).save_as(buffer, enforce_file_format=True)
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001  pydicom raises many kinds for a header that is not as it should be
@@ -99,7 +100,7 @@ class Mammogram:
             ) from None
         return buffer.getvalue()
 
-    def _derived(self, pixels: np.ndarray, description: str) -> pydicom.Dataset:
+    def _derived(self, pixels: np.ndarray, description: str, series: str) -> pydicom.Dataset:
         source = self.header
         meta = source.file_meta
         if not meta.get("TransferSyntaxUID", ExplicitVRLittleEndian).is_little_endian:
@@ -121,9 +122,9 @@ class Mammogram:
             if tag in derived:
                 derived.add_new(tag, "SS" if scaling.signed else "US", int(value))
         place = self.path.resolve()
-        own, series = source.get("SOPInstanceUID") or place, source.get("SeriesInstanceUID") or place.parent
+        own, group = source.get("SOPInstanceUID") or place, source.get("SeriesInstanceUID") or place.parent
         derived.SOPInstanceUID = generate_uid(entropy_srcs=[str(own), description])
-        derived.SeriesInstanceUID = generate_uid(entropy_srcs=[str(series), description, "series"])
+        derived.SeriesInstanceUID = generate_uid(entropy_srcs=[str(group), series, "series"])
         derived.SOPClassUID = source.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")
         derived.file_meta = FileMetaDataset()  # pydicom adds the identifiers, and that it wrote the file
         derived.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from diffusion import make_diffusion
 from helper import (
     Checkpoint,
     Parser,
@@ -18,10 +19,10 @@ from helper import (
     weights_digest,
 )
 from hps import apply_overrides
-from restoration import check_first_stage, load_averages, make_diffusion
+from restoration import check_first_stage, load_averages
 from vqvae2_wrapper import load_vqvae
 
-SAMPLER = ("ddim_steps", "ddim_eta", "ddim_spacing", "views")  # entries that no weight depends on
+SAMPLER = ("ddim_steps", "ddim_eta", "ddim_spacing", "fast_steps")  # entries that no weight depends on
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help=f"override how the model restores by default: {', '.join(SAMPLER)}; repeatable",
+        help=f"override how the model samples by default: {', '.join(SAMPLER)}; repeatable",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for vqvae.pt and diffusion.pt")
     return parser.parse_args()
@@ -72,7 +73,8 @@ def main() -> None:
     save_checkpoint(paths[0], slim(stage_1, vqvae, half=False))
     save_checkpoint(paths[1], slim(stage_2, model, half=True))
     sizes = " and ".join(f"{path.stat().st_size / 1e6:.1f} MB" for path in paths)
-    print(f"both stages written to {args.out}: {sizes}")
+    trained = "" if model.has_samples else "; the diffusion is not trained: they restore to the posterior mean alone"
+    print(f"both stages written to {args.out}: {sizes}{trained}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ MASK_SIDE = 512  # longest side, in pixels, at which the breast mask is computed
 MS_SSIM_SIDE = 176  # pixels; the least side whose fifth scale holds a window
 DARKEST = 0.01  # pixels whose clean intensity is less are left out of normalised errors, which they would make up alone
 INTENSITY_BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # edges
+BANDS = (0.02, 0.1, 0.2, 0.3, 0.5)  # cycles a pixel; edges of the bands of `band_power`
 HALF_DIAGONAL = 0.71  # pixels; every point is that near to some pixel's centre
 RING_GAP, RING_WIDTH = 1.5, 2.5  # pixels; of the background around a calcification
 
@@ -229,6 +230,19 @@ def noise_power_spectrum(patches: np.ndarray, pitch_mm: float) -> PowerSpectrum:
     counts = np.bincount(ring[kept])[1:]
     mean_radius, mean_power = (np.bincount(ring[kept], v[kept])[1:] / counts for v in (radius, power))
     return PowerSpectrum(mean_radius / (side * pitch_mm), mean_power, counts)
+
+
+def band_power(image: np.ndarray, edges: Sequence[float] = BANDS) -> np.ndarray:
+    """Power of an image (n, n), less its mean, in the bands between `edges`, cycles a pixel: (len(edges) - 1,) float64.
+
+    A Hann window keeps what differs between opposite borders, which is large and of low frequency, out of the high bands.
+    A restored image's power over that of the clean one, both stabilised, tells a smoother (below 1) from a sampler (1).
+    """
+    side = image.shape[-1]
+    window = np.hanning(side + 2)[1:-1]
+    spectrum = noise_power_spectrum((np.outer(window, window) * (image - image.mean(dtype=np.float64)))[None], 1.0)
+    band = np.digitize(spectrum.frequencies, edges)
+    return np.array([(spectrum.power * spectrum.counts)[band == i].sum() for i in range(1, len(edges))])
 
 
 # --- calcifications --------------------------------------------------------------------------------------------------

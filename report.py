@@ -1,4 +1,4 @@
-"""One self-contained HTML page about an evaluation: table, curves, noise, coverage, and cases to zoom into side by side."""
+"""One self-contained HTML page about an evaluation: table, curves, power, coverage, and cases to zoom into side by side."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import io
+import itertools
 import math
 import re
 import string
@@ -25,13 +26,14 @@ from scipy import ndimage
 
 from evaluation import BM3D, INPUT, METRICS, Evaluation
 from helper import UserError, write_text
-from metrics import ErrorSplit, PowerSpectrum
+from metrics import BANDS, ErrorSplit, PowerSpectrum
+from uncertainty import MISS, Coverage
 
 DISCLAIMER = "Research use only; a restored image is an estimate, not fit for diagnosis."
 LARGEST_SIDE = 1024  # pixels of an image in the viewer; larger ones are averaged down by a whole factor
-ERROR_SCALE = 0.02  # absolute error drawn in the brightest colour, alike in every report
+ERROR_SCALE = 0.02  # absolute and expected error drawn in the brightest colour, alike in every report
 CLOSE_UP_SIDE = 32  # pixels
-CLOSE_UP_ZOOM = 6
+CLOSE_UP_SHOWN = 192  # screen pixels that the side of a close-up is brought to at least, by a whole factor
 CURVE_POINTS = 400  # of a curve that are drawn; longer ones are averaged over runs of equal length
 SPECK_SIGMA = 1.2  # pixels; scale at which specks are looked for
 SPECK_MARGIN = 8  # pixels inside the edge of the breast: the skin line glitters too
@@ -71,44 +73,32 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class CoverageBin:
-    """How often the clean value lies in the predicted interval, over the pixels of a range of intensity."""
+class Power:
+    """Power of a method's stabilised images over that of the clean ones: below 1 where it smooths, 1 for a sampler."""
 
-    low: float
-    high: float
-    coverage: float  # share in [0, 1]
-    width: float | None = None  # mean width of the intervals, in units of full scale
-    pixels: int | None = None
+    bands: np.ndarray  # (4,), in `metrics.BANDS`
+    frequencies: np.ndarray  # (n,), cycles a pixel
+    ratio: np.ndarray  # (n,)
 
 
 @dataclass(frozen=True)
-class Coverage:
-    """Coverage of predicted intervals, by intensity."""
-
-    nominal: float  # what it should be, such as 0.9
-    bins: Sequence[CoverageBin]
-    overall: CoverageBin | None = None
-    constant_width: float | None = None  # of one interval for all pixels with the overall coverage
-    where: str = ""  # the pixels lie, such as "inside the breast"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One image, (H, W) arrays in [0, 1]; the last of `images` is the restored one, whose error is drawn.
+class PageCase:
+    """One image and what was made of it, (H, W) arrays in [0, 1].
 
     Raises ValueError where shapes differ, values are not finite, or a close-up leaves the image.
     """
 
     name: str
     clean: np.ndarray
-    images: Mapping[str, np.ndarray]  # by name, such as low dose, BM3D, restored
-    std: np.ndarray | None = None  # predicted standard deviation of the restored image
+    images: Mapping[str, np.ndarray]  # by name, such as low dose, BM3D, posterior mean, posterior sample
+    estimate: str  # the name of the image whose error is drawn
+    std: np.ndarray | None = None  # expected error of the posterior mean, from the spread of the samples
     labels: Mapping[str, str] = field(default_factory=dict)  # by name of an image, such as its PSNR
     close_ups: Sequence[CloseUp] = ()
 
     def __post_init__(self):
-        if not self.images:
-            raise ValueError(f"{self.name}: a case needs at least one image beside the clean one")
+        if self.estimate not in self.images:
+            raise ValueError(f"{self.name}: a case needs an image of the name {self.estimate!r}")
         arrays = {"clean": self.clean, **self.images}
         if self.std is not None:
             arrays["std"] = self.std
@@ -134,8 +124,10 @@ class Report:
     curves: Sequence[Curve] = ()
     mnse: Mapping[str, ErrorSplit] | None = None  # by method
     spectrum: Mapping[str, PowerSpectrum] | None = None  # by method
+    power: Mapping[str, Power] | None = None  # by method
     coverage: Coverage | None = None
-    cases: Sequence[Case] = ()
+    coverage_note: str = ""  # on how much it was counted
+    cases: Sequence[PageCase] = ()
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------
@@ -225,11 +217,11 @@ def write_report(path: Path, report: Report) -> None:
     Raises UserError where the file cannot be written.
     """
     colours = _method_colours(report)
-    std_scale = _std_scale(report.cases)
     sections = [
         ("results", "Results", _results(report.evaluation)),
-        ("cases", "Cases", "".join(_case(case, i, std_scale) for i, case in enumerate(report.cases))),
-        ("uncertainty", "Does the uncertainty hold?", _coverage(report.coverage)),
+        ("cases", "Cases", "".join(_case(case) for case in report.cases)),
+        ("power", "Sampler or smoother?", _power(report.power, colours)),
+        ("uncertainty", "Does the uncertainty hold?", _coverage(report.coverage, report.coverage_note)),
         ("noise", "Noise and bias", _noise(report, colours)),
         ("training", "Training", _training(report.curves)),
         ("provenance", "Where this comes from", _facts(report.provenance)),
@@ -326,39 +318,24 @@ def _results(evaluation: Evaluation) -> str:
     )
 
 
-def _coverage(coverage: Coverage | None) -> str:
+def _coverage(coverage: Coverage | None, counted: str) -> str:
     if coverage is None:
         return ""
-    nominal = f"{100 * coverage.nominal:g} %"
-    bins = [(f"{b.low:.2f} – {b.high:.2f}", b) for b in coverage.bins]
-    if coverage.overall is not None:
-        bins.append(("all", coverage.overall))
-    with_width = any(b.width is not None for _, b in bins)
-    with_pixels = any(b.pixels is not None for b in coverage.bins)
-    rows = []
-    for name, b in bins:
-        cells = [name, f"{100 * b.coverage:.1f} %"]
-        if with_width:
-            cells.append("–" if b.width is None else f"{b.width:.4f}")
-        if with_pixels:
-            cells.append("–" if b.pixels is None else f"{b.pixels:,}")
-        rows.append(cells)
-    header = ["Clean intensity", f'Coverage<span class="quiet">should be {nominal}</span>']
-    header += ['Mean width<span class="quiet">of full scale</span>'] * with_width + ["Pixels"] * with_pixels
-    note = (
-        f'<p class="note">How often the clean value lies inside the predicted {nominal} interval, by its intensity: fewer '
-        "than predicted means that the map promises too much, more that it is too timid."
+    nominal = f"{1 - MISS:.0%}".replace("%", " %")
+    bins = itertools.pairwise([0.0, *coverage.bin_upper])
+    names = [f"pixels of intensity {low:.2f} – {high:.2f}" for low, high in bins]
+    rows = list(zip(names, coverage.bin_coverage, strict=True))
+    rows.append(("all pixels", coverage.coverage))
+    rows += [(f"means over {side} × {side} pixels", share) for side, share in coverage.regions.items()]
+    header = ["Clean value", f'Coverage<span class="quiet">should be {nominal}</span>']
+    return (
+        f'<p class="note">How often the clean value lies inside the {nominal} interval that the posterior samples give: fewer '
+        "than that means that the spread promises too much, more that it is too timid. Errors that hang together show in the "
+        f"means over regions. Counted are {coverage.pixels:,} pixels inside the breast{escape(counted and f', {counted}')}. "
+        f"The intervals are {coverage.width:.4f} of full scale wide on average; expected over actual error, both root mean "
+        f"square, is {coverage.spread_over_error:.2f}.</p>"
+        + _table(header, [[name, f"{100 * share:.1f} %"] for name, share in rows])
     )
-    overall = coverage.overall
-    if overall is not None and overall.pixels is not None:
-        note += f" Counted are {overall.pixels:,} pixels{f' {escape(coverage.where)}' if coverage.where else ''}."
-    if overall is not None and overall.width is not None and coverage.constant_width:
-        change = 100 * (overall.width / coverage.constant_width - 1)
-        note += (
-            f" One width for all pixels with the same coverage would be {coverage.constant_width:.4f}; these intervals "
-            f"are on average {abs(change):.0f} % {'narrower' if change < 0 else 'wider'}."
-        )
-    return f"{note}</p>{_table(header, rows)}"
 
 
 def _facts(value: Mapping[str, Any]) -> str:
@@ -392,7 +369,7 @@ def _fact(entry: Any) -> str:
 def _method_colours(report: Report) -> dict[str, str]:
     """A colour for every method, the same in all plots."""
     names = list(report.evaluation.per_image["method"].unique())
-    for part in (report.mnse or {}, report.spectrum or {}):
+    for part in (report.mnse or {}, report.spectrum or {}, report.power or {}):
         names += [name for name in part if name not in names]
     others = [name for name in names if name != INPUT]
     return {INPUT: INPUT_COLOUR} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
@@ -427,6 +404,29 @@ def _logarithmic(axes: Axes, values: Iterable[np.ndarray]) -> None:
     """A logarithmic vertical axis, unless no value has a logarithm."""
     if any((np.asarray(part) > 0).any() for part in values):
         axes.set_yscale("log", nonpositive="mask")
+
+
+def _power(power: Mapping[str, Power] | None, colours: Mapping[str, str]) -> str:
+    """The plot of power over the clean images' by frequency, and the table of the bands."""
+    if not power:
+        return ""
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(1, color="#1d2126", linewidth=1)
+        for name, own in power.items():
+            axes.plot(own.frequencies, own.ratio, color=colours[name])
+        _logarithmic(axes, [own.ratio for own in power.values()])
+        axes.set(xlabel="spatial frequency, cycles/pixel", ylabel="power over clean’s", xlim=(0, 0.5))
+        axes.set_xticks([0, *BANDS[1:]])
+
+    plot = _plot(
+        draw, "power", "Power over the clean images’", [(colours[name], name) for name in power],
+        "Of stabilised images, in which noise is alike at every intensity. A posterior sample lies on the line at 1; a posterior "
+        "mean lies below it where it cannot know the grain, and noise above it.",
+    )  # fmt: skip
+    header = ["Cycles a pixel", *(f"{low:g} – {high:g}" for low, high in itertools.pairwise(BANDS))]
+    rows = [[escape(name), *(_number(value, 2) for value in own.bands)] for name, own in power.items()]
+    return f'<div class="plots">{plot}</div>{_table(header, rows)}'
 
 
 def _noise(report: Report, colours: Mapping[str, str]) -> str:
@@ -530,15 +530,6 @@ def _png(image: np.ndarray, colour: bool) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _std_scale(cases: Sequence[Case]) -> float:
-    """What the brightest colour of the uncertainty maps means: one round number for all cases."""
-    high = max((float(np.quantile(case.std, 0.995)) for case in cases if case.std is not None), default=0.0)
-    if high <= 0:
-        return ERROR_SCALE
-    unit = 10.0 ** math.floor(math.log10(high))
-    return next(factor * unit for factor in (1, 1.5, 2, 3, 4, 5, 7, 10) if factor * unit >= high)
-
-
 @dataclass(frozen=True)
 class _Panel:
     name: str
@@ -547,28 +538,24 @@ class _Panel:
     scale: float | None = None  # of a map in colours; None: a grey image
 
 
-def _panels(case: Case, std_scale: float) -> list[_Panel]:
-    panels = [_Panel("clean", case.labels.get("clean", ""), np.asarray(case.clean, np.float32))]
-    for name, image in case.images.items():
-        panels.append(_Panel(name, case.labels.get(name, ""), np.asarray(image, np.float32)))
-    restored = panels[-1]
-    error = np.abs(restored.image - panels[0].image)
-    panels.append(_Panel(f"|error| of {restored.name}", "", error / ERROR_SCALE, ERROR_SCALE))
+def _panels(case: PageCase) -> list[_Panel]:
+    images = {"clean": case.clean, **case.images}
+    panels = [_Panel(name, case.labels.get(name, ""), np.asarray(image, np.float32)) for name, image in images.items()]
+    maps = {f"|error| of {case.estimate}": np.abs(np.asarray(case.images[case.estimate], np.float32) - panels[0].image)}
     if case.std is not None:
-        std = np.asarray(case.std, np.float32)
-        panels.append(_Panel("uncertainty", "", std / std_scale, std_scale))
-    return panels
+        maps["expected error"] = np.asarray(case.std, np.float32)
+    return panels + [_Panel(name, "", values / ERROR_SCALE, ERROR_SCALE) for name, values in maps.items()]
 
 
 def _bar(scale: float) -> str:
     return f'<span class="bar"><span>0</span><i></i><span>≥ {scale:g}</span></span>'
 
 
-def _case(case: Case, index: int, std_scale: float) -> str:
+def _case(case: PageCase) -> str:
     """A case: the viewer with all its panels, and the close-ups below."""
     height, width = case.clean.shape
     factor = math.ceil(max(height, width) / LARGEST_SIDE)
-    panels = _panels(case, std_scale)
+    panels = _panels(case)
     figures = []
     for panel in panels:
         small = np.asarray(Image.fromarray(np.clip(panel.image, 0, 1)).reduce(factor))
@@ -581,7 +568,7 @@ def _case(case: Case, index: int, std_scale: float) -> str:
             f'alt="{alt}"></div><figcaption>{caption}{_bar(panel.scale) if panel.scale else ""}'
             "<output></output></figcaption></figure>"
         )
-    std_note = "; uncertainty is the predicted standard deviation" if case.std is not None else ""
+    std_note = "; the expected error is the spread of the posterior samples, calibrated" if case.std is not None else ""
     boxes = ";".join(",".join(str(part) for part in close_up) for close_up in case.close_ups)
     reduced = (
         f" Shown at 1/{factor} of their {width} × {height} pixels, averaged, which hides noise: judge it by the close-ups."
@@ -605,10 +592,11 @@ def _close_up(panels: Sequence[_Panel], close_up: CloseUp, index: int) -> str:
     parts = [panel.image[row : row + side, column : column + side] for panel in panels]
     low, high = np.quantile(parts[0], (0.005, 0.995)).tolist()
     high = max(high, low + 0.02)
-    figures = []
+    zoom = max(1, CLOSE_UP_SHOWN // side)
+    enlarged = f"enlarged {zoom} times" if zoom > 1 else "pixel by pixel"
+    size, figures = zoom * side, []
     for panel, part in zip(panels, parts, strict=True):
         shown = part if panel.scale else (part - low) / (high - low)
-        size = CLOSE_UP_ZOOM * side
         figures.append(
             f'<figure style="width:{size}px"><img src="{_png(shown, panel.scale is not None)}" width="{size}" '
             f'height="{size}" alt="{escape(f"Close-up {index + 1}: {panel.name}")}">'
@@ -616,8 +604,8 @@ def _close_up(panels: Sequence[_Panel], close_up: CloseUp, index: int) -> str:
         )
     return (
         f'<div class="closeup"><p><b>Close-up {index + 1}</b> rows {row}–{row + side - 1}, columns {column}–'
-        f"{column + side - 1}, enlarged {CLOSE_UP_ZOOM} times; black is {low:.3f}, white {high:.3f}, the clean image’s "
-        f'range there. <button type="button" class="show" data-box="{index}" hidden>Show in the images</button></p>'
+        f"{column + side - 1}, {enlarged}; black is {low:.3f}, white {high:.3f}, the clean image’s range "
+        f'there. <button type="button" class="show" data-box="{index}" hidden>Show in the images</button></p>'
         f'<div class="strip">{"".join(figures)}</div></div>'
     )
 
@@ -668,7 +656,7 @@ STYLE = """
 :root { color-scheme: light; --ink: #1d2126; --quiet: #616973; --line: #dedfdb; --accent: #0b5d7c; --dark: #0d0e10; }
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; -webkit-text-size-adjust: 100%; }
-body { margin: 0 auto; max-width: 1240px; padding: 2rem 1.25rem 3rem; background: #fafaf8; color: var(--ink);
+body { margin: 0 auto; max-width: 1440px; padding: 2rem 1.25rem 3rem; background: #fafaf8; color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1, h2, h3 { line-height: 1.2; letter-spacing: -0.01em; overflow-wrap: anywhere; text-wrap: balance; }
 h1 { font-size: clamp(1.6rem, 4vw, 2.3rem); margin: 0 0 .4rem; }
@@ -700,7 +688,7 @@ dl dl > div:first-child { border-top: 0; }
 dt { color: var(--quiet); overflow-wrap: anywhere; }
 dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; min-width: 0; }
 figure { margin: 0; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); gap: 1rem; }
+.plots { display: grid; margin-bottom: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); gap: 1rem; }
 .plot { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .9rem 1rem; }
 .plot svg { display: block; width: 100%; height: auto; }
 .plot svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif !important; }
@@ -728,7 +716,7 @@ button[hidden] { display: none; }
 .group button + button { border-left: 0; }
 .controls .group button:first-child { border-radius: 5px 0 0 5px; }
 .controls .group button:last-child { border-radius: 0 5px 5px 0; }
-.panels { display: grid; grid-template-columns: repeat(3, 1fr); gap: .6rem; }
+.panels { display: grid; grid-template-columns: repeat(4, 1fr); gap: .6rem; }
 .panel { min-width: 0; }
 .stage { position: relative; overflow: hidden; width: 100%; max-height: 75vh; background: #000; }
 .stage img { display: block; width: 100%; height: 100%; object-fit: contain; }

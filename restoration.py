@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
-from scipy.stats import norm
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import oriented, upright
-from diffusion import LatentDiffusion, NoiseField, UNet, sample_latents
+from diffusion import LatentDiffusion, NoiseField, Sampling, dpm_timesteps, make_diffusion, sample_latents
 from helper import Checkpoint, UserError, build_model, load_checkpoint, load_weights, seeded_generator, weights_digest
 from hps import HParams
 from metrics import breast_mask
@@ -35,20 +32,10 @@ SHIPPED_VQVAE, SHIPPED_DIFFUSION, SHIPPED_CALIBRATION = (
 MARGIN = 32  # pixels by which an image is mirrored at its borders
 TILE_CROPS = 7  # sides of training crops that make the side of a tile: overlaps cost the less the larger it is
 PEAK_QUANTILE = 0.999  # of the breast's intensities: brought to full scale at most
-GUARD_WIDTH = 4.0  # pixels; sigma of the window in which a correction is weighed against the noise
-GUARD_SIGMAS = 6.0  # standard deviations; a correction fades out over the last of them
-CLAMP_REACH, CLAMP_ENTRIES = 4.0, 257  # standard deviations below 1 at which the clamp is felt, and steps in between
 PROBE = 0.1  # standard deviations by which an image is moved to see how its correction follows
 
 
 # --- the trained model -----------------------------------------------------------------------------------------------
-
-
-def make_diffusion(hps: HParams) -> LatentDiffusion:
-    """The UNet and the diffusion around it that the settings describe."""
-    return LatentDiffusion(
-        UNet(**hps.arguments(UNet)), latent_channels=hps.out_channels, **hps.arguments(LatentDiffusion)
-    )
 
 
 def check_first_stage(checkpoint: Checkpoint, path: Path, digest: str, vqvae_path: Path) -> None:
@@ -67,25 +54,25 @@ def load_averages(model: LatentDiffusion, checkpoint: Checkpoint, path: Path) ->
         ema = {key.removeprefix(prefix): v for key, v in checkpoint.training["ema"].items() if key.startswith(prefix)}
     except (KeyError, AttributeError):
         raise UserError(f"{path}: holds no EMA weights; use the checkpoint before it") from None
-    load_weights(model.model, ema, path)
+    # statistics are measured on the model, and its averages see them with the next step
+    load_weights(model, ema | dict(model.named_buffers()), path)
 
 
 @dataclass
 class Restorer:
-    """Both trained stages: degraded images in, restored ones out."""
+    """Both trained stages: degraded images in, their posterior mean or posterior samples out."""
 
     first_stage: VQVAE2Wrapper
     model: LatentDiffusion  # with the averaged weights
     hps: HParams  # of the diffusion checkpoint
-    steps: int = 1  # network evaluations a sample; 1: the posterior mean, from timestep T - 1
-    samples: int = 1  # samples averaged
-    views: int = 1  # orientations of the image whose restorations are averaged
+    samples: int = 0  # posterior samples; 0: the posterior mean
+    sampling: Sampling = Sampling()
     seed: int = 0
     name: str = ""  # of the model, for a derived image's description
-    amp: torch.dtype | None = None  # half precision in the UNet, and nowhere else: the decoder alone would lose 2 dB
+    amp: torch.dtype | None = None  # half precision in the UNets, and nowhere else: the decoder alone would lose 2 dB
 
     def __post_init__(self):
-        self.model.eval().model.normalize_within(self.hps.crop_size // self.first_stage.vqvae.scaling_rates[0])
+        self.model.eval()
 
     @classmethod
     def load(
@@ -94,43 +81,52 @@ class Restorer:
         load_path: Path,
         device: torch.device,
         *,
+        samples: int = 0,
+        sampler: str = "ddim",
         steps: int | None = None,
-        samples: int = 1,
-        views: int | None = None,
         seed: int = 0,
         amp: torch.dtype | None = None,
     ) -> Restorer:
-        """The stages of two checkpoints, on `device`, the UNet in `amp`.
+        """The stages of two checkpoints, on `device`, the UNets in `amp`.
 
-        `steps` None is 1, or the checkpoint's where `samples` are averaged; `views` None is the checkpoint's of one
-        evaluation, else 1. Raises UserError where the checkpoints cannot
-        be read or do not belong together, or for steps that the model does not have.
+        `steps` None is the checkpoint's number for the `sampler`, `ddim` or `dpm++`. Raises UserError where the checkpoints
+        cannot be read or do not belong together, or the model does not have what is asked of it.
         """
         vqvae, _ = load_vqvae(vqvae_path)
         digest = weights_digest(vqvae)
         checkpoint = load_checkpoint(load_path, "diffusion", lazily=True)
         check_first_stage(checkpoint, load_path, digest, vqvae_path)
-        hps = checkpoint.hps
         model = build_model(make_diffusion, checkpoint, load_path)
         load_averages(model, checkpoint, load_path)
-        if steps is None:
-            steps = 1 if samples == 1 else hps.ddim_steps
-        if steps > hps.timesteps:
-            raise UserError(f"--steps {steps}: the model has {hps.timesteps} timesteps; pass at most as many")
-        if samples > 1 and steps == 1:
+        if not samples and not model.has_mean:
+            raise UserError(f"{load_path}: a plain diffusion (precondition=none) has no posterior mean; pass --sample")
+        if samples and not model.has_samples:
             raise UserError(
-                f"--samples {samples}: one step gives the mean of all samples already; pass --steps 2 or more"
+                f"{load_path}: its training ended before the diffusion; go on with it, or leave --sample and --samples out"
             )
         name = f"VQ-VAE-2 {digest[:8]}, latent diffusion {weights_digest(model)[:8]}"
-        first_stage = VQVAE2Wrapper(vqvae).to(device)
-        if views is None:
-            views = hps.views if steps == 1 else 1  # samples differ by themselves
-        return cls(first_stage, model.to(device), hps, steps, samples, views, seed, name, amp)
+        sampling = sampling_of(checkpoint.hps, sampler, steps)
+        if samples and sampler == "dpm++":
+            try:
+                dpm_timesteps(model.alphas_cumprod, sampling.steps)
+            except ValueError as error:
+                raise UserError(f"--steps {sampling.steps}: {error}") from None
+        return cls(
+            VQVAE2Wrapper(vqvae).to(device), model.to(device), checkpoint.hps, samples, sampling, seed, name, amp
+        )
+
+    @property
+    def product(self) -> str:
+        """What is made of an image, in words."""
+        if not self.samples:
+            return "posterior mean"
+        what = "posterior sample" if self.samples == 1 else f"mean of {self.samples} posterior samples"
+        return f"{what}, {self.sampling}"
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations that restoring takes, a tile."""
-        return self.steps * self.samples * self.views
+        """Network evaluations that restoring takes, a tile: one of the posterior mean's, the others of the diffusion's."""
+        return self.model.has_mean + self.samples * self.sampling.steps
 
     @property
     def noise(self) -> NoiseModel:
@@ -175,41 +171,47 @@ class Restorer:
     def restore(
         self,
         degraded: Tensor,
-        names: Sequence[str],
+        name: str,
         *,
         noise: NoiseModel | None = None,
         level: float | None = None,
         origin: tuple[int, int] = (0, 0),
         progress: bool = False,
     ) -> Tensor:
-        """Restore images (N, C, H, W) in [0, 1]; returns the like.
+        """Restore an image (1, 1, H, W) in [0, 1]: returns (1, K, H, W), its posterior mean (K = 1) or K samples.
 
         `noise` is what a stabilised model is to take for noise, None what it was trained at; others always take that. The
-        network is told `level`, None: that of the noise at half of full scale. `names` key the sampler's noise, `origin` is
-        the place in pixels of the images' first row and column on it.
+        networks are told `level`, None: that of the noise at half of full scale. `name` keys the samplers' noise, `origin` is
+        the place in pixels of the image's first row and column on it.
         """
         noise = noise or self.noise
         level = self.level_of(noise, 0.5) if level is None else level
-        levels = torch.full((len(degraded),), level, device=degraded.device)
         rate = self.first_stage.vqvae.scaling_rates[0]
-        place = origin[0] // rate, origin[1] // rate
         height, width = degraded.shape[-2:]
         padded = F.pad(degraded, (0, -width % self.scale, 0, -height % self.scale), mode="replicate")
-        fields = [NoiseField((self.seed, name), self.first_stage.latent_channels) for name in names]
-        spacing = "trailing" if self.steps == 1 else self.hps.ddim_spacing
-        total = torch.zeros_like(padded)
-        for view, sample in itertools.product(range(self.views), range(self.samples)):
-            image = oriented(padded, view)
-            cond = self.model.normalize(self.first_stage.encode(image, noise))
-            with torch.autocast(degraded.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
-                z = sample_latents(
-                    self.model, cond, fields, self.steps, self.hps.ddim_eta, spacing, origin=place,
-                    first_draw=sample * (self.steps + 1), progress=progress, level=levels,
-                    orient=functools.partial(oriented, orientation=view),
-                )  # fmt: skip
-            z = self.model.denormalize(z)
-            total += upright(self.first_stage.decode(z, shape=image.shape[-2:], noise=noise), view)
-        return total[..., :height, :width] / (self.views * self.samples)
+        cond = self.model.normalize(self.first_stage.encode(padded, noise))
+        field = NoiseField((self.seed, name), self.first_stage.latent_channels)
+        with torch.autocast(degraded.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+            view = self.model.view(cond, torch.full((1,), level, device=degraded.device))
+            latents = [
+                sample_latents(
+                    self.model, view, [field], self.sampling, number=number, progress=progress,
+                    origin=(origin[0] // rate, origin[1] // rate),
+                )
+                for number in range(self.samples)
+            ] or [view.mean]  # fmt: skip
+        images = [
+            self.first_stage.decode(self.model.denormalize(z), shape=padded.shape[-2:], noise=noise) for z in latents
+        ]
+        return torch.cat(images, dim=1)[..., :height, :width]
+
+
+def sampling_of(hps: HParams, sampler: str, steps: int | None = None) -> Sampling:
+    """The sampler of a model, with its own number of steps or with `steps`; raises UserError where it has not so many."""
+    if steps is not None and steps > hps.timesteps:
+        raise UserError(f"--steps {steps}: the model has {hps.timesteps} timesteps; pass at most as many")
+    own = hps.ddim_steps if sampler == "ddim" else hps.fast_steps
+    return Sampling(sampler, steps or own, hps.ddim_eta, hps.ddim_spacing)
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -264,14 +266,14 @@ def round_down(value: float, multiple: int) -> int:
     return int(value // multiple) * multiple
 
 
-# Restores a tile (1, C, h, w) whose first pixel is at (row, column) of the image, less than 0 before its beginning.
+# Restores a tile (1, C, h, w), to (1, K, h, w), whose first pixel is at (row, column) of the image, or before its beginning.
 TileFunction = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
 def restore_in_tiles(
     image: Tensor, function: TileFunction, tile: tuple[int, int], multiple: int, *, progress: bool = False
 ) -> Tensor:
-    """Apply `function` to overlapping tiles of an image (1, C, H, W) and blend what it returns without seams.
+    """Apply `function` to overlapping tiles of an image (1, C, H, W) and blend what it returns, (1, K, H, W), without seams.
 
     Where `function` at a pixel depends on less than a quarter of the overlap around it, the result is that of the whole
     image. The overlap is a quarter of the tile. The image is mirrored at its borders, by `MARGIN` and up to a multiple of
@@ -283,13 +285,16 @@ def restore_in_tiles(
     rows, columns = (
         tile_spans(size, side, max(4, side // 4), multiple) for size, side in zip(padded.shape[-2:], tile, strict=True)
     )
-    result = torch.zeros_like(padded)
+    result = torch.zeros(())
     bar = tqdm(total=len(rows) * len(columns), desc="tiles", unit="tile", leave=False, disable=not progress)
     for row in rows:
         for column in columns:
             window = ..., slice(row.start, row.stop), slice(column.start, column.stop)
             share = row.weights[:, None] * column.weights
-            result[window] += function(padded[window], (row.start - MARGIN, column.start - MARGIN)) * share
+            part = function(padded[window], (row.start - MARGIN, column.start - MARGIN)) * share
+            if not result.ndim:
+                result = torch.zeros(1, part.shape[1], *padded.shape[-2:])
+            result[window] += part
             bar.update()
     bar.close()
     return result[..., MARGIN : MARGIN + height, MARGIN : MARGIN + width]
@@ -341,115 +346,116 @@ def box_weights(box: tuple[slice, slice], shape: tuple[int, int], margin: int) -
 class Restoration:
     """A restored image, and how it was come by."""
 
-    pixels: np.ndarray  # (H, W) float32 in [0, 1]
-    factor: float  # what the input was multiplied by to have the noise that the model knows
-    strength: float  # mean share of the model's correction that was applied, inside the breast
+    products: np.ndarray  # (K, H, W) float32 in [0, 1]: the posterior mean, or K posterior samples
+    factor: float = 1.0  # what the input was multiplied by to have the noise that the model knows
+    strength: float = 1.0  # mean share of the model's correction that was applied, inside the breast
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The posterior mean, the sample, or the mean of the samples: (H, W) float32 in [0, 1]."""
+        return self.products.mean(0, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class TiledRestorer:
+    """A restorer of whole images (H, W), of a noise (None: what an unstabilised model knows), tile by tile."""
+
+    restorer: Restorer
+    noise: NoiseModel | None
+    level: float | None
+    name: str
+    tile: int = 0  # side in pixels; 0: the restorer's own
+    progress: bool = False
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Products (K, H, W) of an image (H, W); at edges far above the noise its two sides are restored each by itself."""
+        whole = torch.from_numpy(image)[None, None]
+        sides = None
+        if self.noise is not None:
+            values = stabilize(whole[0, 0], self.noise).numpy()
+            sides = part_sides(values, least_step(self.noise))
+        if sides is None:
+            return self._tiles(whole, self._one)
+        drawn = torch.randn(values.shape, generator=seeded_generator("sides", self.restorer.seed, self.name)).numpy()
+        parts = (torch.from_numpy(sides.side(values, bright, drawn)) for bright in (True, False))
+        layers = self._tiles(torch.stack([unstabilize(part, self.noise) for part in parts])[None], self._both)
+        bright, dark = np.split(layers, 2)
+        return np.where(sides.is_bright, bright, dark)
+
+    def _tiles(self, image: Tensor, function: TileFunction) -> np.ndarray:
+        multiple = self.restorer.scale
+        wanted = (self.tile, self.tile) if self.tile else self.restorer.tile
+        tiles = tuple(max(2, math.ceil(side / multiple)) * multiple for side in wanted)
+        return restore_in_tiles(image, function, tiles, multiple, progress=self.progress)[0].numpy()
+
+    def _one(self, part: Tensor, origin: tuple[int, int]) -> Tensor:
+        restorer = self.restorer
+        return restorer.restore(
+            part.to(restorer.device),
+            self.name,
+            noise=self.noise,
+            level=self.level,
+            origin=origin,
+            progress=self.progress,
+        ).cpu()
+
+    def _both(self, part: Tensor, origin: tuple[int, int]) -> Tensor:
+        bright = self._one(part[:, :1], origin)
+        dark = bright.clone()
+        if box := changed_box(part[0, 0], part[0, 1], EDGE_REACH * 2 + MARGIN, self.restorer.scale):
+            # the other side is the same but around edges; it fades out to where the network looked past the box's end
+            place = origin[0] + box[0].start, origin[1] + box[1].start
+            weights = box_weights(box, part.shape[-2:], MARGIN)
+            dark[..., box[0], box[1]].lerp_(self._one(part[:, 1:, box[0], box[1]], place), weights)
+        return torch.cat([bright, dark], 1)
 
 
 def restore_image(
     restorer: Restorer, image: np.ndarray, noise: NoiseModel | None, name: str, *, tile: int = 0, progress: bool = False
 ) -> Restoration:
-    """Restore an image (H, W) in [0, 1] at its own size, given the noise it suffers from.
+    """Restore an image (H, W) in [0, 1] at its own size, given the noise it suffers from; None: as the model knows it.
 
     A stabilised model is told the noise. For another the image is multiplied so that its noise is what the model knows, but
-    not past full scale, restored, and divided again. The correction is then cut to what the noise can explain
-    (`explained_share`), of stabilised models only where the image is cleaner than they were trained at, and there to the
-    share that lowers the error most (`stein_share`), which takes a second restoration. `noise` None takes the image as the
-    model knows it. `tile` is the side of the tiles, 0 the restorer's own.
+    not past full scale, restored, and divided again. Of an image cleaner than the model was trained at, the share of the
+    correction is applied that lowers the error of the posterior mean most (`stein_share`), which takes a second look at it.
+    `tile` is the side of the tiles, 0 the restorer's own.
     """
     mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
-    factor, level = 1.0, None
-    intensity = float(image[mask].mean())
-    if noise is not None and restorer.stabilized:
-        if noise.variance(intensity) <= 0:
-            return Restoration(image.copy(), math.inf, 0.0)
-        level = restorer.level_of(noise, intensity)
-    elif noise is not None:
-        factor = matching_factor(noise, restorer.noise, intensity)
-        if math.isinf(factor):
-            return Restoration(image.copy(), factor, 0.0)
-        factor = min(factor, max(1.0, 1.0 / max(float(np.quantile(image[mask], PEAK_QUANTILE)), 1e-6)))
-
-    told = (noise or restorer.noise) if restorer.stabilized else None
-
-    def function(part: Tensor, origin: tuple[int, int]) -> Tensor:
-        def restore(side: Tensor, at: tuple[int, int]) -> Tensor:
-            return restorer.restore(side.to(restorer.device), [name], noise=told, level=level, origin=at).cpu()
-
-        bright = restore(part[:, :1], origin)
-        if part.shape[1] == 1:
-            return bright
-        dark = bright.clone()
-        if box := changed_box(part[0, 0], part[0, 1], EDGE_REACH * 2 + MARGIN, restorer.scale):
-            # the other side is the same but around edges; it fades out to where the network looked past the box's end
-            place = origin[0] + box[0].start, origin[1] + box[1].start
-            weights = box_weights(box, part.shape[-2:], MARGIN)
-            dark[..., box[0], box[1]].lerp_(restore(part[:, 1:, box[0], box[1]], place), weights)
-        return torch.cat([bright, dark], 1)
-
-    multiple = restorer.scale
-    wanted = (tile, tile) if tile else restorer.tile
-    tiles = tuple(max(2, math.ceil(side / multiple)) * multiple for side in wanted)
-
-    def restore_whole(pixels: np.ndarray) -> np.ndarray:
-        scaled = torch.from_numpy(pixels * np.float32(factor))[None, None]
-        sides = None
-        if told is not None:
-            values = stabilize(scaled[0, 0], told).numpy()
-            sides = part_sides(values, least_step(told))
-        if sides is not None:
-            drawn = torch.randn(values.shape, generator=seeded_generator("sides", restorer.seed, name)).numpy()
-            parts = (sides.side(values, bright, drawn) for bright in (True, False))
-            scaled = torch.stack([unstabilize(torch.from_numpy(part), told) for part in parts])[None]
-        layers = restore_in_tiles(scaled, function, tiles, multiple, progress=progress)[0].numpy() / np.float32(factor)
-        whole = layers[0] if sides is None else np.where(sides.is_bright, layers[0], layers[1])
-        # a network that was shown windows has learned what full scale cuts off
-        return whole if told is None or restorer.hps.windowing else unclamped(whole, told)
-
-    restored = restore_whole(image)
-    if noise is None or (restorer.stabilized and level_at(noise, intensity) >= restorer.levels[0]):
-        return Restoration(restored.clip(0, 1), factor, 1.0)
-    deviation = np.sqrt(noise.variance(torch.from_numpy(restored.clip(0, 1))).numpy())
-    share = explained_share(image - restored, deviation**2)
+    intensity, factor = float(image[mask].mean()), 1.0
+    if noise is not None and noise.variance(intensity) <= 0:
+        return Restoration(np.repeat(image[None], max(1, restorer.samples), 0), math.inf, 0.0)
+    told = level = None
     if restorer.stabilized:
+        told = noise or restorer.noise
+        level = restorer.level_of(told, intensity)
+        is_cleaner = level_at(told, intensity) < level
+    elif noise is not None:
+        wanted = matching_factor(noise, restorer.noise, intensity)
+        factor = min(wanted, max(1.0, 1.0 / max(float(np.quantile(image[mask], PEAK_QUANTILE)), 1e-6)))
+        is_cleaner = factor < wanted
 
-        def correct(pixels: np.ndarray) -> np.ndarray:
-            correction = pixels - restore_whole(pixels)
-            return correction * explained_share(correction, deviation**2)
+    def products(pixels: np.ndarray, of: Restorer) -> np.ndarray:
+        whole = TiledRestorer(of, told, level, name, tile, progress)
+        return (whole(pixels * np.float32(factor)) / np.float32(factor)).clip(0, 1)
 
-        own = (image - restored) * share
-        share = share * stein_share(
-            own, correct, image, deviation, mask, seeded_generator("probe", restorer.seed, name)
-        )
-    pixels = (image + share * (restored - image)).clip(0, 1).astype(np.float32)
-    return Restoration(pixels, factor, float(share[mask].mean()))
-
-
-def unclamped(image: np.ndarray, noise: NoiseModel) -> np.ndarray:
-    """Intensities (H, W) whose noisy measurement, clamped at 1, has the expectation `image` (H, W).
-
-    A mean of measured pixels near full scale is too low, by 0.4 standard deviations where the truth is 1: a network whose
-    training images are hardly saturated (`windowing=0`) returns that mean. Of a Gaussian of mean x and standard deviation s, with
-    a = (1 - x) / s, it is x - s (phi(a) - a Phi(-a)). Black needs none of this: every training image has
-    some. `classical.unbiased_inverse` also undoes the bias of the root and of black, which the network has learned to.
-    """
-    reach = CLAMP_REACH * float(np.sqrt(noise.variance(1.0)))
-    clean = np.linspace(max(1 / CLAMP_ENTRIES, 1 - reach), 1, CLAMP_ENTRIES)  # black may have no deviation to divide by
-    deviation = np.sqrt(noise.variance(clean))
-    a = (1 - clean) / deviation
-    expected = clean - deviation * (norm.pdf(a) - a * norm.sf(a))
-    return np.where(image > expected[0], np.interp(image, expected, clean), image).astype(np.float32)
+    restored = products(image, restorer)
+    if noise is None or not is_cleaner or not restorer.model.has_mean:
+        return Restoration(restored, factor)
+    mean = dataclasses.replace(restorer, samples=0)
+    deviation = np.sqrt(noise.variance(torch.from_numpy(restored.mean(0))).numpy())
+    generator = seeded_generator("probe", restorer.seed, name)
+    share = stein_share(lambda pixels: pixels - products(pixels, mean)[0], image, deviation, mask, generator)
+    return Restoration((image + share * (restored - image)).clip(0, 1), factor, float(share))
 
 
 def stein_share(
-    own: np.ndarray,
     correct: Callable[[np.ndarray], np.ndarray],
     image: np.ndarray,
     deviation: np.ndarray,
     mask: np.ndarray,
     generator: torch.Generator,
 ) -> np.float32:
-    """The share a, in [0, 1], of a correction c = `correct(image)` = `own` at which the squared error of image - a c is least.
+    """The share a, in [0, 1], of a correction c = `correct(image)` at which the squared error of image - a c is least.
 
     That is E[n c] / E[c^2] over the mask. The covariance with the Gaussian noise n of standard deviation `deviation`, which
     nobody sees, is sum sd^2 dc/dy, and that divergence is measured by a random probe of the image: no clean one is needed.
@@ -457,23 +463,9 @@ def stein_share(
 
     Source: Stein, Annals of Statistics 1981, lemma 2; Ramani, Blu & Unser, IEEE Transactions on Image Processing 2008, theorem 2.
     """
+    own = correct(image)
     signs = (2 * torch.randint(2, image.shape, generator=generator) - 1).numpy()
-    step = np.float32(PROBE) * deviation * signs.astype(np.float32)
-    moved = correct(image + step)
+    moved = correct(image + np.float32(PROBE) * deviation * signs.astype(np.float32))
     covariance = deviation * signs * (moved - own) / PROBE
     energy = max(float((own[mask] ** 2).sum()), np.finfo(np.float32).tiny)
     return np.float32(min(max(float(covariance[mask].sum()) / energy, 0.0), 1.0))
-
-
-def explained_share(correction: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """The share, in [0, 1], of a correction (H, W) that noise of `variance` (H, W) can explain.
-
-    Around every pixel the energy of what is left of it is at most the noise's, and no pixel moves by more than
-    `GUARD_SIGMAS` standard deviations: what stands out more, such as a calcification, is no noise and stays as measured.
-    """
-    energy = ndimage.gaussian_filter(correction**2, GUARD_WIDTH, mode="nearest")
-    noise = ndimage.gaussian_filter(variance, GUARD_WIDTH, mode="nearest")
-    tiny = np.finfo(np.float32).tiny
-    share = (noise / np.maximum(energy, tiny)).clip(0, 1)
-    deviations = np.abs(correction) / np.sqrt(np.maximum(variance, tiny))
-    return (share * (GUARD_SIGMAS - deviations).clip(0, 1)).astype(np.float32)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import distributed
 import stopping
 from datasets import Batch, make_loader
-from diffusion import LatentDiffusion, LitEma, NoiseField, sample_latents
+from diffusion import LatentDiffusion, LitEma, NoiseField, Sampling, dpm_timesteps, sample_latents
 from evaluation import comparison, save_picture
 from helper import (
     LAST,
@@ -51,8 +51,7 @@ from preprocessing.degrade import NoiseModel
 from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper, from_domain, to_domain
 
-PICTURE_STEPS = 10  # DDIM steps of the sample pictures drawn during training
-GOLDEN = (5**0.5 - 1) / 2  # step of the additive low-discrepancy sequence of "stratified" timesteps
+VALIDATION_TIMESTEPS = 4  # at which L_simple is measured on validation images, evenly spread
 MOST_SKIPPED = 20  # steps in a row whose loss is no number, after which a training ends
 
 
@@ -171,6 +170,13 @@ class Trainer:
     def setup(self) -> None:
         """Once, before the first step of a new run: initialise from data."""
 
+    def begin(self) -> None:
+        """Before the first step and after every resume: what the epoch that comes trains."""
+
+    def phase(self) -> tuple[int, int]:
+        """First step, and step after the last, of the learning rate's present schedule."""
+        return 0, self.steps_per_epoch * self.hps.max_epochs
+
     def loss(self, batch: Batch) -> StepResult:
         """Loss of a batch on the device; called under autocast."""
         raise NotImplementedError
@@ -203,13 +209,15 @@ class Trainer:
     # --- the loop ---
 
     def first_batches(self, count: int) -> Iterable[Batch]:
-        """The first `count` batches of the first epoch, to initialise from.
+        """The first `count` batches of the present epoch, to initialise from.
 
         Every process takes all of them, in parts of the size that it trains on.
         """
         limit, size = count * self.mini_batch, self.mini_batch // distributed.size()
         workers = self.hps.nb_workers
-        return make_loader(self.loader.dataset, size, seed=self.seed, shuffle=True, workers=workers, limit=limit)
+        loader = make_loader(self.loader.dataset, size, seed=self.seed, shuffle=True, workers=workers, limit=limit)
+        loader.sampler.set_epoch(self.epoch)
+        return loader
 
     def validation_batches(self) -> Iterator[Batch]:
         """This process's share of the validation set, one image at a time, on the device."""
@@ -232,6 +240,7 @@ class Trainer:
             if self.folder is not None:
                 self.save(LAST)  # what is killed in its first epoch can be resumed too
             self.setup()
+        self.begin()
         self.parallelize()
         if self.epoch >= self.hps.max_epochs:
             print(f"already trained for {self.epoch} epochs; raise --epochs to go on")
@@ -257,7 +266,7 @@ class Trainer:
         """
         self.model.train()
         self.loader.sampler.set_epoch(self.epoch, self.seen)
-        samples, total = self.loader.sampler.count - self.seen, self.steps_per_epoch * self.hps.max_epochs
+        samples = self.loader.sampler.count - self.seen
         bar = tqdm(
             total=self.steps_per_epoch,
             initial=self.steps_per_epoch - math.ceil(samples / self.hps.batch_size),
@@ -292,7 +301,7 @@ class Trainer:
             images.append([meta.path for meta in batch.meta if meta.key.counts])
             if not completes_step:
                 continue
-            finite.append(self.optimizer_step(total))
+            finite.append(self.optimizer_step())
             self.taken.append(TakenStep(self.step, torch.stack(finite), images))
             self.seen += group
             bar.update()
@@ -391,13 +400,14 @@ class Trainer:
             f"{skipped.total()} samples"
         )
 
-    def optimizer_step(self, total: int) -> Tensor:
-        """Clip the accumulated gradients and update the weights; `total` steps make the whole run.
+    def optimizer_step(self) -> Tensor:
+        """Clip the accumulated gradients and update the weights.
 
         Returns whether the gradient was finite, () bool on the device; where it was not, no weight has changed.
         """
+        first, stop = self.phase()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.hps, self.step, total)
+            group["lr"] = learning_rate(self.hps, self.step - first, stop - first)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.hps.grad_clip_norm or math.inf)
         finite = norm.detach().isfinite()
@@ -584,9 +594,10 @@ class VQVAETrainer(Trainer):
 
 
 class DiffusionTrainer(Trainer):
-    """Stage 2: L_simple of the clean latent's diffusion given the degraded latent, from images or from extracted latents.
+    """Stage 2, from images or from extracted latents (`latents=True`): the posterior mean, then the diffusion around it.
 
-    `latents=True` says that the data sets hold latents already.
+    For `mean_epochs` the squared error of the posterior mean is minimised. Then its averages are its weights for good, the
+    residual is measured, and L_simple trains the diffusion.
     """
 
     kind = "diffusion"
@@ -596,15 +607,33 @@ class DiffusionTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.first_stage = first_stage.to(self.device)
         self.latents = latents
-        self.model.model.normalize_within(self.hps.crop_size // first_stage.vqvae.scaling_rates[0])
-        self.ema = LitEma(self.model.model, self.hps.ema_decay)
+        self.mean_epochs = min(self.hps.mean_epochs, self.hps.max_epochs) if self.model.has_mean else 0
+        if self.mean_epochs == self.hps.max_epochs:
+            print(
+                f"the posterior mean alone is trained, for {self.mean_epochs} epochs; more --epochs train the diffusion too"
+            )
+        try:
+            dpm_timesteps(self.model.alphas_cumprod, self.hps.fast_steps)
+        except ValueError as error:
+            raise UserError(f"--hps fast_steps={self.hps.fast_steps}: {error}") from None
+        self.ema = LitEma(self.model, self.hps.ema_decay)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         return torch.optim.AdamW(parameters, lr=self.hps.learning_rate, weight_decay=self.hps.weight_decay, fused=True)
 
     def compile(self) -> None:
-        self.model.model.compile()  # the UNet: what stands around it takes no time
+        for unet in self.model.unets:  # what stands around them takes no time
+            unet.compile()
+
+    @property
+    def trains_mean(self) -> bool:
+        """Whether the present epoch trains the posterior mean."""
+        return self.epoch < self.mean_epochs
+
+    def phase(self) -> tuple[int, int]:
+        boundary = self.mean_epochs * self.steps_per_epoch
+        return (0, boundary) if self.trains_mean else (boundary, self.steps_per_epoch * self.hps.max_epochs)
 
     @functools.cached_property
     def first_stage_digest(self) -> str:
@@ -620,76 +649,106 @@ class DiffusionTrainer(Trainer):
             clean, degraded = (self.first_stage.encode(v, batch.noise) for v in (batch.clean, batch.degraded))
         return clean, degraded
 
+    def first_pairs(self, levels: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents of the batches that statistics are measured on; their noise levels are added to `levels`."""
+        for batch in self.first_batches(self.hps.statistics_batches):
+            batch = batch.to(self.device)
+            levels.append(batch.level)
+            yield self.encode(batch)
+
     def setup(self) -> None:
         levels: list[Tensor] = []
+        self.model.measure_statistics(self.first_pairs(levels), levels)
 
-        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for batch in self.first_batches(self.hps.statistics_batches):
-                levels.append(batch.level)
-                yield self.encode(batch.to(self.device))
+    def begin(self) -> None:
+        if self.model.has_mean:
+            if self.trains_mean:
+                self.model.variable.deviations.zero_()  # of a mean that is to change
+            self.model.variable.mean_model.requires_grad_(self.trains_mean)
+            self.model.model.requires_grad_(not self.trains_mean)
+        if self.mean_epochs <= self.epoch < self.hps.max_epochs and not self.model.has_samples:
+            self.begin_diffusion()
 
-        self.model.measure_statistics(pairs(), levels)
+    @torch.no_grad()
+    def begin_diffusion(self) -> None:
+        """Take the averages of the posterior mean for its weights, and measure what it leaves unknown."""
+        self.ema.copy_to(self.model)
+        self.ema.restart()
+        self.best = math.inf  # of another figure
+        self.model.eval()
+        levels: list[Tensor] = []
+        pairs = ((self.model.normalize(a), self.model.normalize(b)) for a, b in self.first_pairs(levels))
+        try:
+            self.model.variable.measure(pairs, levels)
+        except ValueError as error:
+            raise UserError(f"{error}; train with a noise level above 0, or with --hps precondition=none") from None
 
-    def draw_timesteps(self, batch: Batch) -> Tensor:
-        """Training timesteps (N,), keyed by sample: uniform, or one low-discrepancy sequence over the run."""
-        timesteps, values = self.hps.timesteps, []
-        for meta in batch.meta:
-            key = meta.key
-            if self.hps.timestep_sampling == "stratified":
-                counter = key.epoch * self.loader.sampler.count + key.position
-                u = (seed_of("timesteps", self.seed) / 2**63 + counter * GOLDEN) % 1.0
-            else:
-                u = seed_of("timestep", self.seed, key.epoch, key.index) / 2**63
-            values.append(min(int(u * timesteps), timesteps - 1))
-        return torch.tensor(values).to(self.device, non_blocking=True)
+    def end_epoch(self) -> None:
+        super().end_epoch()
+        if self.epoch == self.mean_epochs < self.hps.max_epochs:
+            self.begin()
+            self.parallelize()
 
     def loss(self, batch: Batch) -> StepResult:
-        clean, degraded = (self.model.normalize(z) for z in self.encode(batch))
-        generators = [
-            seeded_generator("noise", self.seed, meta.key.epoch, meta.key.index, device=self.device)
-            for meta in batch.meta
-        ]
+        clean, degraded = (self.model.normalize(latent) for latent in self.encode(batch))
+        if self.trains_mean:
+            loss = self.model.variable.mean_loss(clean, degraded, batch.level)
+            return StepResult(loss, {"loss": loss})
+        keys = [meta.key for meta in batch.meta]
+        generators = [seeded_generator("noise", self.seed, k.epoch, k.index, device=self.device) for k in keys]
         noise = randn_by_sample(generators, clean.shape[1:], self.device)
-        result = self.model.p_losses(clean, degraded, self.draw_timesteps(batch), noise, batch.level)
-        logs = {"loss": result.loss, "l_simple": result.l_simple, "latent_error": result.latent_error}
-        return StepResult(result.loss, logs)
+        draws = [seed_of("timestep", self.seed, key.epoch, key.index) / 2**63 for key in keys]
+        t = torch.tensor([min(int(u * self.hps.timesteps), self.hps.timesteps - 1) for u in draws])
+        view = self.model.view(degraded, batch.level)
+        result = self.model.p_losses(clean, view, t.to(self.device, non_blocking=True), noise)
+        return StepResult(result.loss, {"loss": result.loss, "l_simple": result.l_simple})
 
     def after_step(self) -> None:
-        self.ema(self.model.model)
+        self.ema(self.model)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Latent error over that of the degraded latent, with EMA weights: at T - 1, where x_t says nothing, and at T / 10."""
-        errors: dict[str, list[Tensor]] = {"latent_error_T": [], "latent_error_T10": []}
-        timesteps = {"latent_error_T": self.hps.timesteps - 1, "latent_error_T10": self.hps.timesteps // 10}
-        with self.ema.average_parameters(self.model.model):
+        """With EMA weights: the posterior mean's squared error over that of the degraded latent, or L_simple."""
+        figures: list[float] = []
+        with self.ema.average_parameters(self.model):
             for batch in self.validation_batches():
-                clean, degraded = (self.model.normalize(z) for z in self.encode(batch))
-                own = (degraded - clean).square().mean().clamp(min=1e-12)
-                for name, t in timesteps.items():
-                    generator = seeded_generator("validation", name, batch.meta[0].path, device=self.device)
+                clean, degraded = (self.model.normalize(latent) for latent in self.encode(batch))
+                if self.trains_mean:
+                    mean, _ = self.model.variable.mean(degraded, batch.level)
+                    own = (degraded - clean).square().mean().clamp(min=1e-12)
+                    figures.append(float((mean - clean).square().mean() / own))
+                    continue
+                view = self.model.view(degraded, batch.level)
+                for i in range(VALIDATION_TIMESTEPS):
+                    t = torch.tensor([(2 * i + 1) * self.hps.timesteps // (2 * VALIDATION_TIMESTEPS)])
+                    generator = seeded_generator("validation", i, batch.meta[0].path, device=self.device)
                     noise = randn_by_sample([generator], clean.shape[1:], self.device)
-                    t = torch.full((len(clean),), t, device=self.device)
-                    x = self.model.q_sample(clean, t, noise)
-                    predicted = self.model.predict(x, t, degraded, batch.level).x_start
-                    errors[name].append((predicted - clean).square().mean() / own)
-        joined = {name: distributed.join([float(value) for value in values]) for name, values in errors.items()}
-        means = {name: float(torch.tensor(values).mean()) for name, values in joined.items()}
-        return {"score": sum(means.values()) / len(means), **means}
+                    figures.append(float(self.model.p_losses(clean, view, t.to(self.device), noise).l_simple))
+        joined = distributed.join(figures)
+        score = float(torch.tensor(joined).mean())
+        return {"score": score, "mean_error" if self.trains_mean else "l_simple": score}
 
     @torch.no_grad()
     def picture(self) -> Tensor:
         batch = self.validation_loader.dataset[0].to(self.device)
-        z, cond = self.encode(batch)
-        with self.ema.average_parameters(self.model.model):
-            steps = min(PICTURE_STEPS, self.hps.timesteps)
-            field = NoiseField(("picture", batch.meta[0].path), cond.shape[1])
-            restored = sample_latents(self.model, self.model.normalize(cond), [field], steps, level=batch.level)
+        clean, cond = self.encode(batch)
+        with self.ema.average_parameters(self.model):
+            view = self.model.view(self.model.normalize(cond), batch.level)
+            latents = {"low dose": cond}
+            if self.model.has_mean:
+                latents["posterior mean"] = self.model.denormalize(view.mean)
+            if not self.trains_mean:
+                field = NoiseField(("picture", batch.meta[0].path), cond.shape[1])
+                fast = Sampling("dpm++", self.hps.fast_steps)
+                latents[f"posterior sample, {fast}"] = self.model.denormalize(
+                    sample_latents(self.model, view, [field], fast)
+                )
         shape = None if self.latents else batch.clean.shape[-2:]
-        latents = (z, cond, self.model.denormalize(restored))
-        clean, low, image = (self.first_stage.decode(v, shape=shape, noise=batch.noise)[0].cpu() for v in latents)
+        clean, *images = (
+            self.first_stage.decode(v, shape=shape, noise=batch.noise)[0].cpu() for v in (clean, *latents.values())
+        )
         mask = torch.ones_like(clean[:1], dtype=torch.bool) if batch.mask is None else batch.mask[0].cpu()
-        return comparison(clean, {"low dose": low, f"restored ({steps} steps)": image}, mask, {})
+        return comparison(clean, dict(zip(latents, images, strict=True)), mask, {})
 
     def extra_state(self) -> dict[str, Any]:
         return {"ema": self.ema.state_dict()}

@@ -1,4 +1,4 @@
-"""Training steps with --compile over steps without it, of both stages of task `phantom`, on the CPU."""
+"""Training steps with --compile over steps without it, of stage 1 and both phases of stage 2 of task `phantom`, on the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rates import Ratio, parser, prepare, print_ratios, seconds
 
 from datasets import Batch, PhantomDataset
-from diffusion import LatentDiffusion, UNet
+from diffusion import make_diffusion
 from helper import run_script
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from trainer import DiffusionTrainer, Trainer, VQVAETrainer
@@ -21,34 +21,40 @@ from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper
 
 STEPS = 5  # a round
+# of the posterior mean; without them the diffusion's phase comes at once
+MEAN_EPOCHS = {"stage 2, posterior mean": 1, "stage 2, diffusion": 0}
 
 
 def make(stage: str) -> Trainer:
     """A trainer of a stage, its model as it is before the first step."""
     torch.manual_seed(0)
-    hps = (HPS_VQVAE if stage == "stage 1" else HPS_DIFFUSION)["phantom"].updated(cache_images=True, nb_workers=0)
+    hps = HPS_VQVAE["phantom"]
+    if stage != "stage 1":
+        hps = HPS_DIFFUSION["phantom"].updated(mean_epochs=MEAN_EPOCHS[stage], statistics_batches=1)
     data, cpu = PhantomDataset(hps, "train"), torch.device("cpu")
     vqvae = VQVAE(**HPS_VQVAE["phantom"].arguments(VQVAE))
     if stage == "stage 1":
         return VQVAETrainer("phantom", hps, vqvae, cpu, data, data, progress=False)
-    model = LatentDiffusion(
-        UNet(**hps.arguments(UNet)), latent_channels=hps.out_channels, **hps.arguments(LatentDiffusion)
+    first_stage = VQVAE2Wrapper(vqvae)
+    trainer = DiffusionTrainer(
+        "phantom", hps, make_diffusion(hps), cpu, data, data, progress=False, first_stage=first_stage
     )
-    return DiffusionTrainer("phantom", hps, model, cpu, data, data, progress=False, first_stage=VQVAE2Wrapper(vqvae))
+    trainer.begin()
+    return trainer
 
 
 def train(trainer: Trainer, batch: Batch) -> None:
     """`STEPS` steps."""
     for _ in range(STEPS):
         trainer.loss(batch).loss.backward()
-        trainer.optimizer_step(1000)
+        trainer.optimizer_step()
 
 
 def main() -> None:
     args = parser(__doc__).parse_args()
     prepare(args)
     ratios = []
-    for stage in ("stage 1", "stage 2"):
+    for stage in ("stage 1", *MEAN_EPOCHS):
         plain, compiled = make(stage), make(stage)
         compiled.compile()
         batch = Batch.collate([plain.loader.dataset[i] for i in range(plain.hps.batch_size)])

@@ -33,7 +33,7 @@ H100_FLOPS, H100_BYTES = (
 )  # dense bfloat16 tensor cores, HBM3, a second (NVIDIA's data sheet of the SXM card)
 UTILISATION = 0.4  # of the FLOPs, in convolutions and products: more is seldom seen
 BANDWIDTH = 0.8  # of the data sheet's, as benchmarks/plan.py assumes it
-UNET_FLOPS = 4 * 3.31e12  # a checkpointed training step on one sample; benchmarks/unet.py counts it
+UNET_FLOPS = 4 * 3.31e12  # a checkpointed sample of the posterior mean, the quicker phase; benchmarks/unet.py counts it
 HPS = HPS_VQVAE["cbis-ddsm"]
 
 

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import trainer as trainer_module
 from datasets import Batch, Meta, PhantomDataset, SampleKey
-from diffusion import DDIMSampler
+from diffusion import DDIMSampler, LatentDiffusion, make_diffusion
 from helper import (
     Parser,
     UserError,
@@ -55,18 +55,20 @@ from helper import (
     write_json,
 )
 from hps import HPS_DIFFUSION, HPS_VQVAE, TASKS, HParams, apply_overrides
-from restoration import make_diffusion
+from restoration import sampling_of
 from trainer import DiffusionTrainer, Trainer, VQVAETrainer
 from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper
 
-STAGES = ("1", "2", "sampling")
-TITLES = {"1": "stage 1, VQ-VAE-2", "2": "stage 2, latent diffusion", "sampling": "sampling, DDIM"}
+TITLES = {
+    "1": "stage 1, VQ-VAE-2", "mean": "stage 2, posterior mean", "diffusion": "stage 2, diffusion around it",
+    "sampling": "restoring",
+}  # fmt: skip
 CBIS_TRAINING_IMAGES = 2113  # breast views of CBIS-DDSM that `split=patient` and `validation_fraction=0.1` train on
 GIB, GB, TERA = 2**30, 1e9, 1e12
 GROWTH_SIDES = (0.25, 0.5, 0.75, 1.0, 1.25)  # of the image's sides
 GROWTH_BATCHES = (1, 2, 4, 6, 8)
-CHECK_SIDES = {"1": (1 / 4, 1 / 2), "2": (1 / 8, 1 / 4)}  # of the image's sides
+CHECK_SIDES = {"1": (1 / 4, 1 / 2), "mean": (1 / 8, 1 / 4), "diffusion": (1 / 8, 1 / 4)}  # of the image's sides
 CHECK_BATCH = 2
 MEMORY_TOLERANCE, TIME_TOLERANCE = 0.15, 0.25
 
@@ -99,12 +101,9 @@ class Machine:
     rates: Mapping[str, float]
     source: str = ""
 
-    def seconds(self, work: Work, efficiency: float = 1.0, bandwidth_efficiency: float = 1.0) -> float:
-        """Time of operators one after the other, at a share of the rates and of the bandwidth."""
-        return sum(
-            count * max(self.arithmetic(op) / efficiency, op.bytes / self.bandwidth / bandwidth_efficiency)
-            for op, count in work.items()
-        )
+    def seconds(self, work: Work) -> float:
+        """Time of operators one after the other."""
+        return sum(count * max(self.arithmetic(op), op.bytes / self.bandwidth) for op, count in work.items())
 
     def arithmetic(self, op: Operator) -> float:
         """Seconds of an operator's arithmetic at the full rate."""
@@ -251,6 +250,8 @@ def fake_tensors(mode: FakeTensorMode, device: str = "cpu") -> Iterator[None]:
         # a module of fake tensors cannot be moved and need not be; its copies stay in the same mode
         mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self),
         mock.patch.object(FakeTensorMode, "__deepcopy__", lambda self, memo: self, create=True),
+        mock.patch.object(LatentDiffusion, "has_samples", True),  # which values say, and what comes next
+        mock.patch.object(trainer_module, "dpm_timesteps"),
     ]
     if device == "cuda":
         torch._C._ensureCUDADeviceGuardSet()
@@ -276,11 +277,12 @@ def fake_tensors(mode: FakeTensorMode, device: str = "cpu") -> Iterator[None]:
 class Setting:
     """What is planned: a stage of a task, its settings and those of its first stage."""
 
-    stage: str  # of STAGES
+    stage: str  # of TITLES: stage 2 is trained in two
     task: str
     hps: HParams
     hps_vqvae: HParams
     passes: int = 1  # forward and backward passes an optimiser step
+    evaluations: int = 0  # of the diffusion's UNet, in restoring; 0: the posterior mean
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -290,17 +292,35 @@ class Setting:
         return (channels, crop, crop) if crop and self.stage != "sampling" else (channels, *sides)
 
     @property
+    def epochs(self) -> int:
+        """Epochs that train it; of restoring, those that train the diffusion."""
+        if self.stage == "1":
+            return self.hps.max_epochs
+        mean = min(self.hps.mean_epochs, self.hps.max_epochs) if self.hps.precondition == "residual" else 0
+        return mean if self.stage == "mean" else self.hps.max_epochs - mean
+
+    @property
+    def variants(self) -> dict[str, Setting]:
+        """The ways to go about it: with and without gradient checkpointing, or the products of restoring."""
+        if self.stage == "1":
+            return {"": self}
+        if self.stage != "sampling":
+            return {f"with{'' if on else 'out'} checkpointing": self.changed(use_checkpoint=on) for on in (True, False)}
+        products = {"posterior mean": self} if self.hps.precondition == "residual" else {}
+        for sampling in (sampling_of(self.hps, "ddim"), sampling_of(self.hps, "dpm++")) if self.epochs else ():
+            products[f"sample, {sampling}"] = dataclasses.replace(self, evaluations=sampling.steps)
+        return products
+
+    @property
     def batch(self) -> int:
         """Samples a pass."""
         return self.hps.batch_size // self.passes
 
     def changed(self, **changes: Any) -> Setting:
         """The same with other settings, each in whichever table has it."""
-        tables = [
-            table.updated(**{key: value for key, value in changes.items() if key in table})
-            for table in (self.hps, self.hps_vqvae)
-        ]
-        return dataclasses.replace(self, hps=tables[0], hps_vqvae=tables[1])
+        tables = self.hps, self.hps_vqvae
+        hps, hps_vqvae = (table.updated(**{k: v for k, v in changes.items() if k in table}) for table in tables)
+        return dataclasses.replace(self, hps=hps, hps_vqvae=hps_vqvae)
 
     def with_batch(self, batch: int) -> Setting:
         """The same at `batch` samples a pass."""
@@ -314,20 +334,32 @@ class Setting:
         return self.changed(image_shape=[channels, *sides], crop_size=0)
 
     def make(self, device: torch.device, amp: torch.dtype | None) -> Trainer:
-        """The stage's trainer, without data."""
+        """The stage's trainer, without data, in its phase of a training."""
         empty = PhantomDataset(HPS_VQVAE["phantom"], "train")
         vqvae = VQVAE(**self.hps_vqvae.arguments(VQVAE))
         common = (device, empty, empty)
         if self.stage == "1":
             return VQVAETrainer(self.task, self.hps, vqvae.train(), *common, amp=amp)
-        model = make_diffusion(self.hps).train()
-        return DiffusionTrainer(self.task, self.hps, model, *common, amp=amp, first_stage=VQVAE2Wrapper(vqvae))
+        model = make_diffusion(self.hps)
+        if model.has_mean:
+            model.variable.deviations.fill_(1)  # what is not measured is not sampled
+        trainer = DiffusionTrainer(self.task, self.hps, model, *common, amp=amp, first_stage=VQVAE2Wrapper(vqvae))
+        enter(trainer, 0 if self.stage == "mean" else trainer.mean_epochs)
+        return trainer
 
     def samples(self, device: torch.device) -> Batch:
         """A batch of random images."""
         metas = [Meta(f"{i}.png", SampleKey(0, i, i)) for i in range(self.batch)]
         clean, degraded = torch.rand(2, self.batch, *self.shape, device=device)
         return Batch(clean, degraded, metas, torch.full((self.batch,), self.hps.noise_level, device=device))
+
+
+def enter(trainer: Trainer, epoch: int) -> None:
+    """Go on at an epoch, with what is trained in it."""
+    trainer.epoch = epoch
+    trainer.step = trainer.phase()[0]
+    trainer.begin()
+    trainer.model.train()
 
 
 def forward(trainer: Trainer, batch: Batch) -> Tensor:
@@ -338,27 +370,39 @@ def forward(trainer: Trainer, batch: Batch) -> Tensor:
 
 def train_step(trainer: Trainer, batch: Batch, passes: int = 1) -> None:
     """One optimiser step of `passes` batches, as `Trainer.train_epoch` takes it."""
+    if isinstance(trainer, DiffusionTrainer):
+        # its value steers the update: a fake tensor made from a number knows it, until it is written to
+        trainer.ema.averaged.n_averaged = torch.tensor(1)
     for _ in range(passes):
         trainer.scaler.scale(forward(trainer, batch) / passes).backward()
-    trainer.optimizer_step(total=1)
+    trainer.optimizer_step()
+
+
+def first_steps(trainer: Trainer, setting: Setting) -> None:
+    """A small step of every phase up to the present one, so that the optimiser has the state of all."""
+    small = setting.with_batch(1).with_sides(0)
+    for epoch in sorted({0, trainer.epoch}):
+        enter(trainer, epoch)
+        train_step(trainer, small.samples(trainer.device))
 
 
 @torch.no_grad()
-def sample(trainer: DiffusionTrainer, batch: Batch, steps: int, meter: Meter) -> Tensor:
-    """Restore a batch as `restoration.Restorer` does: encode, evaluate the network `steps` times, decode.
+def sample(trainer: DiffusionTrainer, batch: Batch, evaluations: int, meter: Meter) -> Tensor:
+    """Restore a batch as `restoration.Restorer` does: encode, evaluate the posterior mean, sample around it, decode.
 
-    The evaluations are alike: one runs and is counted so often.
+    The evaluations of the diffusion are alike: one runs, with DDIM's step, and is counted so often.
     """
     model, first_stage = trainer.model.eval(), trainer.first_stage
-    cond = model.normalize(first_stage.encode(batch.degraded, batch.noise))
-    x, t = torch.randn_like(cond), torch.zeros(len(cond), dtype=torch.long, device=cond.device)
-    abar = model.alphas_cumprod[0]
-    meter.repeat = steps
-    prediction = model.predict(x, t, cond, batch.level)
-    x = DDIMSampler.step(x, prediction, abar, abar, 0.0, None)
-    meter.repeat = 1
-    del prediction
-    return first_stage.decode(model.denormalize(x), shape=batch.clean.shape[-2:], noise=batch.noise)
+    view = model.view(model.normalize(first_stage.encode(batch.degraded, batch.noise)), batch.level)
+    latents = view.mean
+    if evaluations:
+        z, t = torch.randn_like(latents), torch.zeros(len(latents), dtype=torch.long, device=latents.device)
+        abar = model.alphas_cumprod[0]
+        meter.repeat = evaluations
+        z = DDIMSampler.step(z, model.predict(z, t, view), abar, abar, 0.0, None)
+        meter.repeat = 1
+        latents = model.variable.restored(z, view)
+    return first_stage.decode(model.denormalize(latents), shape=batch.clean.shape[-2:], noise=batch.noise)
 
 
 def state_of(module: nn.Module) -> list[Tensor]:
@@ -372,6 +416,7 @@ class Trace:
 
     work: Work
     peak: dict[str, int]  # bytes at the moment of greatest memory, by what they are
+    kept: int = 0  # bytes that a forward pass leaves for the backward pass
 
     @property
     def peak_bytes(self) -> int:
@@ -381,7 +426,7 @@ class Trace:
 class Tracer:
     """Traces steps of one setting at several batches and sizes on fake tensors.
 
-    With `gpu` the formats are those of autocast on CUDA and the optimiser is fused, else all is as on the CPU.
+    With `gpu` the formats are those of autocast on CUDA, else all is as on the CPU.
     """
 
     def __init__(self, setting: Setting, gpu: bool = True):
@@ -390,41 +435,29 @@ class Tracer:
 
     @functools.cached_property
     def trainer(self) -> Trainer:
-        """The trainer, one small step old, so that its optimiser has a state."""
+        """The trainer, its optimiser with a state."""
         trainer = self.setting.make(torch.device("cpu"), torch.bfloat16 if self.gpu and self.setting.hps.amp else None)
-        if self.gpu:
-            for group in trainer.optimizer.param_groups:
-                group["fused"] = True
         if self.setting.stage != "sampling":
-            small = self.setting.with_batch(1).with_sides(0)
-            self._step(trainer, small.samples(trainer.device), 1)
+            first_steps(trainer, self.setting)
         return trainer
-
-    def _step(self, trainer: Trainer, batch: Batch, passes: int) -> None:
-        if isinstance(trainer, DiffusionTrainer):
-            # its value steers the update: a fake tensor made from a number knows it, until it is written to
-            trainer.ema.averaged.n_averaged = torch.tensor(1)
-        train_step(trainer, batch, passes)
 
     def trace(self, setting: Setting) -> Trace:
         """Trace a step of `setting`, which differs from the tracer's in batch and size alone."""
         with fake_tensors(self.mode):
             trainer = self.trainer
-            batch = setting.samples(trainer.device)
-            meter = Meter()
-            if setting.stage == "sampling":
-                label(meter, trainer, batch, training=False)
-                with meter:
-                    sample(trainer, batch, setting.hps.ddim_steps, meter)
-                return Trace(meter.work, dict(+meter.peak))
-            label(meter, trainer, batch)
+            batch, meter = setting.samples(trainer.device), Meter()
+            training = setting.stage != "sampling"
+            label(meter, trainer, batch, training)
             hooks = [
                 p.register_post_accumulate_grad_hook(lambda p: meter.label([p.grad], "gradients"))
                 for p in trainer.model.parameters()
-                if p.requires_grad
+                if training and p.requires_grad
             ]
             with meter:
-                self._step(trainer, batch, setting.passes)
+                if training:
+                    train_step(trainer, batch, setting.passes)
+                else:
+                    sample(trainer, batch, setting.evaluations, meter)
             for hook in hooks:
                 hook.remove()
             return Trace(meter.work, dict(+meter.peak))
@@ -443,16 +476,7 @@ def label(meter: Meter, trainer: Trainer, batch: Batch, training: bool = True) -
     meter.label(state_of(trainer.model), "parameters")
 
 
-@dataclass
-class Forward:
-    """A forward pass of training: its work, and what it keeps for the backward pass, in bytes."""
-
-    parameters: int
-    work: Work
-    kept: int
-
-
-def trace_forward(setting: Setting, device: str) -> Forward:
+def trace_forward(setting: Setting, device: str) -> Trace:
     """The forward pass of a training step on fake tensors of a device, "cpu" with CUDA's autocast or "cuda"."""
     with fake_tensors(FakeTensorMode(), device):
         where = torch.device(device)
@@ -464,7 +488,7 @@ def trace_forward(setting: Setting, device: str) -> Forward:
             loss = forward(trainer, batch)
         kept = meter.live["activations"]
         del loss
-        return Forward(get_parameter_count(trainer.model), meter.work, kept)
+        return Trace(meter.work, dict(+meter.peak), kept)
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -489,11 +513,6 @@ def largest_batch(peak: Callable[[int], int], memory: float) -> int:
     return low
 
 
-def steps_of(samples: int, batch: int, epochs: int) -> int:
-    """Optimiser steps of a training."""
-    return math.ceil(samples / batch) * epochs
-
-
 @dataclass(frozen=True)
 class Assumptions:
     """What the plan takes for granted."""
@@ -503,27 +522,22 @@ class Assumptions:
     reserve: float  # share of its memory that the CUDA context, workspaces and fragmentation take
     samples: int  # of an epoch
 
-    def seconds(self, card: Machine, work: Work) -> float:
-        return card.seconds(work, self.efficiency, self.bandwidth_efficiency)
-
-    def usable(self, card: Machine) -> float:
-        """Bytes that tensors may take."""
-        return card.memory * (1 - self.reserve)
+    def reached(self, card: Machine) -> Machine:
+        """A card with what of it is reached."""
+        rates = {name: rate * self.efficiency for name, rate in card.rates.items()}
+        memory, bandwidth = card.memory * (1 - self.reserve), card.bandwidth * self.bandwidth_efficiency
+        return dataclasses.replace(card, memory=memory, bandwidth=bandwidth, rates=rates)
 
 
 class Planner:
-    """Works out one stage with and without gradient checkpointing, where it has the choice."""
+    """Works out one stage in all its variants."""
 
     def __init__(self, setting: Setting, cards: Sequence[Machine], assumed: Assumptions, progress: bool):
-        self.setting, self.cards, self.assumed = setting, cards, assumed
+        self.setting, self.cards, self.assumed = setting, [assumed.reached(card) for card in cards], assumed
         self.bar = tqdm(desc=TITLES[setting.stage], unit="trace", leave=False, disable=not progress)
-        self.variants = {"": setting}
-        if setting.stage == "2":
-            self.variants = {
-                name: setting.changed(use_checkpoint=use) for name, use in (("with", True), ("without", False))
-            }
+        self.steps = math.ceil(assumed.samples / setting.hps.batch_size) * setting.epochs  # of a training
+        self.variants = setting.variants
         self.tracers = {name: Tracer(variant) for name, variant in self.variants.items()}
-        self.used = {True: "with", False: "without"}[setting.hps.use_checkpoint] if setting.stage == "2" else ""
 
     @functools.cache  # noqa: B019  one planner a stage
     def trace(self, name: str, batch: int, sides: float = 1.0) -> Trace:
@@ -534,47 +548,37 @@ class Planner:
 
     def plan(self) -> dict[str, Any]:
         """Everything of a stage, as written to the JSON file."""
-        setting, assumed = self.setting, self.assumed
-        result: dict[str, Any] = {
-            "title": TITLES[setting.stage], "task": setting.task, "batch": setting.batch, "passes": setting.passes,
-            "shape": setting.shape,
-        }  # fmt: skip
-        if setting.stage == "sampling":
-            result["steps"] = setting.hps.ddim_steps
-        else:
+        setting = self.setting
+        result: dict[str, Any] = {key: getattr(setting, key) for key in ("task", "batch", "passes", "shape")}
+        result["title"] = TITLES[setting.stage]
+        if setting.stage != "sampling":
             here, there = (trace_forward(setting, device) for device in ("cpu", "cuda"))
-            result |= {"parameters": here.parameters, "epochs": setting.hps.max_epochs, "samples": assumed.samples}
-            result["steps"] = steps_of(assumed.samples, setting.hps.batch_size, setting.hps.max_epochs)
+            result |= {"epochs": setting.epochs, "samples": self.assumed.samples, "steps": self.steps}
             result["forward"] = {
                 "flops": {kind or "all": flops(here.work, kind) for kind in ("", "convolution", "attention")},
                 "flops_on_cuda": flops(there.work), "kept": here.kept, "kept_on_cuda": there.kept,
             }  # fmt: skip
         result["variants"] = {name: self._variant(name) for name in self.variants}
+        result["parameters"] = get_parameter_count(self.tracers[next(iter(self.variants))].trainer.model)
         return result
 
     def _variant(self, name: str) -> dict[str, Any]:
         trace = self.trace(name, self.setting.batch)
         cards = {}
         for card in self.cards:
-            seconds = self.assumed.seconds(card, trace.work)
-            bound = sum(
-                count * self.assumed.seconds(card, Counter({op: 1}))
-                for op, count in trace.work.items()
-                if card.arithmetic(op) / self.assumed.efficiency
-                > op.bytes / card.bandwidth / self.assumed.bandwidth_efficiency
-            )
-            fits = largest_batch(lambda batch: self.trace(name, batch).peak_bytes, self.assumed.usable(card))
+            seconds = card.seconds(trace.work)
+            bound = sum(n * t for op, n in trace.work.items() if (t := card.arithmetic(op)) > op.bytes / card.bandwidth)
+            fits = largest_batch(lambda batch: self.trace(name, batch).peak_bytes, card.memory)
             cards[card.name] = {"seconds": seconds, "arithmetic_share": bound / seconds, "largest_batch": fits}
             if self.setting.stage != "sampling":
-                steps = steps_of(self.assumed.samples, self.setting.hps.batch_size, self.setting.hps.max_epochs)
-                cards[card.name]["hours"] = steps * seconds / 3600
+                cards[card.name]["hours"] = self.steps * seconds / 3600
         return {
             "flops": flops(trace.work), "bytes_moved": traffic(trace.work), "peak": trace.peak,
             "peak_bytes": trace.peak_bytes, "cards": cards,
         }  # fmt: skip
 
     def growth(self) -> dict[str, list[dict[str, Any]]]:
-        """Peak memory, FLOPs and times by pixels (at the plan's batch) and by batch (at its size)."""
+        """Peak memory, FLOPs and times by pixels, at the plan's batch, and by batch, at its size."""
         rows: dict[str, list[dict[str, Any]]] = {"pixels": [], "batch": []}
         points = [("pixels", self.setting.batch, sides) for sides in GROWTH_SIDES]
         points += [("batch", batch, 1.0) for batch in GROWTH_BATCHES]
@@ -584,12 +588,12 @@ class Planner:
             rows[axis].append(
                 {"variant": name, "batch": batch, "pixels": math.prod(setting.shape[1:]), "flops": flops(trace.work)}
                 | {"peak_bytes": trace.peak_bytes}
-                | {"seconds": {card.name: self.assumed.seconds(card, trace.work) for card in self.cards}}
+                | {"seconds": {card.name: card.seconds(trace.work) for card in self.cards}}
             )
         return rows
 
 
-def print_plan(result: Mapping[str, Any], assumed: Assumptions) -> None:
+def print_plan(result: Mapping[str, Any]) -> None:
     """The tables of a stage."""
     channels, height, width = result["shape"]
     passes = f" in {result['passes']} passes" if result["passes"] > 1 else ""
@@ -598,20 +602,12 @@ def print_plan(result: Mapping[str, Any], assumed: Assumptions) -> None:
     variants = result["variants"]
     if "forward" in result:
         ahead = result["forward"]
-        same = ahead["flops_on_cuda"] == ahead["flops"]["all"] and abs(ahead["kept_on_cuda"] / ahead["kept"] - 1) < 1e-3
-        parts = ", ".join(
-            f"{kind} {value / TERA:.3g}" for kind, value in ahead["flops"].items() if kind != "all" and value
-        )
+        parts = ", ".join(f"{kind} {n / TERA:.3g}" for kind, n in ahead["flops"].items() if kind != "all" and n)
         print(
             f"{result['parameters'] / 1e6:.1f} M parameters; forward pass {ahead['flops']['all'] / TERA:.3g} TFLOP ({parts}), "
-            f"keeps {ahead['kept'] / GIB:.2f} GiB; on fake CUDA tensors "
-            + (
-                "the same"
-                if same
-                else f"{ahead['flops_on_cuda'] / TERA:.3g} TFLOP, {ahead['kept_on_cuda'] / GIB:.2f} GiB"
-            )
+            f"keeps {ahead['kept'] / GIB:.2f} GiB; on fake CUDA tensors {ahead['flops_on_cuda'] / TERA:.3g} TFLOP, "
+            f"{ahead['kept_on_cuda'] / GIB:.2f} GiB"
         )
-    labels = {"with": "with checkpointing", "without": "without", "": "a step" if "forward" in result else "an image"}
     rows = [
         ["TFLOP", *(f"{v['flops'] / TERA:.2f}" for v in variants.values())],
         ["GB moved", *(f"{v['bytes_moved'] / GB:.1f}" for v in variants.values())],
@@ -619,19 +615,31 @@ def print_plan(result: Mapping[str, Any], assumed: Assumptions) -> None:
     ]
     for part in dict.fromkeys(part for v in variants.values() for part in v["peak"]):
         rows.append([f"  {part}", *(f"{v['peak'].get(part, 0) / GIB:.2f}" for v in variants.values())])
-    print(format_table(["", *(labels[name] for name in variants)], rows))
-    sampling = "forward" not in result
-    header = ["", "checkpointing", "s an image" if sampling else "ms a step", "bound by arithmetic"]
-    header += [] if sampling else [f"hours, {result['epochs']} epochs"]
+    print(format_table(["", *(name or "a step" for name in variants)], rows))
+    hours = [f"hours, {result['epochs']} epochs"] if "forward" in result else []
+    header = ["", "", "ms a step" if hours else "s an image", "bound by arithmetic", *hours]
     rows = []
     for name, variant in variants.items():
         for card, row in variant["cards"].items():
-            time_of = f"{row['seconds'] / batch:.1f}" if sampling else f"{1000 * row['seconds']:.1f}"
-            cells = [card, name or "-", time_of, f"{100 * row['arithmetic_share']:.0f} %"]
-            cells += [] if sampling else [f"{row['hours']:.1f}"]
-            rows.append([*cells, row["largest_batch"]])
-    print()
-    print(format_table([*header, "largest batch"], rows))
+            time_of = f"{1000 * row['seconds']:.1f}" if hours else f"{row['seconds'] / batch:.3g}"
+            cells = [f"{row['hours']:.1f}"] if hours else []
+            rows.append([card, name, time_of, f"{100 * row['arithmetic_share']:.0f} %", *cells, row["largest_batch"]])
+    print("\n" + format_table([*header, "largest batch"], rows))
+
+
+def print_training(phases: Sequence[Mapping[str, Any]]) -> None:
+    """What the phases of a stage take together."""
+    steps = [phase["steps"] for phase in phases]
+    rows = []
+    for name in phases[0]["variants"]:
+        own = [phase["variants"][name] for phase in phases]
+        work = sum(count * v["flops"] for count, v in zip(steps, own, strict=True))
+        hours = [sum(v["cards"][card]["hours"] for v in own) for card in own[0]["cards"]]
+        peak = max(v["peak_bytes"] for v in own) / GIB
+        rows.append([name, f"{work / 1e18:.2f}", f"{peak:.2f}", *(f"{value:.1f}" for value in hours)])
+    print(f"\nstage 2, both phases: {sum(steps):,} steps")
+    header = ["", "EFLOP", "peak memory, GiB", *(f"hours, {card}" for card in own[0]["cards"])]
+    print(format_table(header, rows))
 
 
 def draw_growth(rows: Mapping[str, list[dict[str, Any]]], title: str, path: Path) -> None:
@@ -639,11 +647,11 @@ def draw_growth(rows: Mapping[str, list[dict[str, Any]]], title: str, path: Path
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row")
     for column, (axis, word) in enumerate((("pixels", "million pixels"), ("batch", "batch"))):
-        for name in dict.fromkeys(row["variant"] for row in rows[axis]):
+        names = dict.fromkeys(row["variant"] for row in rows[axis])
+        for name, style in zip(names, ("-", "--", ":"), strict=False):
             own = [row for row in rows[axis] if row["variant"] == name]
             x = [row[axis] / (1e6 if axis == "pixels" else 1) for row in own]
-            style = "--" if name == "without" else "-"
-            suffix = f", {name} checkpointing" if name else ""
+            suffix = f", {name}" if name else ""
             axes[0, column].plot(x, [row["peak_bytes"] / GIB for row in own], f"k{style}o", label=f"peak{suffix}")
             for color, card in enumerate(own[0]["seconds"]):
                 y = [1000 * row["seconds"][card] for row in own]
@@ -678,6 +686,13 @@ def warm_up() -> None:
     optimizer.step()
 
 
+def real_step(setting: Setting) -> Callable[[], None]:
+    """A step on this CPU, in float32."""
+    trainer = setting.make(torch.device("cpu"), None)
+    first_steps(trainer, setting)
+    return functools.partial(train_step, trainer, setting.samples(trainer.device), setting.passes)
+
+
 def measure_memory(setting: Setting) -> dict[str, float]:
     """Growth of this process's greatest resident memory, in bytes, over two steps; Linux."""
     warm_up()
@@ -685,10 +700,9 @@ def measure_memory(setting: Setting) -> dict[str, float]:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the greatest so far is forgotten
     before = _status("VmRSS")
-    trainer = setting.make(torch.device("cpu"), None)
-    batch = setting.samples(trainer.device)
+    step = real_step(setting)
     for _ in range(2):
-        train_step(trainer, batch, setting.passes)
+        step()
     return {"bytes": _status("VmHWM") - before}
 
 
@@ -735,9 +749,7 @@ def measure_time(setting: Setting) -> dict[str, Any]:
     """Seconds of a step on one core, and the rates and bandwidth of this machine, before and after."""
     torch.set_num_threads(1)
     before = measure_rates(setting)
-    trainer = setting.make(torch.device("cpu"), None)
-    batch = setting.samples(trainer.device)
-    seconds = _cpu_seconds(lambda: train_step(trainer, batch, setting.passes), 3)
+    seconds = _cpu_seconds(real_step(setting), 3)
     after = measure_rates(setting)
     rates = {kind: (rate * after.rates[kind]) ** 0.5 for kind, rate in before.rates.items()}
     return {"seconds": seconds, "rates": rates, "bandwidth": (before.bandwidth * after.bandwidth) ** 0.5}
@@ -752,29 +764,25 @@ ALLOCATORS = {
 
 def measured(setting: Setting, what: str) -> dict[str, Any]:
     """What a fresh process measures of a setting: "memory" or "time"."""
-    plain = {"stage": setting.stage, "task": setting.task, "hps": setting.hps, "hps_vqvae": setting.hps_vqvae}
-    command = [sys.executable, __file__, "--measure", what, json.dumps(plain)]
+    command = [sys.executable, __file__, "--measure", what, json.dumps(vars(setting))]
     environment = os.environ | {"MALLOC_ARENA_MAX": "1"} | ALLOCATORS[what]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(
-            f"--check: a step failed ({done.stderr.strip().splitlines()[-1]}); free memory or lower --check-batch"
-        )
+        raise UserError(f"--check: a step failed ({done.stderr.strip().splitlines()[-1]})")
     return json.loads(done.stdout)
 
 
 def check(setting: Setting, progress: bool) -> list[dict[str, Any]]:
     """Predicted and measured memory and time of steps on this CPU at two sizes, in float32."""
     rows = []
-    variants = [setting.changed(use_checkpoint=use) for use in (False, True)] if setting.stage == "2" else [setting]
-    jobs = list(itertools.product(variants, CHECK_SIDES[setting.stage]))
-    for variant, sides in tqdm(jobs, desc="check", unit="step", leave=False, disable=not progress):
+    jobs = list(itertools.product(setting.variants.items(), CHECK_SIDES[setting.stage]))
+    for (name, variant), sides in tqdm(jobs, desc="check", unit="step", leave=False, disable=not progress):
         small = variant.with_batch(CHECK_BATCH).with_sides(sides)
         trace = Tracer(small, gpu=False).trace(small)
         timing = measured(small, "time")
         machine = Machine("this CPU", 0.0, timing["bandwidth"], timing["rates"])
         rows.append(
-            {"stage": setting.stage, "checkpointing": small.hps.get("use_checkpoint", False), "shape": small.shape}
+            {"stage": setting.stage, "variant": name, "shape": small.shape}
             | {"predicted_bytes": trace.peak_bytes, "measured_bytes": measured(small, "memory")["bytes"]}
             | {"predicted_seconds": machine.seconds(trace.work), "measured_seconds": timing["seconds"]}
             | {"rates": timing["rates"], "bandwidth": timing["bandwidth"]}
@@ -789,11 +797,9 @@ def print_check(rows: Sequence[Mapping[str, Any]]) -> None:
         memory = row["predicted_bytes"] / row["measured_bytes"] - 1
         seconds = row["predicted_seconds"] / row["measured_seconds"] - 1
         within = abs(memory) <= MEMORY_TOLERANCE and abs(seconds) <= TIME_TOLERANCE
+        name = ", ".join(filter(None, (TITLES[row["stage"]], row["variant"])))
         cells.append(
-            [
-                f"stage {row['stage']}{', checkpointing' if row['checkpointing'] else ''}",
-                " x ".join(map(str, row["shape"])),
-            ]
+            [name, " x ".join(map(str, row["shape"]))]
             + [f"{row['predicted_bytes'] / GIB:.3f}", f"{row['measured_bytes'] / GIB:.3f}", f"{100 * memory:+.0f} %"]
             + [f"{row['predicted_seconds']:.2f}", f"{row['measured_seconds']:.2f}", f"{100 * seconds:+.0f} %"]
             + ["yes" if within else "NO"]
@@ -821,24 +827,20 @@ def _share(text: str) -> float:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--task", choices=TASKS, default="cbis-ddsm", help="whose settings (default: cbis-ddsm)")
-    parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="what to plan (default: all)")
+    parser.add_argument("--stage", nargs="+", choices=TITLES, default=list(TITLES), help="what to plan (default: all)")
     parser.add_argument("--cards", nargs="+", choices=list(CARDS), default=list(CARDS), help="for which (default: all)")
     parser.add_argument("--hps", action="append", default=[], metavar="KEY=VALUE", help="override an entry of hps.py")
     parser.add_argument("--batch-size", type=positive_int, help="override batch size from hps.py")
     parser.add_argument(
-        "--images", type=positive_int,
-        help=f"training images (default: those of CBIS-DDSM, {CBIS_TRAINING_IMAGES:,}; phantom: its own)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--efficiency", type=_share, default=0.5, help="share of a card's rates that is reached (default: 0.5)"
+        "--images", type=positive_int, help=f"training images (default: {CBIS_TRAINING_IMAGES:,} or the task's)"
     )
+    parser.add_argument("--efficiency", type=_share, default=0.5, help="share of a card's rates reached (default: 0.5)")
     parser.add_argument(
         "--bandwidth-efficiency", type=_share, default=0.8, help="share of its bandwidth (default: 0.8)"
     )
     parser.add_argument(
-        "--reserve", type=_share, default=0.1,
-        help="share of its memory for the CUDA context, workspaces and fragmentation (default: 0.1)",
-    )  # fmt: skip
+        "--reserve", type=_share, default=0.1, help="share of its memory not for tensors (default: 0.1)"
+    )
     parser.add_argument("--out", type=Path, help="folder of plan.json and of the plots (default: none are written)")
     parser.add_argument("--check", action="store_true", help="hold the prediction against steps on this CPU")
     parser.add_argument("--no-tqdm", action="store_true", help="disable progress bars")
@@ -848,11 +850,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def resolve_tables(args: argparse.Namespace) -> tuple[HParams, HParams]:
     """The settings of stage 1 and 2 with the overrides of the call, each in the tables that have it; raises UserError."""
-    tables = []
-    for table in (HPS_VQVAE[args.task], HPS_DIFFUSION[args.task]):
-        other = (HPS_DIFFUSION if table is HPS_VQVAE[args.task] else HPS_VQVAE)[args.task]
+    tables, both = [], (HPS_VQVAE[args.task], HPS_DIFFUSION[args.task])
+    sizes = {} if args.batch_size is None else {"batch_size": args.batch_size, "mini_batch_size": 0}
+    for table, other in (both, both[::-1]):
         own = [text for text in args.hps if (key := text.partition("=")[0].strip()) in table or key not in other]
-        sizes = {} if args.batch_size is None else {"batch_size": args.batch_size, "mini_batch_size": 0}
         try:
             tables.append(apply_overrides(table.updated(**sizes), own)[0])
         except ValueError as error:
@@ -866,16 +867,18 @@ def resolve_tables(args: argparse.Namespace) -> tuple[HParams, HParams]:
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
-    """What the call asks for; images are sampled one at a time unless --batch-size says otherwise."""
+    """What the call asks for, less phases without an epoch; images are restored one at a time unless --batch-size says so."""
     vqvae, diffusion = resolve_tables(args)
     settings = []
     for stage in args.stage:
         hps = vqvae if stage == "1" else diffusion
+        setting = Setting(stage, args.task, hps, vqvae, hps.batch_size // (hps.mini_batch_size or hps.batch_size))
         if stage == "sampling":
-            settings.append(Setting(stage, args.task, hps, vqvae).with_batch(args.batch_size or 1))
-        else:
-            passes = hps.batch_size // (hps.mini_batch_size or hps.batch_size)
-            settings.append(Setting(stage, args.task, hps, vqvae, passes))
+            setting = dataclasses.replace(setting, passes=1).with_batch(args.batch_size or 1)
+        settings.append(setting)
+    settings = [s for s in settings if s.epochs or s.stage == "sampling"]
+    if not settings:
+        raise UserError(f"--stage {args.stage[0]}: the settings give it no epochs")
     return settings
 
 
@@ -889,47 +892,44 @@ def main() -> None:
     args = parse_arguments()
     if args.measure:
         what, text = args.measure
-        plain = json.loads(text)
-        setting = Setting(plain["stage"], plain["task"], HParams(plain["hps"]), HParams(plain["hps_vqvae"]))
-        print(json.dumps({"memory": measure_memory, "time": measure_time}[what](setting)))
+        plain = {key: HParams(v) if isinstance(v, dict) else v for key, v in json.loads(text).items()}
+        print(json.dumps({"memory": measure_memory, "time": measure_time}[what](Setting(**plain))))
         return
     settings = settings_of(args)
     results: dict[str, Any] = {}
     for setting in settings:
-        assumed = Assumptions(args.efficiency, args.bandwidth_efficiency, args.reserve, samples_of(args, setting.hps))
+        samples = samples_of(args, setting.hps)
+        assumed = Assumptions(args.efficiency, args.bandwidth_efficiency, args.reserve, samples)
         planner = Planner(setting, [CARDS[name] for name in args.cards], assumed, not args.no_tqdm)
         result = planner.plan()
         if args.out:
             result["growth"] = planner.growth()
+            title = f"{result['title']}, task {args.task}"
+            draw_growth(result["growth"], title, args.out / f"growth-{setting.stage}.png")
         planner.bar.close()
-        print_plan(result, assumed)
-        if args.out:
-            draw_growth(
-                result["growth"], f"{result['title']}, task {args.task}", args.out / f"growth-{setting.stage}.png"
-            )
+        print_plan(result)
         results[setting.stage] = result
+    if {"mean", "diffusion"} <= results.keys():
+        print_training([results["mean"], results["diffusion"]])
     print(
-        f"\nassumed: {samples_of(args, settings[0].hps):,} training samples an epoch, fed as fast as they are used; validation "
+        f"\nassumed: {samples:,} training samples an epoch, fed as fast as they are used; validation "
         f"not counted;\n{args.efficiency:g} of the rates, {args.bandwidth_efficiency:g} of the bandwidth and "
         f"{1 - args.reserve:g} of the memory of"
     )
     for card in (CARDS[name] for name in args.cards):
         rates = ", ".join(f"{name} {rate / TERA:g}" for name, rate in card.rates.items())
-        print(
-            f"{card.name}: {rates} TFLOP/s, {card.bandwidth / GB:,.0f} GB/s, {card.memory / GIB:.0f} GiB ({card.source})"
-        )
+        memory = f"{card.bandwidth / GB:,.0f} GB/s, {card.memory / GIB:.0f} GiB"
+        print(f"{card.name}: {rates} TFLOP/s, {memory} ({card.source})")
     checks = []
     if args.check:
-        for setting in settings:
-            if setting.stage != "sampling":
-                checks += check(setting, not args.no_tqdm)
+        for setting in (s for s in settings if s.stage != "sampling"):
+            checks += check(setting, not args.no_tqdm)
         print_check(checks)
     if args.out:
         cards = {name: dataclasses.asdict(CARDS[name]) for name in args.cards}
         shares = {name: getattr(args, name) for name in ("efficiency", "bandwidth_efficiency", "reserve")}
         write_json(args.out / "plan.json", {"stages": results, "cards": cards, "assumed": shares, "check": checks})
-        names = ", ".join(f"growth-{stage}.png" for stage in results)
-        print(f"\nplan.json, {names} written to {args.out}")
+        print(f"\nplan.json, {', '.join(f'growth-{stage}.png' for stage in results)} written to {args.out}")
 
 
 if __name__ == "__main__":

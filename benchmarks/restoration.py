@@ -1,8 +1,8 @@
-"""The shipped restoration against its input, its first stage, a regression CNN and VST-BM3D, on images no training saw.
+"""The posterior mean and posterior samples against input, first stage, a regression CNN and VST-BM3D, on images no training saw.
 
 Parts, the cheap ones first: `calcifications`, contrast kept on phantoms; `mnse`, error split into noise and bias, and its
-spectrum; `levels`, the default and BM3D on one fixed crop an image at several noise levels; `crops`, every method on those
-crops; `native`, the default and BM3D on whole breasts at several levels.
+spectrum; `crops`, every method on one fixed crop an image at several noise levels, with what tells a sampler from a smoother;
+`native`, the posterior mean and BM3D on whole breasts at several levels.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import multiprocessing
@@ -53,10 +54,12 @@ from helper import (
 from hps import HPS_VQVAE
 from images import read_image
 from metrics import (
+    BANDS,
     INTENSITY_BINS,
     MS_SSIM_SIDE,
     ErrorSplit,
     PowerSpectrum,
+    band_power,
     breast_mask,
     calcification_contrast,
     image_metrics,
@@ -67,13 +70,17 @@ from metrics import (
 from phantom import FILM_HEIGHT_MM, Calcification, Phantom, calcification_sigma, generate_phantom, pixel_means
 from prepared import Record
 from preprocessing.degrade import NoiseModel, simulate_low_dose
-from restoration import SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer, restore_image
+from preprocessing.stabilize import stabilize
+from restoration import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer, restore_image, sampling_of
+from uncertainty import Calibration, Tally
+from uncertainty import Case as Sampled
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("calcifications", "mnse", "levels", "crops", "native")
+PARTS = ("calcifications", "mnse", "crops", "native")
 SPLIT_CSV = ROOT / "preprocessing" / "splits" / "mini-mias.csv"
-LEVEL = 0.2  # noise level of everything but the native part
-DEFAULT = "shipped default"
+LEVEL = 0.2  # noise level of the parts `calcifications` and `mnse`, and of what the CNN is trained at
+MEAN = "posterior mean"
+MEAN_OF = 8  # samples whose mean has a row of its own
 FIGURES = ("psnr_breast", "ssim_breast", "ms_ssim", "psnr", "ssim")
 TESTED = ("psnr_breast", "ssim_breast")
 MUSCLE = 1 / 3  # of a breast's rows, from the top: where the pectoral muscle is, brighter than any gland
@@ -107,15 +114,27 @@ def parse_arguments() -> argparse.Namespace:
         type=_positive,
         nargs="+",
         default=[0.2, 0.05, 0.5, 1.0],
-        help="noise levels of the parts `levels` and `native`",
+        help="noise levels of the parts `crops` and `native`",
     )
     parser.add_argument("--crop", type=positive_int, default=256, help="side of the fixed crops (default: 256)")
     parser.add_argument("--images", type=positive_int, help="only the first so many test images")
     parser.add_argument(
-        "--samples", type=positive_int, default=8, help="of the posterior that are averaged (default: 8)"
+        "--samples",
+        type=positive_int,
+        default=16,
+        help=f"of the posterior, by DPM-Solver++; at least {MEAN_OF} (default: 16)",
     )
     parser.add_argument(
-        "--ddim-steps", type=positive_int, help="network evaluations of a posterior sample (default: the checkpoint's)"
+        "--ddim-steps", type=positive_int, help="network evaluations of a sample by DDIM (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--fast-steps", type=positive_int, help="network evaluations of one by DPM-Solver++ (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        default=SHIPPED_CALIBRATION,
+        help="uncertainty.json of the model (default: the shipped one)",
     )
     parser.add_argument("--realisations", type=positive_int, default=8, help="of the noise, part `mnse` (default: 8)")
     parser.add_argument("--phantoms", type=positive_int, default=6, help="with calcifications (default: 6)")
@@ -138,6 +157,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--no-native leaves no part to measure")
     if args.realisations < 2:
         parser.error("--realisations must be at least 2: noise is told from bias by its variance")
+    if args.samples < MEAN_OF:
+        parser.error(f"--samples must be at least {MEAN_OF}")
     if args.crop < LEAST_CROP:
         parser.error(f"--crop must be at least {LEAST_CROP}")
     return args
@@ -233,14 +254,6 @@ def crop_case(case: Case, side: int) -> tuple[Case, tuple[int, int, int]]:
 
 
 # --- the methods -----------------------------------------------------------------------------------------------------
-
-# Maps a clean image (H, W), a noisy one and its name to a restored one.
-Method = Callable[[np.ndarray, np.ndarray, str], np.ndarray]
-
-
-def variant(restorer: Restorer, steps: int, samples: int = 1) -> Restorer:
-    """The restorer with another sampler, looking at each image once."""
-    return dataclasses.replace(restorer, steps=steps, samples=samples, views=1)
 
 
 def restore(restorer: Restorer, image: np.ndarray, noise: NoiseModel, name: str) -> np.ndarray:
@@ -438,100 +451,144 @@ def regression_cnn(bench: Bench) -> tuple[regression.RegressionCNN, int] | None:
 
 
 def run_crops(bench: Bench) -> dict:
-    """Every method on the fixed crop of every image."""
-    args, restorer = bench.args, bench.restorer
-    noise = NoiseModel.from_level(LEVEL)
-    steps = args.ddim_steps or restorer.hps.ddim_steps
-    one, sample, mean = variant(restorer, 1), variant(restorer, steps), variant(restorer, steps, args.samples)
-    untrained = Restorer.load(*args.untrained_path, restorer.device) if args.untrained_path else None
+    """Every method on the fixed crop of every image, at each level."""
+    args = bench.args
+    untrained = Restorer.load(*args.untrained_path, bench.restorer.device) if args.untrained_path else None
     if untrained is None:
         print("untrained first stage: left out; name such a pair of checkpoints with --untrained-path")
     cnn = regression_cnn(bench)
-
-    # network evaluations, and what it makes of an image
-    methods: dict[str, tuple[int, Method]] = {
-        "clean, continuous": (0, lambda clean, low, key: autoencode(restorer, clean, noise, False)),
-        "clean, quantised": (0, lambda clean, low, key: autoencode(restorer, clean, noise, True)),
-        "autoencoder pass": (0, lambda clean, low, key: autoencode(restorer, low, noise, False)),
-    }
-    if cnn is not None:
-        label = f"regression CNN, {args.minutes:g} min"
-        methods[label] = 1, lambda clean, low, key: cnn[0].restore(low)
-    if untrained is not None:
-        methods["default, untrained latent"] = (
-            untrained.evaluations,
-            lambda clean, low, key: restore(untrained, low, noise, key),
-        )
-    for name, sampler in {
-        "one evaluation": one,
-        DEFAULT: restorer,
-        f"one sample, DDIM {sample.steps}": sample,
-        f"mean of {args.samples} samples": mean,
-    }.items():
-        methods[name] = sampler.evaluations, lambda clean, low, key, s=sampler: restore(s, low, noise, key)
-
-    crops, lows, places = [], [], {}
-    for case in bench.cases:
-        crop, place = crop_case(case, args.crop)
-        crops.append(crop)
-        lows.append(case.window(case.low_dose(LEVEL), place))
-        places[case.key] = place
-    rows = []
-    for crop, low, classical in zip(crops, lows, bm3d_all(lows, noise, args, "crops"), strict=True):
-        rows += [figures_of(crop, low, method=INPUT, evaluations=0)]
-        rows += [figures_of(crop, classical, method=BM3D, evaluations=0)]
-    # method by method, the cheap ones first
-    for name, (count, method) in methods.items():
-        for crop, low in bench.bar(list(zip(crops, lows, strict=True)), name, "image"):
-            rows.append(figures_of(crop, method(crop.clean, low, crop.key), method=name, evaluations=count))
-    summary = summarise(bench.write_rows("crops", rows))
-    print(f"\ncrops: {len(crops)} images, {args.crop} x {args.crop} native pixels, noise level {LEVEL:g}")
-    print(f"{quality_table(summary)}\n\n{paired_table(summary)}")
+    calibration = Calibration.from_json(args.calibration)
+    whole = [(case, *crop_case(case, args.crop)) for case in bench.cases]
+    levels, rows = {}, []
+    for level in args.levels:
+        lows = [case.window(case.low_dose(level), place) for case, _, place in whole]
+        classical = bm3d_all(lows, NoiseModel.from_level(level), args, f"crops, level {level:g}")
+        result = CropLevel(level, calibration.factor(level))
+        given = [(crop, low, rival) for (_, crop, _), low, rival in zip(whole, lows, classical, strict=True)]
+        for crop, low, rival in bench.bar(given, f"crops, level {level:g}", "image"):
+            result.add(
+                crop, {INPUT: (low, 0), BM3D: (rival, 0)} | point_methods(bench, crop, low, level, cnn, untrained)
+            )
+            result.add_samples(bench, crop, low)
+        rows += result.rows
+        bench.write_rows("crops", rows)
+        print(f"\ncrops: {len(whole)} images, {args.crop} x {args.crop} native pixels, noise level {level:g}")
+        levels[f"{level:g}"] = result.report()
     return {
-        "methods": summary,
-        "level": LEVEL,
+        "levels": levels,
         "crop": args.crop,
-        "places": places,
+        "places": {case.key: place for case, _, place in whole},
         "regression_steps": None if cnn is None else cnn[1],
     }
 
 
+def point_methods(
+    bench: Bench,
+    crop: Case,
+    low: np.ndarray,
+    level: float,
+    cnn: tuple[regression.RegressionCNN, int] | None,
+    untrained: Restorer | None,
+) -> dict[str, tuple[np.ndarray, int]]:
+    """What the methods that sample nothing make of a crop (H, W), and their network evaluations."""
+    restorer, noise = bench.restorer, NoiseModel.from_level(level)
+    images = {"autoencoder pass": (autoencode(restorer, low, noise, False), 0)}
+    if level == LEVEL:  # the noise that these know, or do not see
+        images["clean, continuous"] = autoencode(restorer, crop.clean, noise, False), 0
+        images["clean, quantised"] = autoencode(restorer, crop.clean, noise, True), 0
+        if cnn is not None:
+            images[f"regression CNN, {bench.args.minutes:g} min"] = cnn[0].restore(low), 1
+        if untrained is not None:
+            images[f"{MEAN}, untrained latent"] = restore(untrained, low, noise, crop.key), untrained.evaluations
+    images[MEAN] = restore(restorer, low, noise, crop.key), restorer.evaluations
+    return images
+
+
+@dataclasses.dataclass
+class CropLevel:
+    """What is measured on the crops at one noise level."""
+
+    level: float
+    factor: float  # of the calibration
+    rows: list[dict] = dataclasses.field(default_factory=list)
+    power: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # sums of `band_power` by method
+    tally: Tally = dataclasses.field(default_factory=Tally)
+
+    def add(self, crop: Case, images: dict[str, tuple[np.ndarray, int]]) -> None:
+        """Take note of images (H, W) of a crop, and of their network evaluations."""
+        for method, (image, count) in images.items():
+            self.rows.append(figures_of(crop, image, level=self.level, method=method, evaluations=count))
+            self.add_power(method, image)
+
+    def add_power(self, method: str, image: np.ndarray) -> None:
+        """Take note of the power of an image (H, W), stabilised."""
+        noise = NoiseModel.from_level(self.level)
+        power = band_power(stabilize(torch.from_numpy(image).double(), noise).numpy())
+        self.power[method] = self.power.get(method, 0) + power
+
+    def add_samples(self, bench: Bench, crop: Case, low: np.ndarray) -> None:
+        """Draw samples of a crop's noisy image (H, W), and take note of them, of their mean and of their spread."""
+        args, noise, samples = bench.args, NoiseModel.from_level(self.level), {}
+        for sampler, steps, count in (("ddim", args.ddim_steps, 1), ("dpm++", args.fast_steps, args.samples)):
+            sampling = sampling_of(bench.restorer.hps, sampler, steps)
+            drawing = dataclasses.replace(bench.restorer, samples=count, sampling=sampling)
+            samples[sampler] = sampling, restore_image(drawing, low, noise, crop.key).products
+        (ddim, [exact]), (fast, many) = samples.values()
+        self.add(
+            crop,
+            {
+                f"posterior sample, {ddim}": (exact, 1 + ddim.steps),
+                f"posterior sample, {fast}": (many[0], 1 + fast.steps),
+                f"mean of {MEAN_OF} posterior samples": (many[:MEAN_OF].mean(0), 1 + MEAN_OF * fast.steps),
+            },
+        )
+        self.add_power("clean", crop.clean)
+        self.tally.add(Sampled(crop.clean, many, crop.mask, self.level), self.factor)
+
+    def report(self) -> dict:
+        """Print the tables; what belongs into the record."""
+        summary, coverage = summarise(pd.DataFrame(self.rows)), self.tally.coverage()
+        shares = {method: power / self.power["clean"] for method, power in self.power.items() if method != "clean"}
+        print(f"{quality_table(summary)}\n\n{paired_table(summary)}\n\n{sampler_table(summary, shares)}\n{coverage}")
+        return {
+            "methods": summary,
+            "power_over_clean": {method: share.tolist() for method, share in shares.items()},
+            "coverage": dataclasses.asdict(coverage),
+        }
+
+
+def sampler_table(summary: dict[str, dict], power: dict[str, np.ndarray]) -> str:
+    """What tells a sampler from a smoother: power over clean's by frequency, and PSNR in the breast below the posterior mean's."""
+    bands = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(BANDS)]
+    lines = [
+        [
+            method,
+            *(f"{share:.2f}" for share in power[method]),
+            f"{summary[MEAN]['psnr_breast'] - row['psnr_breast']:+.2f}",
+        ]
+        for method, row in summary.items()
+    ]
+    return format_table(["power over clean's, cycles/pixel", *bands, f"PSNR below the {MEAN}'s"], lines)
+
+
 def run_native(bench: Bench) -> dict:
-    """Input, BM3D and the default on whole breasts at each level."""
-    return default_and_bm3d(bench, bench.cases, lambda case, level: case.low_dose(level), "native")
-
-
-def run_levels(bench: Bench) -> dict:
-    """Input, BM3D and the default on the fixed crops at each level."""
-    whole = {case.key: (case, *crop_case(case, bench.args.crop)) for case in bench.cases}
-
-    def low_dose(crop: Case, level: float) -> np.ndarray:
-        case, _, place = whole[crop.key]
-        return case.window(case.low_dose(level), place)
-
-    return default_and_bm3d(bench, [crop for _, crop, _ in whole.values()], low_dose, "levels")
-
-
-def default_and_bm3d(
-    bench: Bench, cases: Sequence[Case], low_dose: Callable[[Case, float], np.ndarray], part: str
-) -> dict:
-    """Input, BM3D and the default on images at each level, `low_dose` being what there is to restore."""
+    """Input, BM3D and the posterior mean on whole breasts at each level."""
     args, restorer = bench.args, bench.restorer
     rows, summaries = [], {}
     for level in args.levels:
         noise = NoiseModel.from_level(level)
-        lows = [low_dose(case, level) for case in cases]
-        classical = bm3d_all(lows, noise, args, f"{part}, level {level:g}")
+        lows = [case.low_dose(level) for case in bench.cases]
+        classical = bm3d_all(lows, noise, args, f"native, level {level:g}")
         own = []
-        pairs = list(zip(cases, lows, classical, strict=True))
-        for case, low, rival in bench.bar(pairs, f"{DEFAULT}, {part}, level {level:g}", "image"):
+        given = list(zip(bench.cases, lows, classical, strict=True))
+        for case, low, rival in bench.bar(given, f"{MEAN}, native, level {level:g}", "image"):
             restored = restore(restorer, low, noise, case.key)
-            for method, image, count in ((INPUT, low, 0), (BM3D, rival, 0), (DEFAULT, restored, restorer.evaluations)):
+            for method, image, count in ((INPUT, low, 0), (BM3D, rival, 0), (MEAN, restored, restorer.evaluations)):
                 own.append(figures_of(case, image, level=level, method=method, evaluations=count))
         rows += own
-        bench.write_rows(part, rows)
+        bench.write_rows("native", rows)
         summaries[f"{level:g}"] = summary = summarise(pd.DataFrame(own))
-        print(f"\n{part}: {len(cases)} images, noise level {level:g}")
+        print(f"\nnative: {len(bench.cases)} images, noise level {level:g}")
         print(f"{quality_table(summary)}\n\n{paired_table(summary)}")
     return {"levels": summaries}
 
@@ -554,13 +611,13 @@ def run_mnse(bench: Bench) -> dict:
     crops = [crop_case(case, args.crop)[0] for case in bench.cases]
     lows = [[crop.low_dose(LEVEL, r) for r in range(args.realisations)] for crop in crops]
     classical = bm3d_all([low for own in lows for low in own], noise, args, "realisations")
-    splits: dict[str, list[ErrorSplit]] = {INPUT: [], BM3D: [], DEFAULT: []}
+    splits: dict[str, list[ErrorSplit]] = {INPUT: [], BM3D: [], MEAN: []}
     spectra: dict[str, list[PowerSpectrum]] = {method: [] for method in splits}
     rows = []
-    for i, crop in enumerate(bench.bar(crops, f"{DEFAULT}, {args.realisations} realisations", "image")):
+    for i, crop in enumerate(bench.bar(crops, f"{MEAN}, {args.realisations} realisations", "image")):
         restored = [restore(restorer, low, noise, f"{crop.key} {r}") for r, low in enumerate(lows[i])]
         rival = classical[i * args.realisations : (i + 1) * args.realisations]
-        for method, images in ((INPUT, lows[i]), (BM3D, rival), (DEFAULT, restored)):
+        for method, images in ((INPUT, lows[i]), (BM3D, rival), (MEAN, restored)):
             stack = np.stack(images)
             split = mnse_decomposition(stack, crop.clean, crop.mask)
             splits[method].append(split)
@@ -583,7 +640,7 @@ def run_mnse(bench: Bench) -> dict:
         "level": LEVEL,
         "realisations": args.realisations,
         "overall": {method: split.overall() for method, split in pooled.items()},
-        "images_with_no_more_bias_squared_than_bm3d": int((wide[DEFAULT] <= wide[BM3D]).sum()),
+        "images_with_no_more_bias_squared_than_bm3d": int((wide[MEAN] <= wide[BM3D]).sum()),
         "by_intensity": {
             "edges": list(INTENSITY_BINS),
             "pixels": pooled[INPUT].counts.tolist(),
@@ -677,9 +734,12 @@ def run_calcifications(bench: Bench) -> dict:
             case = Case(f"phantom {index} x {share:g}", crop, np.ones_like(crop, dtype=bool))
             scenes.append((index, share, case, case.low_dose(LEVEL), moved))
     classical = bm3d_all([low for *_, low, _ in scenes], noise, args, "calcifications")
+    sampling = sampling_of(restorer.hps, "ddim", args.ddim_steps)
+    sampler = dataclasses.replace(restorer, samples=1, sampling=sampling)
     rows = []
-    for (index, share, case, low, moved), rival in zip(bench.bar(scenes, DEFAULT, "image"), classical, strict=True):
-        images = {INPUT: low, BM3D: rival, DEFAULT: restore(restorer, low, noise, case.key)}
+    for (index, share, case, low, moved), rival in zip(bench.bar(scenes, MEAN, "image"), classical, strict=True):
+        images = {INPUT: low, BM3D: rival, MEAN: restore(restorer, low, noise, case.key)}
+        images[sampler.product] = restore(sampler, low, noise, case.key)
         for method, image in images.items():
             figures = calcification_contrast(image, case.clean, moved)
             rows += [
@@ -736,7 +796,6 @@ def contrast_table(kept: dict[str, dict]) -> str:
 RUN: dict[str, Callable[[Bench], dict]] = {
     "calcifications": run_calcifications,
     "mnse": run_mnse,
-    "levels": run_levels,
     "crops": run_crops,
     "native": run_native,
 }
@@ -764,15 +823,14 @@ def main() -> None:
         raise UserError(f"--split-csv {args.split_csv}: none of its test images is in {args.data_root}")
     parts = earlier_parts(args.out / "restoration.json")
     bench = Bench(args, Restorer.load(args.vqvae_path, args.load_path, get_device(args.cpu)), records)
-    if args.ddim_steps and args.ddim_steps > bench.restorer.hps.timesteps:
-        most = bench.restorer.hps.timesteps
-        raise UserError(f"--ddim-steps {args.ddim_steps}: the model has {most} timesteps; pass at most as many")
+    for flag, steps in (("--ddim-steps", args.ddim_steps), ("--fast-steps", args.fast_steps)):
+        if (steps or 0) > (most := bench.restorer.hps.timesteps):
+            raise UserError(f"{flag} {steps}: the model has {most} timesteps; pass at most as many")
     print(f"{bench.restorer.name}; results go to {args.out}")
     for name in args.parts:
         # every part says what it was measured with: others may be of an earlier run
         made = {
             "model": bench.restorer.name,
-            "evaluations": bench.restorer.evaluations,
             "settings": json.loads(json.dumps(vars(args), default=str)),
         }
         parts[name] = made | RUN[name](bench)

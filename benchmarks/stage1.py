@@ -125,7 +125,7 @@ def main() -> None:
 
     def step() -> None:
         stage.loss(batch).loss.backward()
-        stage.optimizer_step(1000)
+        stage.optimizer_step()
 
     plain = PlainVQVAE(HPS)
     optimizer = torch.optim.Adam(plain.parameters(), lr=HPS.learning_rate)

@@ -1,6 +1,6 @@
-"""What a stage-2 training step spends outside the UNet: loader, degradation, encoding, noise and logging, on the CPU.
+"""What a stage-2 training step spends outside the UNets: loader, degradation, encoding, noise and logging, on the CPU.
 
-Epochs with the UNet of the reference values are set against epochs in which a 1 x 1 convolution stands for it.
+In both phases epochs with the UNets of the reference values are set against epochs with 1 x 1 convolutions for them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rates import Ratio, parser, peak_memory, prepare, print_ratios, seconds
 
 from datasets import LATENT_FORMAT, LatentDataset, PhantomDataset
-from diffusion import LatentDiffusion, UNet
+from diffusion import LatentDiffusion, make_diffusion
 from helper import run_script
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from logger import Logger
@@ -27,10 +27,8 @@ from trainer import DiffusionTrainer
 from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper
 
-SIDES = [
-    256,
-    192,
-]  # pixels: a quarter of the reference size, which is fair to neither attention nor what is done once a step
+# pixels: a quarter of the reference size, which is fair to neither attention nor what is done once a step
+SIDES = [256, 192]
 STEPS = 2  # an epoch
 HPS = HPS_DIFFUSION["cbis-ddsm"].updated(
     image_shape=[1, *SIDES],
@@ -39,21 +37,21 @@ HPS = HPS_DIFFUSION["cbis-ddsm"].updated(
     cache_images=True,
     phantom_counts=[STEPS, 1, 1],
     log_frequency=1,
+    statistics_batches=1,
 )
+# epochs of the posterior mean: without them the diffusion's come at once
+PHASES = {"posterior mean": 1, "diffusion": 0}
 
 
 class NoUNet(nn.Module):
-    """Stands for the UNet where its time is not to count."""
+    """Stands for a UNet where its time is not to count."""
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Conv2d(HPS.in_channels, HPS.out_channels, 1)
         self.out_channels = HPS.out_channels
 
-    def normalize_within(self, window: int) -> None:
-        """It has nothing to normalise."""
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, log_level: Tensor) -> Tensor:
         return self.layer(x)
 
 
@@ -76,54 +74,58 @@ def write_latents(root: Path, shape: tuple[int, ...]) -> None:
     (root / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
+def measure(mean_epochs: int, rounds: int, root: Path, first_stage: VQVAE2Wrapper) -> list[Ratio]:
+    """Shares of a step that go by outside the UNets, from images and from the latents in `root`, in one phase."""
+    hps = HPS.updated(mean_epochs=mean_epochs)
+
+    def trainer(model: LatentDiffusion, latents: bool) -> DiffusionTrainer:
+        sets = [
+            LatentDataset(root / "latents", split, hps) if latents else PhantomDataset(hps, split)
+            for split in ("train", "validation")
+        ]
+        stage = DiffusionTrainer(
+            "phantom", hps, model, torch.device("cpu"), *sets, progress=False, first_stage=first_stage, latents=latents
+        )
+        stage.logger = Logger(root)
+        stage.begin()
+        stage.parallelize()
+        return stage
+
+    def epoch(stage: DiffusionTrainer) -> float:
+        """Seconds a step of a whole epoch."""
+        stage.seen = 0
+        return seconds(stage.train_epoch) / STEPS
+
+    unets = trainer(make_diffusion(hps), latents=False)
+    rest = [
+        trainer(LatentDiffusion(NoUNet(), NoUNet(), **hps.arguments(LatentDiffusion)), latents)
+        for latents in (False, True)
+    ]
+    shares = [Ratio("from images: rest over whole", 0.05), Ratio("from extracted latents", 0.02)]
+    for i in range(rounds + 1):  # the first round prepares images and makes the optimisers' states
+        outside, whole = [epoch(stage) for stage in rest], epoch(unets)
+        for time, share in zip(outside, shares, strict=True):
+            if i:
+                share.add(time, whole - outside[0] + time)
+        print(f"step {whole:.2f} s; without the UNets {', '.join(f'{t:.4f}' for t in outside)} s", flush=True)
+    return shares
+
+
 def main() -> None:
     args = parser(__doc__).parse_args()
     prepare(args)
-    vqvae = HPS_VQVAE["cbis-ddsm"]
-    first_stage = VQVAE2Wrapper(VQVAE(**vqvae.arguments(VQVAE)))
+    first_stage = VQVAE2Wrapper(VQVAE(**HPS_VQVAE["cbis-ddsm"].arguments(VQVAE)))
     with tempfile.TemporaryDirectory(prefix="stage2-benchmark-") as name:
         root = Path(name)
         (root / "latents").mkdir()
         write_latents(root / "latents", first_stage.latent_shape(*SIDES))
-
-        def trainer(model: nn.Module, latents: bool) -> DiffusionTrainer:
-            sets = [
-                LatentDataset(root / "latents", split, HPS) if latents else PhantomDataset(HPS, split)
-                for split in ("train", "validation")
-            ]
-            diffusion = LatentDiffusion(model, latent_channels=HPS.out_channels, **HPS.arguments(LatentDiffusion))
-            stage = DiffusionTrainer(
-                "phantom", HPS, diffusion, torch.device("cpu"), *sets, progress=False, first_stage=first_stage, latents=latents
-            )  # fmt: skip
-            stage.logger = Logger(root)
-            stage.parallelize()
-            return stage
-
-        def epoch(stage: DiffusionTrainer) -> float:
-            """Seconds a step of a whole epoch."""
-            stage.seen = 0
-            return seconds(stage.train_epoch) / STEPS
-
-        unet = trainer(UNet(**HPS.arguments(UNet)), latents=False)
-        rest = {"images": trainer(NoUNet(), latents=False), "extracted latents": trainer(NoUNet(), latents=True)}
-        shares = {
-            "images": Ratio("from images: rest over whole", 0.05),
-            "extracted latents": Ratio("from extracted latents", 0.02),
-        }
-        for i in range(args.rounds + 1):  # the first round prepares images and makes the optimisers' states
-            outside = {source: epoch(stage) for source, stage in rest.items()}
-            whole = epoch(unet)
-            for source, share in shares.items():
-                if i:
-                    share.add(outside[source], whole - outside["images"] + outside[source])
-            print(
-                f"step {whole:.2f} s; without the UNet {', '.join(f'{t:.4f}' for t in outside.values())} s", flush=True
-            )
+        for phase, mean_epochs in PHASES.items():
+            print(phase, flush=True)
+            print_ratios(measure(mean_epochs, args.rounds, root, first_stage))
     print(
         f"\nstage 2, {SIDES[0]} x {SIDES[1]} pixels, batch 1, no worker: all of the loader's time is in the step's; peak memory "
-        f"{peak_memory():.2f} GB\nrest: a step with a 1 x 1 convolution for the UNet; whole: a step with the UNet"
+        f"{peak_memory():.2f} GB\nrest: a step with 1 x 1 convolutions for the UNets; whole: a step with the UNets"
     )
-    print_ratios(list(shares.values()))
 
 
 if __name__ == "__main__":

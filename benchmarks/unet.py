@@ -1,4 +1,4 @@
-"""The UNet at the reference values against what its FLOPs take at the machine's own rates, on the CPU in single precision."""
+"""Either UNet at the reference values against what its FLOPs take at the machine's rates, on the CPU in single precision."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rates import Ratio, count, measure_rates, parser, peak_memory, prepare, print_ratios, seconds
 
-from diffusion import LitEma, UNet
+from diffusion import LitEma
 from helper import run_script
 from hps import HPS_DIFFUSION, HPS_VQVAE
+from unet import UNet
 
 HPS = HPS_DIFFUSION["cbis-ddsm"]
 LATENT = [side // HPS_VQVAE["cbis-ddsm"].scaling_rates[0] for side in HPS.image_shape[1:]]

@@ -147,6 +147,9 @@ ROWS = r"""
 2 | main-diffusion | --vqvae-path {vqvae} --hps in_channels=16 | --hps in_channels=16: must be twice out_channels=16
 2 | main-diffusion | --vqvae-path {vqvae} --hps attention_levels=2 | --hps attention_levels=\[2\]: channel_mult has 2 levels
 2 | main-diffusion | --vqvae-path {vqvae} --hps ddim_steps=1001 | --hps ddim_steps=1001: more than timesteps=1000
+2 | main-diffusion | --vqvae-path {vqvae} --hps fast_steps=1001 | --hps fast_steps=1001: more than timesteps=1000
+2 | main-diffusion | --vqvae-path {vqvae} --hps mean_channels=40 | --hps mean_channels=40: must be a multiple of 32
+2 | main-diffusion | --vqvae-path {vqvae} --hps precondition=wiener | --hps precondition=wiener: must be one of residual, none
 2 | main-diffusion | --vqvae-path {vqvae} --hps linear_end=1.5 | linear_end
 2 | main-diffusion+ | --vqvae-path {vqvae} --hps learning_rate=1e30 --batch-size 8 --epochs 3 | is not finite
 2 | main-vqvae | --cuda | not allowed with argument --cpu
@@ -208,18 +211,28 @@ ROWS = r"""
 2 | main-restore | {models} {scan} --out /proc/x | --out /proc/x: cannot be made
 2 | main-restore | {models} {scan} --out x --noise-level loud | argument --noise-level: must be auto, trained
 2 | main-restore | {models} {scan} --out x --degrade -1 | argument --degrade: must be 0 or a number
-2 | main-restore | {models} {scan} --out x --views 9 | argument --views: invalid choice
 2 | main-restore | {models} {scan} --out x --tile 0 | argument --tile: must be a whole number
-2 | main-restore | {models} {scan} --out x --samples 2 --steps 1 | --samples 2: one step gives the mean
-2 | main-restore | {models} {scan} --out x --steps 1001 | --steps 1001: the model has 1000 timesteps
-2 | main-restore | {models} {scan} --out x --samples 1 --calibration {garbage} | {garbage}: not a calibration
+2 | main-restore | {models} {scan} --out x --samples 1 | argument --samples: must be at least 2, for their spread; --sample
+2 | main-restore | {models} {scan} --out x --samples 2 --sample | argument --sample: not allowed with argument --samples
+2 | main-restore | {models} {scan} --out x --sample --sampler euler | argument --sampler: invalid choice: 'euler'
+2 | main-restore | {models} {scan} --out x --sampler ddim | --sampler goes with --sample or --samples
+2 | main-restore | {models} {scan} --out x --steps 2 | --steps goes with --sample or --samples
+2 | main-restore | {models} {scan} --out x --sample --steps 1001 | --steps 1001: the model has 1000 timesteps
+2 | main-restore | {models} {scan} --out x --samples 2 --steps 400 | --steps 400: DPM-Solver\+\+ has no 400 different timesteps
+2 | main-restore | --vqvae-path {vqvae} --load-path {mean-only} {scan} --out x --sample | {mean-only}: its training ended before the
+2 | main-restore | {models} {scan} --out {taken} --samples 2 | --out: .*p0\.sample-02\.png is no restored image and is not
+2 | main-restore | {models} {scan} --out x --samples 2 --calibration {garbage} | {garbage}: not a calibration
 2 | main-restore | {models} {scan} --out x --calibration {garbage} | --calibration goes with --samples
 2 | main-restore | --load-path {diffusion} {scan} --out x | --load-path needs --vqvae-path
 2 | main-restore | --vqvae-path {other} --load-path {diffusion} {scan} --out x | was trained on another VQ-VAE-2
 2 | main-restore | --vqvae-path {vqvae} --load-path {code} {scan} --out x | {code}: not a readable checkpoint
+2 | main-restore | --vqvae-path {vqvae} --load-path {old} {scan} --out x | {old}: checkpoint format 1, but this version reads 2
+2 | main-diffusion | --vqvae-path {vqvae} --load-path {old} | {old}: checkpoint format 1, but this version reads 2; train it anew
+2 | main-export | --vqvae-path {vqvae} --load-path {old} --out x | {old}: checkpoint format 1, but this version reads 2
 2 | main-export | --load-path {diffusion} --out x | the following arguments are required: --vqvae-path
 2 | main-export | --vqvae-path {other} --load-path {diffusion} --out x | was trained on another VQ-VAE-2
 2 | main-export | --vqvae-path {vqvae} --load-path {diffusion} --out x --hps timesteps=5 | --hps timesteps: the weights were trained
+2 | main-export | --vqvae-path {vqvae} --load-path {diffusion} --out x --hps mean_epochs=5 | --hps mean_epochs: the weights were
 2 | main-export | --vqvae-path {vqvae} --load-path {diffusion} --out {garbage} | {garbage}/vqvae.pt: cannot be written
 2 | main-export | --vqvae-path {vqvae} --load-path {diffusion} --out /proc/x | /proc/x/vqvae.pt: cannot be written
 2 | main-diffusion | --vqvae-path {vqvae} --latents {wrong-dtype} | {wrong-dtype}/train/clean.npy: .* bytes of int32
@@ -236,7 +249,7 @@ ROWS = r"""
 2 | main-vqvae | --load-path {busy} --epochs 2 | --out {busy}: another process is writing there
 2 | main-vqvae+ | --load-path {odd-log} --epochs 2 | {odd-log}/log.csv: not a readable log
 2 | main-vqvae | --hps image_shape={deep} | the value must be a list
-2 | main-restore | {models} {scan} --out x --samples 1 --calibration {deep-file} | {deep-file}: not a calibration
+2 | main-restore | {models} {scan} --out x --samples 2 --calibration {deep-file} | {deep-file}: not a calibration
 2 | main-vqvae | --out {busy-new} | --out {busy-new}: another process is writing there
 2 | main-latents | {vqvae} --out {busy-new}/latents | another process is writing there
 2 | main-vqvae$+ | limit: --epochs 1 --out run | cannot be written \(File too large\)
@@ -450,15 +463,20 @@ def make_files(work: Path, trained: Mapping[str, Path]) -> dict[str, str]:
     bad.mkdir()
     paths = dict(trained)
     paths |= {
-        name: bad / name for name in ("missing", "empty", "garbage", "void", "code", "foreign", "future", "partial")
+        name: bad / name
+        for name in ("missing", "empty", "garbage", "void", "code", "foreign", "future", "partial", "old", "taken")
     }
     paths["empty"].mkdir()
     paths["garbage"].write_bytes(bytes(range(256)) * 10)
     paths["void"].write_bytes(b"")
     torch.save(Code(bad / "ran"), paths["code"])
     torch.save({"weight": torch.zeros(2)}, paths["foreign"])
-    torch.save({"format_version": CHECKPOINT_FORMAT + 1, "kind": "vqvae"}, paths["future"])
-    torch.save({"format_version": CHECKPOINT_FORMAT, "kind": "vqvae"}, paths["partial"])
+    torch.save({"format_version": CHECKPOINT_FORMAT["vqvae"] + 1, "kind": "vqvae"}, paths["future"])
+    torch.save({"format_version": CHECKPOINT_FORMAT["vqvae"], "kind": "vqvae"}, paths["partial"])
+    torch.save(torch.load(trained["diffusion"], weights_only=True) | {"format_version": 1}, paths["old"])
+    paths["mean-only"] = trained["diffusion"].with_name("epoch-0001.pt")
+    paths["taken"].mkdir()
+    Image.new("L", (96, 128), 90).save(paths["taken"] / "p0.sample-02.png")
     paths["wide"] = work / "wide" / "last.pt"
     succeed("main-vqvae", f"--no-tqdm --hps hidden_channels=32 --epochs 1 --out {work / 'wide'}")
     paths["codes"] = work / "codes"
@@ -688,7 +706,7 @@ def main() -> None:
         trained = {name: work / name / "last.pt" for name in ("vqvae", "other", "diffusion")}
         succeed("main-vqvae", f"--task phantom --epochs 1 --no-tqdm --out {work / 'vqvae'}")
         succeed("main-vqvae", f"--task phantom --seed 1 --epochs 1 --no-tqdm --out {work / 'other'}")
-        succeed("main-diffusion", f"--vqvae-path {trained['vqvae']} --epochs 1 --no-tqdm --out {work / 'diffusion'}")
+        succeed("main-diffusion", f"--vqvae-path {trained['vqvae']} --epochs 2 --no-tqdm --out {work / 'diffusion'}")
         latents = work / "latents"
         succeed("main-latents", f"{trained['vqvae']} --realisations 2 --float32 --no-tqdm --out {latents}")
         files = make_files(work, trained | {"latents": latents, "images": work / "images"})

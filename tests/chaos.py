@@ -53,6 +53,8 @@ PLACES = [
     (trainer.Trainer, "optimizer_step", "before"),
     (trainer.Trainer, "optimizer_step", "after"),
     (trainer.Trainer, "setup", "after"),
+    (trainer.DiffusionTrainer, "begin_diffusion", "before"),
+    (trainer.DiffusionTrainer, "begin_diffusion", "after"),
     (trainer.Trainer, "validation_batches", "after"),
     (trainer, "save_picture", "before"),
     (VQVAE2Wrapper, "encode", "after"),

@@ -45,7 +45,7 @@ def vqvae(stage_1):
 
 @pytest.fixture(scope="session")
 def stage_2(work, vqvae):
-    line = f"--task phantom --vqvae-path {vqvae} --epochs 1 --no-tqdm --out {work / 'diffusion'}"
+    line = f"--task phantom --vqvae-path {vqvae} --epochs 2 --no-tqdm --out {work / 'diffusion'}"
     return work / "diffusion", shell("main-diffusion", line)
 
 

@@ -63,15 +63,17 @@ def measure(
 ) -> Slope:
     """Train a stage for `steps` steps, and more for it to settle, in a folder that is removed."""
     epochs = math.ceil(steps / STEPS_AN_EPOCH)
+    # the half that is regressed is the diffusion's
+    phases = {"mean_epochs": epochs // 4} if make is stage_2 else {}
     stage = make(
-        max_epochs=epochs, crops_per_image=STEPS_AN_EPOCH // 2, log_frequency=1, checkpoint_frequency=10**6,
+        max_epochs=epochs, **phases, crops_per_image=STEPS_AN_EPOCH // 2, log_frequency=1, checkpoint_frequency=10**6,
         checkpoint_minutes=0.05, nb_workers=workers, cache_images=True,
     )  # fmt: skip
     sizes: list[int] = []
     step = stage.optimizer_step
 
-    def counted(total: int) -> torch.Tensor:
-        result = step(total)
+    def counted() -> torch.Tensor:
+        result = step()
         each_step()
         sizes.append(resident())
         return result

@@ -19,8 +19,8 @@ FLAGS = {
     "--hps crops_per_image=2 --batch-size 4 --hps hidden_channels=16 --hps embed_dim=16 --hps nb_entries=16 "
     "--hps nb_levels=2 --hps scaling_rates=4,2 --hps warmup_steps=1 --hps checkpoint_frequency=1",
     "main-diffusion": "--cpu --hps crop_size=32 --hps crops_per_image=2 --batch-size 4 --hps in_channels=32 "
-    "--hps out_channels=16 --hps model_channels=32 --hps num_head_channels=32 --hps ddim_steps=3 --hps warmup_steps=1 "
-    "--hps checkpoint_frequency=1 --hps dropout=0.1",
+    "--hps out_channels=16 --hps model_channels=32 --hps num_head_channels=32 --hps ddim_steps=3 --hps fast_steps=2 "
+    "--hps mean_epochs=1 --hps mean_channels=32 --hps warmup_steps=1 --hps checkpoint_frequency=1 --hps dropout=0.1",
     "main-latents": "--cpu",
     "main-restore": "--cpu --no-tqdm",
     "main-export": "",

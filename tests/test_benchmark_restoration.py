@@ -229,11 +229,11 @@ def test_tables_show_mean_input_and_difference(bench):
         | dict.fromkeys(bench.FIGURES, 0.9)
         | {"psnr_breast": value + shift}
         for path, shift in (("a", 0.0), ("b", 2.0))
-        for method, count, value in ((bench.INPUT, 0, 30.0), (bench.BM3D, 0, 40.0), (bench.DEFAULT, 8, 41.0))
+        for method, count, value in ((bench.INPUT, 0, 30.0), (bench.BM3D, 0, 40.0), (bench.MEAN, 8, 41.0))
     ]
     summary = bench.summarise(pd.DataFrame(rows))
-    assert summary[bench.DEFAULT]["psnr_breast"] == 42.0
-    assert summary[bench.DEFAULT]["psnr_breast_std"] == pytest.approx(math.sqrt(2))
+    assert summary[bench.MEAN]["psnr_breast"] == 42.0
+    assert summary[bench.MEAN]["psnr_breast_std"] == pytest.approx(math.sqrt(2))
     assert "against_bm3d" not in summary[bench.BM3D]
     quality = bench.quality_table(summary).splitlines()
     assert "42.00 +- 1.41 (31.00)" in quality[-1]
@@ -362,7 +362,7 @@ def test_bad_flags_of_the_benchmark_are_one_line_and_status_2(line, said):
 def test_every_part_says_what_it_was_measured_with():
     for crop in (48, 64):
         line = f"--data-root . --out out --split-csv split.csv --levels 0.2 --crop {crop} --workers 1 --no-tqdm --cpu"
-        succeed("benchmarks/restoration", f"{line} --parts {'levels' if crop == 48 else 'mnse'} --realisations 2")
+        succeed("benchmarks/restoration", f"{line} --parts {'native' if crop == 48 else 'mnse'} --realisations 2")
     parts = json.loads(Path("out/restoration.json").read_text())["parts"]
-    assert parts["levels"]["settings"]["crop"] == 48 and parts["mnse"]["settings"]["crop"] == 64
-    assert parts["levels"]["levels"]["0.2"]["shipped default"]["psnr_breast"] > 35
+    assert parts["native"]["settings"]["crop"] == 48 and parts["mnse"]["settings"]["crop"] == 64
+    assert parts["native"]["levels"]["0.2"]["posterior mean"]["psnr_breast"] > 35

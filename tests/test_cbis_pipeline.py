@@ -38,7 +38,7 @@ def test_two_steps_of_both_stages_an_evaluation_and_a_restoration(root, tmp_path
     assert out.count("left out") == 1 and "all" in out  # looked through once; the images are prepared already
     assert pd.read_csv("two/log.csv")["step"].max() == 2
     table = succeed("main-diffusion", f"{data} --vqvae-path one --load-path two --evaluate").out
-    assert "restored, DDIM 3" in table
+    assert "posterior mean" in table and "posterior sample, DDIM 3" in table
     metrics = json.loads((tmp_path / "two/evaluation/metrics.json").read_text())
     assert metrics["images"] > 0 and not metrics["test_patients_trained_on"]
 

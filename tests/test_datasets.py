@@ -30,7 +30,6 @@ from datasets import (
     oriented,
     patient_of,
     split_patients,
-    upright,
     windowed,
 )  # fmt: skip
 from helper import UserError, seeded_generator
@@ -494,12 +493,11 @@ def test_a_change_on_the_grid_returns_to_the_image_s_own_pixels():
 # --- the model in the box --------------------------------------------------------------------------------------------
 
 
-def test_orientations_are_the_eight_of_a_square_and_upright_takes_them_back():
+def test_orientations_are_the_eight_of_a_square():
     image = torch.arange(12.0).reshape(1, 3, 4)
     views = [oriented(image, k) for k in range(8)]
     assert torch.equal(views[0], image)
     assert len({(tuple(v.shape), tuple(v.flatten().tolist())) for v in views}) == 8
-    assert all(torch.equal(upright(view, k), image) for k, view in enumerate(views))
 
 
 def test_native_images_keep_their_pixels_and_training_adds_phantoms(tmp_path):
@@ -660,6 +658,15 @@ def test_training_crops_are_windowed_and_enhanced_as_often_as_the_setting_says(s
     changed = [not torch.equal(train[SampleKey(epoch, 0, 0)].clean[0], plain) for epoch in range(60)]
     assert 15 < sum(changed) < 45
     assert torch.equal(test[0].clean[0], test.prepared(0).clean)
+
+
+def test_after_the_altered_epochs_crops_are_as_they_are():
+    changes = dict(scale_range=[0.5, 0.5], gamma_range=[2.0, 2.0], windowing=1.0, enhancement=1.0)
+    altered, plain = (
+        get_datasets("phantom", SETTINGS.updated(**more), ["train"])[0] for more in (changes | {"altered_epochs": 2}, {})
+    )
+    same = [torch.equal(altered[SampleKey(e, 0, 0)].clean, plain[SampleKey(e, 0, 0)].clean) for e in range(4)]
+    assert same == [False, False, True, True]
 
 
 def test_a_crop_at_a_films_border_goes_on_past_it_from_either_side():

@@ -1,5 +1,6 @@
 """What a run survives: kills, signals, damaged checkpoints, full disks and losses that are no numbers."""
 
+import functools
 import math
 import mmap
 import os
@@ -94,8 +95,8 @@ def started(folder, line, workers=0, patch=lambda: None):
         os.setpgid(0, 0)
         step = trainer.Trainer.optimizer_step
 
-        def taken(self, total):
-            result = step(self, total)
+        def taken(self):
+            result = step(self)
             open(took, "a").close()  # noqa: PTH123, SIM115
             time.sleep(0.05)  # so that the signal comes within the run
             return result
@@ -161,7 +162,7 @@ def test_a_signal_before_the_training_ends_the_script_with_its_status(monkeypatc
 def test_what_is_saved_in_a_validation_is_not_the_averages(tmp_path, monkeypatch):
     """The averages stand in for the weights while stage 2 validates."""
     monkeypatch.setattr("trainer.Logger", lambda *where: Silent())
-    stage = stage_2(max_epochs=3, learning_rate=1e-2, warmup_steps=0)
+    stage = stage_2(mean_epochs=2, max_epochs=3, learning_rate=1e-2, warmup_steps=0)
     stage.folder = tmp_path
     encode, calls = stage.encode, []
 
@@ -177,10 +178,10 @@ def test_what_is_saved_in_a_validation_is_not_the_averages(tmp_path, monkeypatch
     assert stop.value.status == 143 and calls.count(False) == 1
     checkpoint = load_checkpoint(tmp_path / "last.pt", "diffusion")
     assert (checkpoint.epoch, checkpoint.seen) == (0, stage.loader.sampler.count)
-    weights = dict(stage.model.model.named_parameters())
+    weights = dict(stage.model.named_parameters())
     averages = checkpoint.training["ema"]
     for name, value in weights.items():
-        assert torch.equal(checkpoint.model[f"model.{name}"], value)
+        assert torch.equal(checkpoint.model[name], value)
     assert any(not torch.equal(averages[f"averaged.module.{name}"], value) for name, value in weights.items())
 
 
@@ -289,8 +290,8 @@ def poisoned(make, steps, **changes):
             batch.clean[1] = math.nan
         return first(batch)
 
-    def kept(total):
-        finite = step(total)
+    def kept():
+        finite = step()
         states.append({name: value.detach().clone() for name, value in stage.model.state_dict().items()})
         return finite
 
@@ -298,7 +299,7 @@ def poisoned(make, steps, **changes):
     return stage, states
 
 
-@pytest.mark.parametrize("make", [stage_1, stage_2])
+@pytest.mark.parametrize("make", [stage_1, stage_2, functools.partial(stage_2, mean_epochs=0)])
 def test_a_step_that_is_not_finite_changes_nothing_and_names_its_images(make, monkeypatch, capsys):
     monkeypatch.setattr("trainer.Logger", lambda *where: Silent())
     stage, states = poisoned(make, {2}, mini_batch_size=2)
@@ -356,11 +357,13 @@ def test_twenty_steps_in_a_row_end_the_training_and_keep_the_checkpoint_before(e
     assert load_checkpoint(aside, "vqvae").step == 2 if every == 1 else not aside.exists()
 
 
-def test_a_validation_that_is_not_finite_ends_the_training(monkeypatch):
+@pytest.mark.parametrize("mean_epochs", [0, 1])
+def test_a_validation_that_is_not_finite_ends_the_training(mean_epochs, monkeypatch):
     monkeypatch.setattr("trainer.Logger", lambda *where: Silent())
-    stage = stage_2(log_frequency=1)
+    stage = stage_2(log_frequency=1, mean_epochs=mean_epochs)
     with torch.no_grad():
-        next(stage.model.model.out.parameters()).fill_(math.nan)
+        for model in (stage.model, stage.ema.model):  # which is the model's at the start of the diffusion
+            next(model.unets[mean_epochs].out.parameters()).fill_(math.nan)
     with pytest.raises(UserError, match="the validation of epoch 1 is not finite; lower --hps learning_rate"):
         stage.fit()
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import helper
 import trainer
 from datasets import Batch, Meta, PhantomDataset, SampleKey
-from diffusion import LatentDiffusion, UNet
+from diffusion import make_diffusion
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from trainer import DiffusionTrainer, VQVAETrainer, amp_dtype
 from vqvae import VQVAE
@@ -41,6 +41,17 @@ def make(kind, *args, **kwargs):
     return kind("cbis-ddsm", *args, CUDA, empty, empty, amp=amp_dtype(CUDA, True), **kwargs)
 
 
+def losses_stay_on_the_gpu(stage: DiffusionTrainer, batch: Batch) -> None:
+    """Of either phase."""
+    for epoch, words in ((0, {"loss"}), (stage.mean_epochs, {"loss", "l_simple"})):
+        stage.epoch = epoch
+        stage.model.variable.mean_model.requires_grad_(stage.trains_mean)
+        with torch.autocast("cuda", stage.amp):
+            result = stage.loss(batch)
+        assert result.logs.keys() == words
+        assert result.loss.device.type == "cuda" and result.loss.dtype == torch.float32 and result.loss.requires_grad
+
+
 def test_stage_1_forward_and_loss_at_the_reference_size_stay_on_the_gpu(fake_cuda):
     hps = HPS_VQVAE["cbis-ddsm"]
     with CUDA:
@@ -58,14 +69,13 @@ def test_stage_2_loss_at_the_reference_size_stays_on_the_gpu(fake_cuda):
     hps, hps_vqvae = HPS_DIFFUSION["cbis-ddsm"], HPS_VQVAE["cbis-ddsm"]
     with CUDA:
         first_stage = VQVAE2Wrapper(VQVAE(**hps_vqvae.arguments(VQVAE)))
-        model = LatentDiffusion(UNet(**hps.arguments(UNet)), **hps.arguments(LatentDiffusion))
+        model = make_diffusion(hps)
     stage = make(DiffusionTrainer, hps, model.train(), first_stage=first_stage)
-    with torch.autocast("cuda", stage.amp):
-        result = stage.loss(fake_batch(*hps.image_shape))
-    assert result.loss.device.type == "cuda" and result.loss.dtype == torch.float32 and result.loss.requires_grad
+    losses_stay_on_the_gpu(stage, fake_batch(*hps.image_shape))
     cond = model.normalize(first_stage.encode(torch.rand(1, *hps.image_shape, device=CUDA)))
     with torch.no_grad():
-        prediction = model.predict(torch.randn_like(cond), torch.full((1,), 999, device=CUDA), cond)
+        view = model.view(cond, torch.full((1,), 0.2, device=CUDA))
+        prediction = model.predict(torch.randn_like(cond), torch.full((1,), 999, device=CUDA), view)
     assert prediction.x_start.shape == (1, 128, 256, 192) and prediction.eps.device.type == "cuda"
 
 
@@ -73,16 +83,15 @@ def test_the_model_in_the_box_trains_and_restores_on_the_gpu(fake_cuda):
     hps, hps_vqvae = HPS_DIFFUSION["mammogram"], HPS_VQVAE["mammogram"]
     with CUDA:
         first_stage = VQVAE2Wrapper(VQVAE(**hps_vqvae.arguments(VQVAE)))
-        model = LatentDiffusion(UNet(**hps.arguments(UNet)), latent_channels=32, **hps.arguments(LatentDiffusion))
+        model = make_diffusion(hps)
     stage = make(DiffusionTrainer, hps, model.train(), first_stage=first_stage)
     batch = fake_batch(1, 96, 96)
-    with torch.autocast("cuda", stage.amp):
-        result = stage.loss(batch)
-    assert result.loss.device.type == "cuda" and result.loss.dtype == torch.float32 and result.loss.requires_grad
+    losses_stay_on_the_gpu(stage, batch)
     with torch.no_grad():
-        cond = model.normalize(first_stage.encode(batch.degraded, batch.noise))
-        prediction = model.predict(torch.randn_like(cond), torch.full((4,), 999, device=CUDA), cond, batch.level)
-        image = first_stage.decode(model.denormalize(prediction.x_start), noise=batch.noise)
+        view = model.view(model.normalize(first_stage.encode(batch.degraded, batch.noise)), batch.level)
+        prediction = model.predict(torch.randn_like(view.mean), torch.full((4,), 999, device=CUDA), view)
+        latent = model.variable.restored(prediction.x_start, view)
+        image = first_stage.decode(model.denormalize(latent), noise=batch.noise)
     assert image.shape == (4, 1, 96, 96) and image.device.type == "cuda"
 
 
@@ -94,13 +103,13 @@ def test_a_step_of_the_optimiser_never_waits_for_the_gpu(fake_cuda, kind):
         model = VQVAE(**hps.arguments(VQVAE))
         if kind is DiffusionTrainer:
             words["first_stage"], hps = VQVAE2Wrapper(model), HPS_DIFFUSION["mammogram"]
-            model = LatentDiffusion(UNet(**hps.arguments(UNet)), latent_channels=32, **hps.arguments(LatentDiffusion))
+            model = make_diffusion(hps)
     stage = make(kind, hps, model.train(), **words)
     stage.after_step = lambda: None  # the EMA's copy of fake tensors belongs to another fake mode
     for _ in range(2):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        stage.optimizer_step(10)
+        stage.optimizer_step()
     assert stage.step == 2 and all(parameter.grad is None for parameter in model.parameters())
     state = stage.optimizer.state[next(p for p in model.parameters() if p.requires_grad)]
     assert state["exp_avg"].device.type == "cuda" and stage.optimizer.param_groups[0]["fused"]
@@ -127,6 +136,6 @@ def test_one_real_stage_1_step_at_full_resolution():
     result = stage.loss(batch)
     result.loss.backward()
     assert torch.isfinite(result.loss)
-    stage.optimizer_step(1)
+    stage.optimizer_step()
     moved = [name for name, p in stage.model.named_parameters() if not torch.equal(p, before[name])]
     assert any(name.startswith("downs.0") for name in moved) and any(name.startswith("ups.0") for name in moved)

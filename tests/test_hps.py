@@ -46,8 +46,16 @@ def test_reference_tasks_have_the_values_of_the_specification(table, specified, 
         (dict(noise_levels=[0.1, 0.4]), "one model serves several levels with stabilize=True alone"),
         (dict(scale_range=[]), "scale_range=[]: must be two numbers"),
         (dict(stabilize=True, noise_level=0.0), "stabilize=True: needs a noise_level greater than 0"),
-        (dict(views=9), "views=9: must lie between 1 and 8"),
-        (dict(precondition="wiener"), "in_channels=256: must be three times out_channels=128"),
+        (
+            dict(noise_level=0.0),
+            "noise_level=0.0: leaves nothing unknown to sample; train at a level above 0, or with --hps",
+        ),
+        (dict(precondition="wiener"), "precondition=wiener: must be one of residual, none"),
+        (dict(in_channels=384), "in_channels=384: must be twice out_channels=128"),
+        (dict(mean_epochs=-1), "mean_epochs=-1: must not be negative"),
+        (dict(fast_steps=0), "fast_steps=0: must be greater than 0"),
+        (dict(mean_channels=0), "mean_channels=0: must be greater than 0"),
+        (dict(mean_res_blocks=0), "mean_res_blocks=0: must be greater than 0"),
     ],
 )
 def test_settings_of_the_model_in_the_box_that_clash_are_refused(changes, sentence):
@@ -153,5 +161,5 @@ def test_arguments_are_the_entries_that_a_function_takes():
     hps = HParams(a=1, b=2, c=3)
     assert hps.arguments(lambda a, c, d=0: None) == {"a": 1, "c": 3}
     taken = HPS_DIFFUSION["cbis-ddsm"].arguments(UNet) | HPS_DIFFUSION["cbis-ddsm"].arguments(LatentDiffusion)
-    assert set(ARCHITECTURE_DIFFUSION) <= set(taken)
+    assert set(ARCHITECTURE_DIFFUSION) - {"mean_channels", "mean_res_blocks"} <= set(taken)
     assert set(ARCHITECTURE_VQVAE) - {"residual_type"} <= set(HPS_VQVAE["cbis-ddsm"].arguments(VQVAE))

@@ -1,4 +1,4 @@
-"""PSNR, SSIM, Otsu's threshold and the breast mask."""
+"""PSNR, SSIM, power by frequency, Otsu's threshold and the breast mask."""
 
 import math
 
@@ -9,7 +9,7 @@ from scipy import ndimage
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from images import read_image
-from metrics import breast_mask, image_metrics, otsu_threshold
+from metrics import BANDS, band_power, breast_mask, image_metrics, otsu_threshold
 from phantom import generate_phantom
 
 
@@ -131,3 +131,38 @@ def test_ssim_in_bands_is_that_of_the_whole(shape, monkeypatch):
     figures = image_metrics(image, reference, mask)
     assert figures.ssim == pytest.approx(float(whole), abs=1e-12)
     assert figures.ssim_breast == pytest.approx(float(full[mask[None]].mean()), abs=1e-12)
+
+
+# --- power by frequency ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [64, 129])
+@pytest.mark.parametrize(("band", "frequency"), [(0, 0.06), (1, 0.15), (2, 0.25), (3, 0.4)])
+def test_the_power_of_a_wave_lies_in_its_band(side, band, frequency):
+    rows, columns = np.indices((side, side))
+    wave = 0.3 + 0.1 * np.sin(2 * np.pi * frequency * (0.6 * rows + 0.8 * columns))
+    power = band_power(wave)
+    assert power[band] > 0.999 * power.sum()
+    # a Hann window keeps (3 / 8)^2 of the n^2 pixels' power, of which a wave of amplitude a has a^2 / 2 a pixel
+    assert power.sum() == pytest.approx((3 / 8) ** 2 * 0.1**2 / 2 * side**2, rel=0.05)
+    assert band_power(2 * wave) == pytest.approx(4 * power, rel=1e-9)
+    assert band_power(wave, (0.02, 0.5)) == pytest.approx([power.sum()])
+
+
+def test_white_noise_has_power_in_proportion_to_the_number_of_frequencies():
+    side, generator = 128, np.random.default_rng(0)
+    power = np.mean([band_power(generator.standard_normal((side, side))) for _ in range(40)], axis=0)
+    axis = np.fft.fftfreq(side) * side
+    radius = np.hypot(axis[:, None], axis).ravel()
+    ring = np.rint(radius).astype(int)
+    count, total = np.bincount(ring), np.bincount(ring, radius)
+    band = np.digitize(total / count / side, BANDS)[: side // 2 + 1]
+    counts = np.array([count[: side // 2 + 1][band == i].sum() for i in range(1, len(BANDS))])
+    assert power / power.sum() == pytest.approx(counts / counts.sum(), rel=0.03)
+    assert power == pytest.approx((3 / 8) ** 2 * counts, rel=0.04)
+
+
+def test_a_constant_and_a_ramp_have_no_power_in_the_high_bands():
+    assert band_power(np.full((64, 64), 0.7)) == pytest.approx([0] * 4, abs=1e-25)
+    ramp = band_power(np.tile(np.linspace(0, 1, 64), (64, 1)))
+    assert (ramp[1:] < np.array([1e-3, 2e-5, 1e-6]) * ramp[0]).all()  # of a ramp as it is: 0.1, 0.03 and 0.03

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffusion import UNet
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from scripts import load_script
+from unet import UNet
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,8 @@ def plan():
 
 def small(plan, stage, **changes):
     """Phantom settings on images of 64 x 64: the code of the reference sizes in a fraction of its operators."""
-    tables = {"1": HPS_VQVAE["phantom"], "2": HPS_DIFFUSION["phantom"], "sampling": HPS_DIFFUSION["phantom"]}
-    setting = plan.Setting(stage, "phantom", tables[stage], HPS_VQVAE["phantom"])
+    table = (HPS_VQVAE if stage == "1" else HPS_DIFFUSION)["phantom"]
+    setting = plan.Setting(stage, "phantom", table, HPS_VQVAE["phantom"])
     return setting.changed(image_shape=[1, 64, 64], crop_size=0, **changes)
 
 
@@ -85,7 +85,7 @@ def test_reference_unet_has_145_million_parameters_and_a_forward_pass_of_3_31_tf
     assert plan.flops(meter.work) - attention == pytest.approx(1.98e12, rel=0.01)
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
+@pytest.mark.parametrize("stage", ["1", "mean", "diffusion"])
 def test_the_forward_pass_is_the_one_on_fake_cuda_tensors(plan, stage):
     here, there = (plan.trace_forward(small(plan, stage), device) for device in ("cpu", "cuda"))
     assert plan.flops(here.work) == plan.flops(there.work) > 0
@@ -94,37 +94,70 @@ def test_the_forward_pass_is_the_one_on_fake_cuda_tensors(plan, stage):
     assert here.kept == pytest.approx(there.kept, rel=1e-3)
 
 
-def test_state_of_a_stage_2_step(plan):
-    setting = small(plan, "2", batch_size=2)
+def unet(hps, of_mean=False):
+    """A UNet of stage 2 by itself."""
+    own = hps.updated(model_channels=hps.mean_channels, num_res_blocks=hps.mean_res_blocks) if of_mean else hps
+    return UNet(**own.arguments(UNet))
+
+
+def evaluation(plan, hps, batch=1, of_mean=False):
+    """FLOPs of a UNet's forward pass."""
+    with FakeTensorMode(), torch.no_grad(), plan.Meter() as meter:
+        unet(hps, of_mean).eval()(torch.rand(batch, 128, 16, 16), torch.zeros(batch, dtype=torch.long))
+    return plan.flops(meter.work)
+
+
+@pytest.mark.parametrize("stage", ["mean", "diffusion"])
+def test_state_of_a_stage_2_step(plan, stage):
+    setting = small(plan, stage, batch_size=2, mean_channels=96, mean_res_blocks=2)
     peak = plan.Tracer(setting).trace(setting).peak
-    unet = 4 * sum(p.numel() for p in UNet(**setting.hps.arguments(UNet)).parameters())
-    assert peak["parameters"] == pytest.approx(unet, rel=0.02)  # and the schedule's tables
-    assert peak["EMA"] == pytest.approx(unet, rel=1e-4)  # and its counter
-    assert peak["optimiser"] == pytest.approx(2 * unet, rel=1e-3)  # and the step counts
+    mean, diffusion = (4 * sum(p.numel() for p in unet(setting.hps, of).parameters()) for of in (True, False))
+    linear = 4 * (64 * 25 * 64 + 2 * 64 * 64)  # the filter and the whitenings of the linear estimate
+    assert peak["parameters"] == pytest.approx(mean + diffusion + linear, rel=0.01)  # and the schedule's tables
+    assert peak["EMA"] == pytest.approx(mean + diffusion + linear, rel=0.01)
+    # the state that the first phase leaves lives on in the second
+    trained = mean + (diffusion if stage == "diffusion" else 0)
+    assert peak["optimiser"] == pytest.approx(2 * trained, rel=1e-3)  # and the step counts
 
 
-def test_checkpointing_lowers_the_peak_and_adds_one_forward_pass_at_most(plan):
-    setting = small(plan, "2", batch_size=2)
-    with_, without = (
-        plan.Tracer(variant).trace(variant)
-        for variant in (setting.changed(use_checkpoint=True), setting.changed(use_checkpoint=False))
-    )
+@pytest.mark.parametrize("stage", ["mean", "diffusion"])
+def test_checkpointing_lowers_the_peak_and_adds_one_forward_pass_at_most(plan, stage):
+    setting = small(plan, stage, batch_size=2)
+    with_, without = (plan.Tracer(variant).trace(variant) for variant in setting.variants.values())
     assert with_.peak["activations"] < without.peak["activations"]
     extra = plan.flops(with_.work) - plan.flops(without.work)
-    assert 0 < extra < plan.flops(plan.trace_forward(setting, "cpu").work)
+    assert 0 < extra < evaluation(plan, setting.hps, 2)
 
 
-def test_sampling_counts_every_evaluation(plan):
-    one, ten = (
-        plan.flops(plan.Tracer(setting).trace(setting).work)
-        for setting in (small(plan, "sampling", ddim_steps=steps, batch_size=1) for steps in (1, 10))
-    )
-    evaluation = (ten - one) / 9
-    setting = small(plan, "2", batch_size=1)
-    with FakeTensorMode(), torch.no_grad(), plan.Meter() as meter:
-        UNet(**setting.hps.arguments(UNet)).eval()(torch.rand(1, 128, 16, 16), torch.zeros(1, dtype=torch.long))
-    whitening = 2 * 64 * 64 * 16 * 16
-    assert evaluation == plan.flops(meter.work) + whitening
+def test_a_step_of_the_diffusion_evaluates_the_mean_once_and_trains_one_network(plan):
+    settings = [small(plan, stage, batch_size=2, mean_channels=96) for stage in ("mean", "diffusion")]
+    of_mean, of_diffusion = (evaluation(plan, settings[0].hps, 2, of) for of in (True, False))
+    forward = [plan.flops(plan.trace_forward(setting, "cpu").work) for setting in settings]
+    # the residual into its principal components, and their deviations at the noise level
+    mixing = 2 * 2 * 64 * 64 * 16 * 16 + 2 * 2 * 64
+    assert forward[1] - forward[0] == of_diffusion + mixing
+    for setting, ahead, own in zip(settings, forward, (of_mean, of_diffusion), strict=True):
+        # the backward pass of one network takes two forward passes, less the gradient of its input
+        backward = plan.flops(plan.Tracer(setting).trace(setting).work) - ahead
+        assert 1.8 * own < backward < 2 * own
+
+
+def test_restoring_evaluates_the_mean_once_and_the_diffusion_every_step(plan):
+    setting = small(plan, "sampling", ddim_steps=10, fast_steps=2, batch_size=1, mean_channels=96)
+    assert list(setting.variants) == ["posterior mean", "sample, DDIM 10", "sample, DPM-Solver++ 2"]
+    mean, ten, two = (plan.flops(plan.Tracer(v).trace(v).work) for v in setting.variants.values())
+    step = evaluation(plan, setting.hps)
+    assert ten - two == 8 * step
+    assert two - mean == 2 * step + 2 * 64 * 64 * 16 * 16  # and out of the principal components
+    assert evaluation(plan, setting.hps, of_mean=True) < mean < 1.5 * evaluation(plan, setting.hps, of_mean=True)
+
+
+def test_phases_share_the_epochs_and_a_plain_diffusion_has_one(plan):
+    epochs = [small(plan, stage, mean_epochs=2, max_epochs=5).epochs for stage in ("1", "mean", "diffusion")]
+    assert epochs == [5, 2, 3]
+    assert small(plan, "mean", precondition="none").epochs == 0
+    assert list(small(plan, "sampling", precondition="none").variants) == ["sample, DDIM 50", "sample, DPM-Solver++ 8"]
+    assert list(small(plan, "sampling", mean_epochs=30).variants) == ["posterior mean"]
 
 
 @pytest.mark.parametrize("peak", [lambda b: 100 + 7 * b, lambda b: 100 + 7 * b + b * b, lambda b: 100 + 7 * b**0.8])
@@ -150,7 +183,7 @@ def test_time_is_the_longer_of_arithmetic_and_traffic_and_hours_are_steps_times_
     work = Counter({plan.Operator("attention", "bf16", 5000, 100): 2, plan.Operator("other", "fp32", 0, 400): 3,
                     plan.Operator("convolution", "bf16", 30, 0): 1})  # fmt: skip
     assert card.seconds(work) == 2 * 5 + 3 * 4 + 3
-    assert card.seconds(work, 0.5, 0.25) == 2 * 10 + 3 * 16 + 6
+    assert plan.Assumptions(0.5, 0.25, 0.1, samples=10).reached(card).seconds(work) == 2 * 10 + 3 * 16 + 6
     setting = small(plan, "1", batch_size=4, max_epochs=3)
     assumed = plan.Assumptions(0.5, 0.8, 0.1, samples=10)
     cell = plan.Planner(setting, [card], assumed, progress=False).plan()

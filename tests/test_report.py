@@ -25,17 +25,19 @@ from preprocessing.degrade import simulate_low_dose
 from report import (
     DISCLAIMER,
     ERROR_SCALE,
-    Case,
-    Coverage,
-    CoverageBin,
+    PageCase,
+    Power,
     Report,
     choose_close_ups,
     find_specks,
     read_curves,
     write_report,
 )
+from uncertainty import Coverage
 
 ODD = "<img src=x onerror=alert(1)> \"'&amp; $title ${x} $_^ \\"
+MEAN = "posterior mean"
+PANELS = 7  # clean, low dose, BM3D, mean, sample, error, expected error
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on the path")
 
@@ -69,14 +71,15 @@ def make_case(index, name, shape=(1, 128, 96)):
     clean, generator = phantom.image, torch.Generator().manual_seed(index)
     low = simulate_low_dose(clean, 0.2, generator)
     restored = torch.from_numpy(ndimage.gaussian_filter(low.numpy(), (0, 0.7, 0.7)))
-    images = {"low dose": low, "BM3D": 0.5 * (low + restored), "restored": restored}
+    sample = (restored + 0.01 * torch.randn(clean.shape, generator=generator)).clamp(0, 1)
+    images = {"low dose": low, "BM3D": 0.5 * (low + restored), MEAN: restored, "posterior sample": sample}
     figures = {name: image_metrics(image, clean, phantom.mask) for name, image in images.items()}
     rows = [{"path": name, "patient": name, "method": key, **asdict(value)} for key, value in figures.items()]
     close_ups = choose_close_ups(clean[0].numpy(), phantom.mask[0].numpy(), phantom.calcifications)
     labels = {key: f"{value.psnr_breast:.2f} dB" for key, value in figures.items()}
     arrays = {key: image[0].numpy() for key, image in images.items()}
     std = 0.002 + 0.01 * clean[0].numpy()
-    return Case(name, clean[0].numpy(), arrays, std, labels, close_ups), rows
+    return PageCase(name, clean[0].numpy(), arrays, MEAN, std, labels, close_ups), rows
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +111,12 @@ def report(log_csv):
         curves=read_curves(log_csv),
         mnse={name: ErrorSplit(edges, counts, n + b, n, b) for name, (n, b) in parts.items()},
         spectrum={"BM3D": PowerSpectrum(np.arange(1, 9) / 4, np.full(8, 1e-6), np.arange(8))},
-        coverage=Coverage(
-            0.9,
-            [CoverageBin(0, 0.5, 0.876, 0.0123, 4321)],
-            CoverageBin(0, 1, 0.9, 0.01, 98765),
-            0.02,
-            "inside the breast",
-        ),
+        power={
+            "BM3D": Power(np.array([0.99, 0.77, 0.34, 0.1]), np.array([0.1, 0.2, 0.4]), np.array([0.9, 0.5, 0.1])),
+            ODD: Power(np.array([1.01, np.nan, 0.98, 1.03]), np.array([0.1, 0.2]), np.array([1.0, 1.1])),
+        },
+        coverage=Coverage(98765, 0.876, [0.5, 0.75], [0.911, 0.842], 0.0123, 0.97, {"8": 0.885, "32": 0.862}),
+        coverage_note="16 samples of 4 images",
         cases=cases,
     )
 
@@ -133,7 +135,7 @@ def page(page_file):
 
 def bare(report):
     """The report without its optional parts."""
-    return replace(report, curves=(), mnse=None, spectrum=None, coverage=None, cases=(), provenance={})
+    return replace(report, curves=(), mnse=None, spectrum=None, power=None, coverage=None, cases=(), provenance={})
 
 
 def pixels(uri):
@@ -175,7 +177,7 @@ def test_the_table_holds_every_figure_and_the_inputs_beside_it(page, report):
                 continue
             digits = 2 if metric.startswith("psnr") else 4
             assert f"{row[metric]:.{digits}f} ({row[f'{metric}_low_dose']:.{digits}f})" in page.text
-    assert f"+{report.evaluation.summary()['restored']['psnr_breast_gain']:.2f}" in page.text
+    assert f"+{report.evaluation.summary()[MEAN]['psnr_breast_gain']:.2f}" in page.text
     for value in report.evaluation.per_image["psnr_breast"]:
         assert f"{value:.2f}" in page.text
 
@@ -187,10 +189,17 @@ def test_the_page_says_what_it_is_good_for_and_where_it_comes_from(page):
         "runs/a/last.pt",
         "17",
         "87.6 %",
+        "0.50 – 0.7584.2 %",
+        "all pixels87.6 %",
+        "means over 8 × 8 pixels88.5 %",
+        "means over 32 × 32 pixels86.2 %",
+        "should be 90 %",
         "0.0123",
-        "4,321",
-        "50 % narrower",
-        "98,765 pixels inside the breast",
+        "root mean square, is 0.97",
+        "98,765 pixels inside the breast, 16 samples of 4 images",
+        "BM3D0.990.770.340.10",
+        "1.01–0.981.03",
+        "0.02 – 0.10.1 – 0.20.2 – 0.30.3 – 0.5",
         "stage one",
         "psnr_quantized",
     ):
@@ -200,13 +209,14 @@ def test_the_page_says_what_it_is_good_for_and_where_it_comes_from(page):
 def test_images_are_lossless_and_described(page, report):
     images = page.named("img")
     case = report.cases[0]
-    assert len(images) == sum(6 * (1 + len(case.close_ups)) for case in report.cases)
+    assert len(images) == sum(PANELS * (1 + len(case.close_ups)) for case in report.cases)
     assert all(image["alt"] for image in images)
-    shown = [np.asarray(pixels(image["src"])) for image in images[:5]]
+    shown = [np.asarray(pixels(image["src"])) for image in images[:PANELS]]
     for got, wanted in zip(shown, [case.clean, *case.images.values()], strict=False):
         assert np.abs(got / 255 - wanted).max() <= 0.5 / 255 + 1e-6
-    error = np.abs(case.images["restored"] - case.clean).clip(0, ERROR_SCALE) / ERROR_SCALE
-    assert np.abs(shown[4] / 255 - error).max() <= 0.5 / 255 + 1e-6
+    error = np.abs(case.images[MEAN] - case.clean)
+    for got, wanted in zip(shown[5:], (error, case.std), strict=True):  # on one scale, to be compared
+        assert np.abs(got / 255 - wanted.clip(0, ERROR_SCALE) / ERROR_SCALE).max() <= 0.5 / 255 + 1e-6
 
 
 def test_close_ups_are_windowed_by_the_clean_image_and_enlarged(page, report):
@@ -214,16 +224,26 @@ def test_close_ups_are_windowed_by_the_clean_image_and_enlarged(page, report):
     row, column, side = case.close_ups[0]
     window = np.s_[row : row + side, column : column + side]
     low, high = np.quantile(case.clean[window], (0.005, 0.995))
-    image = page.named("img")[6 + 3]
+    image = page.named("img")[PANELS + 3]
     assert (image["width"], image["height"]) == (str(6 * side),) * 2
-    expected = ((case.images["restored"][window] - low) / max(high - low, 0.02)).clip(0, 1)
+    expected = ((case.images[MEAN][window] - low) / max(high - low, 0.02)).clip(0, 1)
     assert np.abs(np.asarray(pixels(image["src"])) / 255 - expected).max() < 1 / 255
+
+
+def test_large_close_ups_are_shown_pixel_by_pixel(tmp_path, report):
+    clean = np.zeros((300, 256), np.float32)
+    case = PageCase("large", clean, {MEAN: clean}, MEAN, close_ups=[(8, 8, 192), (0, 0, 256), (0, 0, 96)])
+    write_report(tmp_path / "a.html", replace(bare(report), cases=[case]))
+    page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert [page.named("img")[3 * i]["width"] for i in (1, 2, 3)] == ["192", "256", "192"]
+    assert page.text.count("pixel by pixel") == 2
+    assert page.text.count("enlarged 2 times") == 1
 
 
 def test_large_images_are_averaged_down_but_close_ups_are_not(tmp_path, report):
     clean = np.zeros((2060, 40), np.float32)
     clean[::2] = 0.5
-    case = Case("large", clean, {"restored": clean}, close_ups=[(2028, 8, 32)])
+    case = PageCase("large", clean, {"restored": clean}, "restored", close_ups=[(2028, 8, 32)])
     write_report(tmp_path / "a.html", replace(bare(report), cases=[case]))
     page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
     first, close_up = (pixels(page.named("img")[i]["src"]) for i in (0, 3))
@@ -234,8 +254,8 @@ def test_large_images_are_averaged_down_but_close_ups_are_not(tmp_path, report):
 
 def test_names_are_escaped_everywhere(tmp_path, report):
     case, rows = make_case(0, ODD)
-    frame = pd.DataFrame(rows).replace({"restored": ODD})
-    named = {ODD if name == "restored" else name: image for name, image in case.images.items()}
+    frame = pd.DataFrame(rows).replace({MEAN: ODD})
+    named = {ODD if name == MEAN else name: image for name, image in case.images.items()}
     odd = replace(
         report,
         title=ODD,
@@ -243,13 +263,13 @@ def test_names_are_escaped_everywhere(tmp_path, report):
         provenance={ODD: {ODD: [ODD, None]}},
         evaluation=Evaluation(frame, {}),
         curves=[replace(curve, name=ODD, quantity=ODD) for curve in report.curves],
-        cases=[replace(case, name=ODD, images=named, labels={ODD: ODD})],
+        cases=[replace(case, name=ODD, images=named, estimate=ODD, labels={ODD: ODD})],
     )
     write_report(tmp_path / "a.html", odd)
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
     page = Page(text)
     assert not [a for _, a in page.tags if "onerror" in a or a.get("src") == "x"]
-    assert len(page.named("img")) == 6 * (1 + len(case.close_ups))
+    assert len(page.named("img")) == PANELS * (1 + len(case.close_ups))
     # title, heading, subtitle, provenance (3), tables (2 + 2), plots and their legends, case, panel and label
     assert page.text.count(ODD) >= 15
 
@@ -269,23 +289,25 @@ def test_parts_that_are_left_out_leave_no_trace(tmp_path, report):
     case = replace(report.cases[0], std=None, labels={}, close_ups=())
     write_report(tmp_path / "b.html", replace(bare(report), cases=[case]))
     page = Page((tmp_path / "b.html").read_text(encoding="utf-8"))
-    assert len(page.named("img")) == 5
+    assert len(page.named("img")) == PANELS - 1
     assert "uncertainty" not in page.text.lower()
+    assert "expected error" not in page.text.lower()
     assert "close-up" not in page.text.lower()
 
 
 def test_the_table_counts_the_images_that_are_better_than_bm3d(tmp_path, report):
     frame = report.evaluation.per_image.replace({"method": {"BM3D": "VST-BM3D"}})
+    frame = frame[frame["method"] != "posterior sample"]
     frame = pd.concat([frame, frame.assign(path=frame["path"] + "2")])  # four images
     for method, psnr in {
         "low dose": [36, 36, 36, 36],
         "VST-BM3D": [42, 42, 42, 35],
-        "restored": [43, 41, 43, 37],
+        MEAN: [43, 41, 43, 37],
     }.items():
         frame.loc[frame["method"] == method, "psnr_breast"] = psnr
     write_report(tmp_path / "a.html", replace(bare(report), evaluation=Evaluation(frame, {})))
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
-    assert '<td>4 of 4<span class="quiet">3 than VST-BM3D</span></td>' in text  # restored
+    assert '<td>4 of 4<span class="quiet">3 than VST-BM3D</span></td>' in text  # the mean
     assert "<td>3 of 4</td>" in text  # BM3D itself
     assert text.count("than VST-BM3D") == 1
 
@@ -310,7 +332,8 @@ def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path, report):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": {}}, "at least one image"),
+        ({"images": {}}, "an image of the name 'restored'"),
+        ({"estimate": "another"}, "an image of the name 'another'"),
         ({"images": {"restored": np.zeros((4, 5))}}, "restored is"),
         ({"std": np.full((8, 8), np.nan)}, "not finite"),
         ({"close_ups": [(5, 0, 4)]}, "leaves the image"),
@@ -320,7 +343,15 @@ def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path, report):
 )
 def test_cases_that_do_not_hold_together_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        Case(**{"name": "a", "clean": np.zeros((8, 8)), "images": {"restored": np.zeros((8, 8))}, **change})
+        PageCase(
+            **{
+                "name": "a",
+                "clean": np.zeros((8, 8)),
+                "images": {"restored": np.zeros((8, 8))},
+                "estimate": "restored",
+                **change,
+            }
+        )
 
 
 # --- logs ------------------------------------------------------------------------------------------------------------
@@ -427,7 +458,7 @@ def body_of(dom):
 def test_chromium_runs_the_viewer_without_an_error(tmp_path, page_file, report):
     body = body_of(chromium(tmp_path, page_file, "--dump-dom"))
     assert body["data-ready"] == "1"
-    assert body["data-panels"] == str(6 * len(report.cases))
+    assert body["data-panels"] == str(PANELS * len(report.cases))
     assert json.loads(body["data-errors"]) == []
 
 
@@ -524,13 +555,13 @@ def test_all_panels_zoom_pan_and_window_together(tmp_path, page_file, report):
     row, column = place(notes["place"])
     values = [float(value.removeprefix("≥ ")) for value in notes["values"]]
     expected = [image[row, column] for image in (case.clean, *case.images.values())]
-    assert values[:4] == pytest.approx(expected, abs=0.5 / 255 + 0.0006)
+    assert values[:5] == pytest.approx(expected, abs=0.5 / 255 + 0.0006)
     error = abs(expected[3] - expected[0])
-    assert values[4] == pytest.approx(min(error, ERROR_SCALE), abs=ERROR_SCALE / 510 + 1e-4)
-    assert values[5] == pytest.approx(case.std[row, column], abs=1e-4)
-    assert notes["windowed"] == [True] * 4 + [False] * 2  # maps keep their colours
-    assert notes["reset"] == [False] * 6
-    assert notes["moved"] == [True] * 6
+    assert values[5] == pytest.approx(min(error, ERROR_SCALE), abs=ERROR_SCALE / 510 + 1e-4)
+    assert values[6] == pytest.approx(case.std[row, column], abs=1e-4)
+    assert notes["windowed"] == [True] * 5 + [False] * 2  # maps keep their colours
+    assert notes["reset"] == [False] * PANELS
+    assert notes["moved"] == [True] * PANELS
     assert place(notes["dragged"])[1] < column
     # a close-up fills half of the shorter side of a panel, and no panel shows what is beyond the image
     (height, width), (top, left, side) = case.clean.shape, case.close_ups[0]

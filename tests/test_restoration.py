@@ -1,7 +1,9 @@
-"""Tiles, noise by position, matching of the noise and the guard: restoring images of any size."""
+"""Tiles, noise by position, matching of the noise and the share of a correction: restoring images of any size."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from datasets import get_dataset
-from diffusion import NoiseField
-from helper import seeded_generator
+from diffusion import NoiseField, Sampling, make_diffusion
+from helper import UserError, seeded_generator
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from images import read_image
 from metrics import breast_mask
@@ -18,17 +20,14 @@ from phantom import generate_phantom
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.estimate import estimate_noise
 from restoration import (
-    GUARD_SIGMAS,
     MARGIN,
     Restorer,
-    explained_share,
-    make_diffusion,
     matching_factor,
     restore_image,
     restore_in_tiles,
+    sampling_of,
     stein_share,
     tile_spans,
-    unclamped,
 )  # fmt: skip
 from trainer import DiffusionTrainer, VQVAETrainer
 from vqvae import VQVAE
@@ -61,12 +60,15 @@ class Stub:
     noise: NoiseModel = field(default_factory=lambda: NoiseModel.from_level(0.2))
     device: torch.device = CPU
     seen: list = field(default_factory=list)
+    samples: int = 0
+    seed: int = 0
 
-    stabilized: bool = False
+    stabilized: ClassVar[bool] = False
+    model: ClassVar[SimpleNamespace] = SimpleNamespace(has_mean=True)
 
-    def restore(self, part, names, noise=None, level=None, origin=(0, 0), progress=False):
+    def restore(self, part, name, noise=None, level=None, origin=(0, 0), progress=False):
         self.seen.append((tuple(part.shape[-2:]), origin, float(part.max())))
-        return self.function(part)
+        return self.function(part).repeat(1, max(1, self.samples), 1, 1)
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -225,20 +227,7 @@ def test_scaled_data_are_restored_alike():
     np.testing.assert_allclose(results[1], results[0], atol=4e-3)
 
 
-# --- the guard -------------------------------------------------------------------------------------------------------
-
-
-def test_share_of_a_correction_is_what_noise_can_explain():
-    variance = np.full((64, 64), 0.01**2, np.float32)
-    signs = np.where(np.indices((64, 64)).sum(0) % 2, 1, -1).astype(np.float32)
-    for size, expected in ((0.005, 1.0), (0.01, 1.0), (0.02, 0.25)):
-        np.testing.assert_allclose(explained_share(size * signs, variance), expected, rtol=1e-3)
-    assert explained_share(0.01 * signs, np.zeros_like(variance)).max() == 0
-    assert explained_share(np.zeros_like(variance), np.zeros_like(variance)).max() <= 1
-    speck = np.zeros_like(variance)
-    speck[32, 32], speck[10, 10], speck[50, 50] = np.array([GUARD_SIGMAS, GUARD_SIGMAS - 0.5, 3.0]) * 0.01
-    share = explained_share(speck, variance)
-    assert share[32, 32] == 0 and share[10, 10] == pytest.approx(0.5, abs=1e-3) and share[50, 50] == 1
+# --- the share of a correction ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gain, expected", [(0.5, 1.0), (1.0, 1.0), (2.0, 0.5), (4.0, 0.25), (-1.0, 0.0)])
@@ -249,25 +238,11 @@ def test_stein_share_finds_the_best_share_of_a_linear_correction_without_the_tru
     image[:, :20], mask[:, :20] = 5.0, False  # outside the mask nothing counts
 
     def share(function):
-        return stein_share(function(image), function, image, deviation, mask, seeded_generator("probe"))
+        return stein_share(function, image, deviation, mask, seeded_generator("probe"))
 
     assert share(lambda y: gain * (y - 0.4)) == pytest.approx(expected, abs=0.02)
     # a correction that does not follow the image holds none of its noise
     assert share(lambda y: np.full_like(y, 0.01)) == 0
-
-
-@pytest.mark.parametrize("level", [0.05, 0.2, 1.0])
-def test_unclamped_undoes_the_mean_of_measurements_that_full_scale_cut_off(level):
-    noise = NoiseModel.from_level(level)
-    deviation = noise.variance(1.0) ** 0.5
-    clean = 1 - deviation * torch.tensor([0.0, 0.3, 1.0, 2.0, 3.5, 8.0])[:, None].expand(6, 400_000)
-    mean = simulate_low_dose(clean, level, torch.Generator().manual_seed(0)).mean(1).numpy()
-    assert mean[0] == pytest.approx(1 - deviation / (2 * math.pi) ** 0.5, abs=0.01 * deviation)
-    found = unclamped(mean[:, None], noise)[:, 0]
-    np.testing.assert_allclose(found, clean[:, 0], atol=0.02 * deviation)
-    assert found[-1] == mean[-1]
-    strong = NoiseModel(5.0, 0.0)  # felt down to black, which has no noise at all
-    assert np.isfinite(unclamped(np.linspace(0, 1, 9, dtype=np.float32)[None], strong)).all()
 
 
 def garbage(part):
@@ -326,8 +301,8 @@ def trained():
         **data, max_epochs=4, hidden_channels=16, embed_dim=16, nb_entries=32, nb_levels=2, scaling_rates=[4, 2]
     )
     hps_2 = HPS_DIFFUSION["phantom"].updated(
-        **data, max_epochs=20, in_channels=32, out_channels=16, model_channels=32, num_head_channels=32,
-        learning_rate=2e-3, ema_decay=0.9,
+        **data, max_epochs=36, mean_epochs=20, in_channels=32, out_channels=16, model_channels=32, mean_channels=32,
+        num_head_channels=32, learning_rate=2e-3, ema_decay=0.9,
     )  # fmt: skip
     vqvae = VQVAE(**hps_1.arguments(VQVAE))
     VQVAETrainer("phantom", hps_1, vqvae, CPU, *sets(hps_1), progress=False).fit()
@@ -335,17 +310,17 @@ def trained():
     first_stage = VQVAE2Wrapper(vqvae)
     trainer = DiffusionTrainer("phantom", hps_2, model, CPU, *sets(hps_2), progress=False, first_stage=first_stage)
     trainer.fit()
-    trainer.ema.copy_to(model.model)
+    trainer.ema.copy_to(model)
     return Restorer(first_stage, model, hps_2)
 
 
-@pytest.mark.parametrize("steps, samples", [(1, 1), (4, 2)])
-def test_tiles_of_a_trained_model_leave_no_seams(trained, steps, samples):
-    trained.steps, trained.samples = steps, samples
+@pytest.mark.parametrize("samples", [0, 2])
+def test_tiles_of_a_trained_model_leave_no_seams(trained, samples):
+    restorer = replace(trained, samples=samples, sampling=Sampling("ddim", 4))
     image, mask = phantom_image(0, (512, 384))
     noisy = low_dose(image, 0.2)
     noise = NoiseModel.from_level(0.2)
-    whole, tiled = (restore_image(trained, noisy, noise, "x", tile=tile).pixels for tile in (512, 128))
+    whole, tiled = (restore_image(restorer, noisy, noise, "x", tile=tile).pixels for tile in (512, 128))
     assert psnr(whole, image, mask) > psnr(noisy, image, mask) + 1.5
     assert abs(psnr(whole, image, mask) - psnr(tiled, image, mask)) < 0.1
     # the mean gradient of the error across any column, tile edges among them, stays what it is without tiles
@@ -366,26 +341,56 @@ def test_tiles_of_a_trained_model_leave_no_seams(trained, steps, samples):
         assert (own <= 1.1 * of_whole).all()
 
 
-def test_one_tile_is_what_the_evaluation_restores_but_for_the_border(trained):
-    trained.steps, trained.samples = 1, 1
+def test_one_tile_is_what_the_network_restores_but_for_the_border(trained):
     image, _ = phantom_image(0, (192, 160))
     noisy = torch.from_numpy(low_dose(image, 0.2))[None, None]
-    alone = trained.restore(noisy, ["x"])[0, 0].clamp(0, 1)
+    alone = trained.restore(noisy, "x")[0, 0].clamp(0, 1)
     tiled = restore_image(trained, noisy[0, 0].numpy(), None, "x").pixels
     difference = np.abs(tiled - alone.numpy())
     assert difference[64:-64, 64:-64].max() < 0.25 * np.abs(noisy[0, 0].numpy() - alone.numpy()).std()
 
 
-def test_samples_are_averaged_and_depend_on_the_seed(trained):
+@pytest.mark.parametrize("sampling", [Sampling("ddim", 3, eta=1.0), Sampling("ddim", 3), Sampling("dpm++", 3)], ids=str)
+def test_samples_differ_and_depend_on_seed_and_name_alone(trained, sampling):
     image, _ = phantom_image(0, (64, 48))
     noisy = torch.from_numpy(low_dose(image, 0.2))[None, None]
-    trained.steps, trained.hps.ddim_eta = 3, 1.0
-    trained.samples = 1
-    one = trained.restore(noisy, ["x"])
-    assert torch.equal(one, trained.restore(noisy, ["x"]))
-    trained.samples = 2
-    two = trained.restore(noisy, ["x"])
-    assert 0 < (two - one).abs().max() < 0.1
-    trained.samples, trained.seed = 1, 7
-    assert (trained.restore(noisy, ["x"]) - one).abs().max() > 0
-    trained.hps.ddim_eta, trained.seed = 0.0, 0
+    mean, one, many = (
+        replace(trained, samples=samples, sampling=sampling).restore(noisy, "x") for samples in (0, 1, 3)
+    )
+    assert mean.shape == one.shape == (1, 1, 64, 48) and many.shape == (1, 3, 64, 48)
+    assert torch.equal(many[:, :1], one)  # the first of many is the one
+    assert torch.equal(many, replace(trained, samples=3, sampling=sampling).restore(noisy, "x"))
+    spread = many.std(1).mean()
+    for sample in (one, many[:, 1:2], many[:, 2:]):
+        assert 0.3 * spread < (sample - mean).square().mean().sqrt() < 3 * spread
+    for other in (replace(trained, seed=7, samples=1, sampling=sampling).restore(noisy, "x"),
+                  replace(trained, samples=1, sampling=sampling).restore(noisy, "y")):  # fmt: skip
+        assert (other - one).square().mean().sqrt() > 0.5 * spread
+
+
+def test_the_products_of_an_image_are_samples_and_their_mean(trained):
+    image, _ = phantom_image(0, (96, 80))
+    noisy, noise = low_dose(image, 0.2), NoiseModel.from_level(0.2)
+    result = restore_image(replace(trained, samples=3, sampling=Sampling("dpm++", 3)), noisy, noise, "x")
+    assert result.products.shape == (3, 96, 80) and result.products.dtype == np.float32
+    np.testing.assert_allclose(result.pixels, result.products.astype(np.float64).mean(0), atol=1e-6)
+    assert np.abs(np.diff(result.products, axis=0)).mean((1, 2)).min() > 1e-4
+    assert restore_image(trained, noisy, noise, "x").products.shape == (1, 96, 80)
+    # without noise there is nothing to sample
+    clean = restore_image(replace(trained, samples=3), noisy, NoiseModel.from_level(0), "x")
+    assert np.array_equal(clean.products, np.stack([noisy] * 3)) and clean.strength == 0
+
+
+def test_a_restorer_names_what_it_makes_and_counts_its_evaluations(trained):
+    assert (trained.product, trained.evaluations) == ("posterior mean", 1)
+    one, many = replace(trained, samples=1), replace(trained, samples=16, sampling=Sampling("dpm++", 8))
+    assert (one.product, one.evaluations) == ("posterior sample, DDIM 50", 51)
+    assert (many.product, many.evaluations) == ("mean of 16 posterior samples, DPM-Solver++ 8", 129)
+
+
+def test_the_sampler_has_the_checkpoint_s_steps_unless_others_are_given():
+    hps = HPS_DIFFUSION["phantom"].updated(ddim_steps=40, fast_steps=6, ddim_eta=0.5, ddim_spacing="trailing")
+    assert sampling_of(hps, "ddim") == Sampling("ddim", 40, 0.5, "trailing")
+    assert sampling_of(hps, "dpm++").steps == 6 and sampling_of(hps, "dpm++", 9).steps == 9
+    with pytest.raises(UserError, match="--steps 1001: the model has 1000 timesteps"):
+        sampling_of(hps, "ddim", 1001)

@@ -1,6 +1,7 @@
 """main-restore.py from the shell: any mammogram in, the same file restored out, and nothing else touched."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGLosslessSV1
+from scipy import stats
 
 from helper import weights_digest
 from images import SOFTWARE, is_restored, read_image, read_mammogram
@@ -24,6 +26,7 @@ from preprocessing.degrade import simulate_low_dose
 from restoration import Restorer
 from scripts import ROOT, call, shell, written
 from test_images import dicom_file
+from uncertainty import Calibration, region_means
 from vqvae2_wrapper import load_vqvae
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -84,13 +87,15 @@ def test_restored_files_say_what_made_them(vqvae, diffusion):
     dcm("in/b.dcm")
     result = shell("main-restore", f"in --vqvae-path {vqvae} --load-path {diffusion} --out out --seed 3")
     assert (result.code, result.err) == (0, "")
-    assert result.out.startswith("research use only") and result.out.endswith("2 images restored into out\n")
+    assert result.out.startswith("research use only") and result.out.endswith(
+        "2 images restored into out: posterior mean\n"
+    )
     assert written(Path("out")) == sorted(["a.png", "b.dcm", *RECORDS])
     restorer = Restorer.load(vqvae, diffusion, torch.device("cpu"))
     with Image.open("out/a.png") as image:
         said = image.info["Description"]
     assert said.startswith(f"VQ-VAE-2 {weights_digest(load_vqvae(vqvae)[0])[:8]}, latent diffusion ")
-    assert restorer.name in said and "noise estimated as" in said and "1 evaluation; seed 3" in said
+    assert restorer.name in said and "noise estimated as" in said and "; posterior mean; seed 3; " in said
     assert "research use only" in said
     derived = pydicom.dcmread("out/b.dcm")
     assert derived.DerivationDescription.startswith(f"{SOFTWARE}: {restorer.name}")
@@ -98,6 +103,8 @@ def test_restored_files_say_what_made_them(vqvae, diffusion):
     run = json.loads(Path("out/restore.json").read_text())
     assert run["seed"] == 3 and run["model"] == restorer.name and run["failures"] == []
     assert "--seed 3" in run["command"] and run["hps"]["timesteps"] == 1000
+    assert run["product"] == "posterior mean" and run["sampling"] is None
+    assert pd.read_csv("out/restore.csv")["product"].tolist() == ["posterior mean"] * 2
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -227,6 +234,8 @@ def test_files_of_others_are_never_overwritten(restore, restored):
     png("compared/a.compare.png")
     png("in2/x.png")
     png("in2/x.compare.png")
+    png("in2/x.sample-02.png")
+    png("sampled/a.sample-02.png")
     Path("measured").mkdir()
     Path("measured/metrics.csv").write_text("another evaluation's")
     before = contents(".")
@@ -234,6 +243,8 @@ def test_files_of_others_are_never_overwritten(restore, restored):
     assert "a.compare.png is no restored image" in line_of(restore("in --out compared --compare"))
     assert "measured/metrics.csv is not of this script's making" in line_of(restore("in --out measured"))
     assert "x.compare.png, as in2/x.compare.png; restore them" in line_of(restore("in2 --out out --compare"))
+    assert "a.sample-02.png is no restored image" in line_of(restore("in --out sampled --samples 2"))
+    assert "out/x.sample-02.png, as in2/x.png; restore them" in line_of(restore("in2 --out out --samples 2"))
     assert contents(".") == before
     restored("in2 --out out")
 
@@ -253,7 +264,7 @@ def test_a_restored_image_depends_on_seed_and_file_alone(restored):
     png("in/a.png", bits=16)
     dcm("in/b.dcm")
     png("apart/c.png", bits=16)
-    flags = "--steps 2 --noise-level 0.2"
+    flags = "--sample --steps 2 --noise-level 0.2"
     for line in (
         f"in --out 1 {flags}",
         f"in --out 2 {flags}",
@@ -302,19 +313,139 @@ def test_the_noise_is_estimated_given_or_that_of_the_training(restored, restore)
     assert "as trained" in restore("in --out trained --noise-level trained").out
 
 
-def test_samples_and_steps(restored, restore):
+def description(path):
+    """What a restored file says of how it was made."""
+    if path.suffix == ".dcm":
+        return pydicom.dcmread(path, stop_before_pixels=True).DerivationDescription
+    return Image.open(path).info["Description"]
+
+
+def sampling_of(sampler, steps):
+    return {"sampler": sampler, "steps": steps, "eta": 0.0, "spacing": "leading"}
+
+
+def test_what_is_made_is_named_everywhere(restored, restore):
     png("in/a.png", bits=16)
-    lines = {"1": "", "3": "--steps 3", "samples": "--samples 2", "both": "--samples 2 --steps 4"}
-    for out, flags in lines.items():
-        restored(f"in --out {out} --noise-level trained {flags}")
-    said = {out: Image.open(f"{out}/a.png").info["Description"] for out in lines}
-    assert "; 1 evaluation; seed 0" in said["1"] and "; 3 DDIM steps; seed 0" in said["3"]
-    assert "3 DDIM steps, mean of 2 samples" in said["samples"]  # of the checkpoint
-    assert "4 DDIM steps, mean of 2 samples" in said["both"]
-    images = {out: read_image(Path(out) / "a.png") for out in lines}
-    assert len({image.tobytes() for image in images.values()}) == 4
-    assert "--steps 1001: the model has 1000 timesteps" in line_of(restore("in --out x --steps 1001"))
-    assert "--samples 2: one step gives the mean" in line_of(restore("in --out x --samples 2 --steps 1"))
+    made = {
+        "mean": ("", "posterior mean", None),
+        "sample": ("--sample", "posterior sample, DDIM 3", sampling_of("ddim", 3)),  # steps of the checkpoint
+        "longer": ("--sample --steps 4", "posterior sample, DDIM 4", sampling_of("ddim", 4)),
+        "fast": ("--sample --sampler dpm++", "posterior sample, DPM-Solver++ 2", sampling_of("dpm++", 2)),
+        "samples": ("--samples 2", "mean of 2 posterior samples, DPM-Solver++ 2", sampling_of("dpm++", 2)),
+        "both": ("--samples 3 --sampler ddim --steps 4", "mean of 3 posterior samples, DDIM 4", sampling_of("ddim", 4)),
+    }
+    for out, (flags, product, sampling) in made.items():
+        table = restored(f"in --out {out} --noise-level trained {flags}")
+        assert table["product"].tolist() == [product]
+        assert f"; {product}; seed 0; research use only" in description(Path(out) / "a.png")
+        run = json.loads(Path(out, "restore.json").read_text())
+        assert (run["product"], run["sampling"]) == (product, sampling)
+        assert restore(f"in --out {out} --noise-level trained {flags}").out.endswith(f"into {out}: {product}\n")
+    images = {out: read_image(Path(out) / "a.png") for out in made}
+    assert len({image.tobytes() for image in images.values()}) == len(made)
+    assert "--steps 1001: the model has 1000 timesteps" in line_of(restore("in --out x --sample --steps 1001"))
+    refused = line_of(restore("in --out x --samples 2 --steps 400"))
+    assert "--steps 400: DPM-Solver++ has no 400 different timesteps" in refused and not Path("x").exists()
+
+
+MAPS = ("high", "low", "std", "std-32x32", "std-8x8", "uncertainty")
+
+
+def beside(name, samples, *kinds):
+    """What stands beside a restored image of this name."""
+    path = Path(name)
+    names = [f"{path.stem}.sample-{number:02d}{path.suffix}" for number in range(1, samples + 1)]
+    return names + [f"{name.removesuffix('.png')}.{kind}.png" for kind in kinds]
+
+
+def test_samples_are_files_beside_their_mean_and_their_spread_is_mapped(restored, restore):
+    png("in/a.png", bits=16)
+    dcm("in/b.dcm", SeriesInstanceUID="1.2.9")
+    flags = "--noise-level 0.2 --samples 3"
+    table = restored(f"in --out out {flags}")
+    names = [name for image in ("a.png", "b.dcm") for name in (image, *beside(image, 3, *MAPS))]
+    assert written(Path("out")) == sorted([*names, *RECORDS])
+    assert table["output"].tolist() == ["a.png", "b.dcm"]  # a row an image
+    for name, bits in (("a.png", 16), ("b.dcm", 12)):
+        samples = np.stack([read_image(Path("out") / other) for other in beside(name, 3)]).astype(np.float64)
+        rounding = 0.5 / (2**bits - 1)
+        np.testing.assert_allclose(read_image(Path("out") / name), samples.mean(0), rtol=0, atol=2.001 * rounding)
+        assert min(np.abs(samples[i] - samples[i - 1]).max() for i in range(3)) > 1e-3
+        maps = {kind: np.asarray(Image.open(f"out/{name.removesuffix('.png')}.{kind}.png")) for kind in MAPS[:-1]}
+        assert {values.dtype for values in maps.values()} == {np.dtype(np.uint16)}
+        # one more sample lies so far from the mean of three
+        scale, reach = math.sqrt(1 + 1 / 3), stats.t.ppf(0.95, 2)
+        for kind, side, shape in (("std", 1, (80, 70)), ("std-8x8", 8, (10, 8)), ("std-32x32", 32, (2, 2))):
+            std = scale * region_means(samples, side).std(0, ddof=1, dtype=np.float64)
+            assert maps[kind].shape == std.shape == shape
+            slack = scale * 1.5**0.5 * rounding + 0.5 / 655350  # of three roundings, and of the map's
+            np.testing.assert_allclose(maps[kind] / 655350, std, rtol=0, atol=1.01 * slack)
+        std = scale * samples.std(0, ddof=1)
+        for kind, sign in (("low", -1), ("high", 1)):
+            expected = (samples.mean(0) + sign * reach * std).clip(0, 1)
+            np.testing.assert_allclose(maps[kind] / 65535, expected, rtol=0, atol=(2 + 2 * reach) * rounding)
+    # so does every file that says what it is
+    assert description(Path("out/a.std-8x8.png")).startswith(
+        "expected error of means over 8 x 8 pixels, one a pixel of "
+    )
+    assert "; not calibrated; " in description(Path("out/a.low.png"))
+    said = [description(Path("out") / name) for name in beside("b.dcm", 3)]
+    for number, text in enumerate(said, 1):
+        assert f"; posterior sample number {number} of 3, DPM-Solver++ 2; seed 0; " in text
+    out = restore(f"in --out again {flags}").out
+    assert "the expected error and the interval are not calibrated: no uncertainty.json beside" in out
+    assert {name: contents("again")[name] for name in names} == {name: contents("out")[name] for name in names}
+
+
+def test_dicom_samples_are_instances_of_one_new_series(restored):
+    dcm("in/b.dcm", PatientID="P7", SeriesInstanceUID="1.2.9")
+    restored("in --out out --noise-level 0.2 --samples 3")
+    source = pydicom.dcmread("in/b.dcm")
+    files = [pydicom.dcmread(Path("out") / name) for name in ("b.dcm", *beside("b.dcm", 3))]
+    assert len({file.SOPInstanceUID for file in (source, *files)}) == 5
+    assert {file.SeriesInstanceUID for file in files} == {files[0].SeriesInstanceUID} != {source.SeriesInstanceUID}
+    assert {
+        (file.PatientID, file.BitsStored, file.SourceImageSequence[0].ReferencedSOPInstanceUID) for file in files
+    } == {("P7", 12, source.SOPInstanceUID)}
+    assert all(file.SOPInstanceUID == file.file_meta.MediaStorageSOPInstanceUID for file in files)
+    # the mean alone is another series
+    restored("in --out mean --noise-level 0.2")
+    assert pydicom.dcmread("mean/b.dcm").SeriesInstanceUID not in (files[0].SeriesInstanceUID, source.SeriesInstanceUID)
+
+
+def test_the_first_of_many_samples_is_the_one_of_sample(restored):
+    png("in/a.png", bits=16)
+    restored("in --out one --sample --noise-level 0.2")
+    restored("in --out many --samples 2 --sampler ddim --noise-level 0.2")
+    first, second = (read_image(Path("many") / name) for name in beside("a.png", 2))
+    one = read_image(Path("one/a.png"))
+    np.testing.assert_array_equal(one, first)
+    assert np.abs(one - second).max() > 5e-3
+
+
+def test_a_calibration_widens_the_spread_by_its_factor(restored):
+    png("in/a.png", bits=16)
+    Calibration([0.1, 0.4], [1.0, 3.0], {}).to_json(Path("c.json"))
+    restored("in --out plain --noise-level 0.2 --samples 2")
+    restored("in --out wide --noise-level 0.2 --samples 2 --calibration c.json")
+    for kind in ("std", "std-8x8"):
+        plain, wide = (np.asarray(Image.open(f"{out}/a.{kind}.png")).astype(float) for out in ("plain", "wide"))
+        assert plain.max() > 100
+        np.testing.assert_allclose(wide, (2 * plain).clip(max=65535), atol=1.6)  # half way, on a logarithmic scale
+    assert "; calibrated by a factor of 2.000; " in description(Path("wide/a.std.png"))
+    assert contents("plain")["a.png"] == contents("wide")["a.png"]
+
+
+def test_noise_that_is_not_seen_has_no_samples_and_no_maps(restored, restore):
+    png("in/a.png", bits=16)
+    restored("in --out out --samples 2")
+    png("in/a.png", np.full((96, 96), 0.4), bits=16)
+    result = restore("in --out out --samples 2")
+    assert "1 images show no noise to tell an expected error from: no samples and no maps are written" in result.out
+    assert written(Path("out")) == ["a.png", *RECORDS]
+    restored("in --out out --samples 2 --noise-level 0")  # who says that there is none is believed
+    assert written(Path("out")) == sorted(["a.png", *beside("a.png", 2, *MAPS), *RECORDS])
+    assert np.asarray(Image.open("out/a.std.png")).max() == 0
 
 
 def test_tiles_of_any_side(restored):
@@ -340,18 +471,18 @@ def test_degrade_measures_the_restored_image_beside_its_input(restored, restore)
     assert (
         figures["images"] == 2
         and figures["noise_level"] == 0.4
-        and list(figures["methods"]) == ["low dose", "restored"]
+        and list(figures["methods"]) == ["low dose", "posterior mean"]
     )
     reference = read_image(Path("in/a.png"))
     mask = breast_mask(torch.from_numpy(reference)[None])
     own = image_metrics(torch.from_numpy(read_image(Path("out/a.png")))[None], torch.from_numpy(reference)[None], mask)
-    assert rows["restored psnr"][0] == pytest.approx(own.psnr, abs=0.01)
-    assert rows["restored psnr_breast"][0] == pytest.approx(own.psnr_breast, abs=0.01)
+    assert rows["posterior mean psnr"][0] == pytest.approx(own.psnr, abs=0.01)
+    assert rows["posterior mean psnr_breast"][0] == pytest.approx(own.psnr_breast, abs=0.01)
     # Var = x / 2500 + 0.02 ** 2
     variance = float(torch.from_numpy(reference)[mask[0]].mean()) / 2500 + 4e-4
     assert rows["low dose psnr_breast"][0] == pytest.approx(-10 * np.log10(variance), abs=0.4)
-    row = figures["methods"]["restored"]
-    assert row["psnr"] == pytest.approx(rows["restored psnr"].mean())
+    row = figures["methods"]["posterior mean"]
+    assert row["psnr"] == pytest.approx(rows["posterior mean psnr"].mean())
     assert row["psnr_gain"] == pytest.approx(row["psnr"] - rows["low dose psnr"].mean())
     out = restore("in --out out --degrade 0.4").out
     assert Path("out/table.txt").read_text().strip() in out and "low dose of noise level 0.4 simulated" in out
@@ -361,6 +492,22 @@ def test_degrade_measures_the_restored_image_beside_its_input(restored, restore)
     restored("in --out out --degrade 0.4")
     assert contents("out")["metrics.csv"] == first["metrics.csv"]
     assert "from a simulated low dose of noise level 0.4" in Image.open("out/a.png").info["Description"]
+
+
+def test_degrade_measures_the_mean_of_samples_and_one_of_them(restored, restore):
+    png("in/a.png", generate_phantom(5, 0, (1, 80, 70)).image[0].numpy(), bits=16)
+    out = restore("in --out out --degrade 0.4 --samples 2 --compare").out
+    methods = ["low dose", "mean of 2 posterior samples, DPM-Solver++ 2", "posterior sample, DPM-Solver++ 2"]
+    figures = json.loads(Path("out/metrics.json").read_text())["methods"]
+    assert list(figures) == methods
+    reference = torch.from_numpy(read_image(Path("in/a.png")))[None]
+    for method, name in zip(methods[1:], ("a.png", "a.sample-01.png"), strict=True):
+        own = image_metrics(torch.from_numpy(read_image(Path("out") / name))[None], reference, breast_mask(reference))
+        assert figures[method]["psnr_breast"] == pytest.approx(own.psnr_breast, abs=0.01)
+        low, line = figures["low dose"]["psnr_breast"], next(v for v in out.splitlines() if v.startswith(method))
+        assert f"{own.psnr_breast:.2f} ({low:.2f})" in line
+    assert restored("in --out one --degrade 0.4 --sample")["product"][0] == "posterior sample, DDIM 3"
+    assert list(json.loads(Path("one/metrics.json").read_text())["methods"]) == ["low dose", "posterior sample, DDIM 3"]
 
 
 def test_degrade_with_a_noise_level_of_its_own(restored):
@@ -390,29 +537,34 @@ def test_compare_shows_input_and_output_side_by_side(restored):
 
 def test_what_an_earlier_run_left_beside_an_image_goes_where_this_one_makes_none(restored):
     png("in/a.png")
-    flags = f"--samples 1 --calibration {ROOT / 'weights' / 'uncertainty.json'}"
-    restored(f"in --out out --compare --degrade 0.3 {flags}")
-    beside = [f"a.{kind}.png" for kind in ("compare", "high", "low", "std", "uncertainty")]
-    assert written(Path("out")) == sorted(["a.png", *beside, "metrics.csv", "metrics.json", "table.txt", *RECORDS])
+    dcm("in/d.dcm")
+    restored("in --out out --compare --degrade 0.3 --samples 3")
+    both = [name for image in ("a.png", "d.dcm") for name in (image, *beside(image, 3, "compare", *MAPS))]
+    assert written(Path("out")) == sorted([*both, "metrics.csv", "metrics.json", "table.txt", *RECORDS])
     png("out/b.low.png")
-    restored("in --out out")
-    assert written(Path("out")) == sorted(["a.png", "b.low.png", *RECORDS])
-    # images that are called like pictures of this script stay, its own and those of others
-    for name in ("in/a.compare.png", "in/a.std.png", "out/a.low.png"):
+    restored("in --out out --samples 2")
+    fewer = [name for image in ("a.png", "d.dcm") for name in (image, *beside(image, 2, *MAPS))]
+    assert written(Path("out")) == sorted([*fewer, "b.low.png", *RECORDS])
+    restored("in --out out --sample")
+    assert written(Path("out")) == sorted(["a.png", "b.low.png", "d.dcm", *RECORDS])
+    # images that are called like what this script writes stay, its own and those of others
+    named = ["a.compare.png", "a.std.png", "a.std-8x8.png", "a.sample-01.png"]
+    for name in (*(f"in/{name}" for name in named), "out/a.low.png", "out/a.sample-02.png"):
         png(name)
-    for _ in range(2):
-        restored("in --out out")
+    dcm("in/d.sample-02.dcm")
+    for flags in ("", "", "--sample"):
+        restored(f"in --out out {flags}")
         assert written(Path("out")) == sorted(
-            [f"a{kind}.png" for kind in ("", ".compare", ".std", ".low")] + ["b.low.png", *RECORDS]
+            ["a.png", *named, "a.low.png", "a.sample-02.png", "d.dcm", "d.sample-02.dcm", "b.low.png", *RECORDS]
         )
 
 
 def test_pictures_beside_restored_images_are_no_inputs(restore):
     png("in/a.png")
-    assert restore("in --out in/earlier --compare").code == 0
+    assert restore("in --out in/earlier --compare --samples 2").code == 0
     png("in/b.png")
     result = restore("in --out out")
-    assert (result.code, result.err) == (0, "") and "2 restored images in it are passed over" in result.out
+    assert (result.code, result.err) == (0, "") and "10 restored images in it are passed over" in result.out
     assert written(Path("out")) == ["a.png", "b.png", *RECORDS]
 
 
@@ -547,6 +699,14 @@ in --out out --steps -3 | argument --steps
 in --out out --steps 2.5 | argument --steps: must be
 in --out out --samples 0 | argument --samples: must be
 in --out out --samples nan | argument --samples: must be
+in --out out --samples 1 | argument --samples: must be at least 2, for their spread; --sample makes one
+in --out out --samples 2 --sample | argument --sample: not allowed with argument --samples
+in --out out --sampler ddim | --sampler goes with --sample or --samples
+in --out out --steps 3 | --steps goes with --sample or --samples
+in --out out --sample --sampler euler | argument --sampler: invalid choice: 'euler'
+in --out out --views 2 | unrecognized arguments: --views 2
+in --out out --sample --calibration x | --calibration goes with --samples
+in --out out --samples 2 --calibration missing.json | missing.json: cannot be read
 in --out out --seed -1 | argument --seed
 in --out out --colour | unrecognized arguments: --colour
 in | the following arguments are required: --out

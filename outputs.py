@@ -1,0 +1,180 @@
+"""Where restored images go, and what is written beside them: samples, and maps of their spread."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from evaluation import save_picture, spread_picture
+from helper import UserError
+from images import Mammogram, dicom_tag, find_images, is_dicom, is_restored
+from uncertainty import REGIONS, interval, region_means
+
+REGION_MAPS = {f"std-{side}x{side}": side for side in REGIONS}
+LEGENDS = {  # of the maps that --samples writes beside an image
+    "std": "expected error, 65535 at a tenth of full scale",
+    "low": "lower end of the 90 % interval, 65535 at full scale",
+    "high": "upper end of the 90 % interval, 65535 at full scale",
+    **{
+        kind: f"expected error of means over {side} x {side} pixels, one a pixel of this map, 65535 at a tenth of full scale"
+        for kind, side in REGION_MAPS.items()
+    },
+}
+MAPS = (*LEGENDS, "uncertainty")  # kinds of pictures that --samples writes beside an image
+STD_SCALE = 10.0  # the expected error is written so many times as bright, for 16 bits to hold it
+SAMPLE_MARK = "; posterior sample number "  # in the description of each of --samples
+
+
+@dataclass(frozen=True)
+class Job:
+    """An image to restore."""
+
+    source: Path
+    name: str  # path below the inputs' common folder, with forward slashes
+    target: Path  # what is written
+
+    def beside(self, kind: str) -> Path:
+        """Where a picture of a kind (`compare`, or one of `MAPS`) is written."""
+        return self.target.with_name(f"{self.target.name.removesuffix('.png')}.{kind}.png")
+
+    def sample(self, number: int) -> Path:
+        """Where a posterior sample, counted from 1, is written."""
+        return self.target.with_name(f"{self.target.stem}.sample-{number:02d}{self.target.suffix}")
+
+
+def find_sources(inputs: list[Path], out: Path) -> tuple[dict[Path, Path], dict[Path, str]]:
+    """The images of files and folders, each once: by the place it lies at, its path as given and its name below the inputs'
+    common folder.
+
+    What lies in `out` is no input, nor are restored images in a folder. Raises UserError for an input that does not exist or
+    a folder without images.
+    """
+    for path in inputs:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+    roots = [(path if path.is_dir() else path.parent).resolve() for path in inputs]
+    base = os.path.commonpath(roots)
+    sources: dict[Path, Path] = {}
+    names: dict[Path, str] = {}
+    for path, root in zip(inputs, roots, strict=True):
+        found = [path]
+        if path.is_dir():
+            if root.is_relative_to(out.resolve()):
+                raise UserError(f"--out {out}: holds the input folder {path}; choose another folder")
+            inside = [p for p in find_images(path) if not p.resolve().is_relative_to(out.resolve())]
+            # a link does not take the place of the file it leads to
+            found = sorted((p for p in inside if not is_restored(p)), key=Path.is_symlink)
+            if earlier := len(inside) - len(found):
+                print(f"{path}: {earlier} restored images in it are passed over")
+            if not found:
+                raise UserError(f"{path}: nothing but restored images in it; name a folder of mammograms")
+        for source in found:
+            # the name that a link has here, not that of what it leads to
+            name = root / (source.relative_to(path) if path.is_dir() else source.name)
+            names.setdefault(source.resolve(), name.relative_to(base).as_posix())
+            sources.setdefault(source.resolve(), source)
+    return sources, names
+
+
+def plan(inputs: list[Path], out: Path, *, kinds: Sequence[str] = (), samples: int = 0) -> list[Job]:
+    """The images of files and folders, and where they go: the tree below the inputs' common folder is kept.
+
+    Pictures become PNG, DICOM stays DICOM; where two would come to the same name, what changes keeps its suffix too. Raises
+    UserError where `find_sources` does, and for a target, pictures of the `kinds` and samples beside it too, that is an input
+    or not of this script's making.
+    """
+    sources, names = find_sources(inputs, out)
+    suffixes = {place: ".dcm" if is_dicom(place) else ".png" for place in sources}
+    plain = {place: _stem(name) + suffixes[place] for place, name in names.items()}
+    taken = Counter(plain.values())
+    jobs, writers = [], dict[Path, Path]()
+    for place, source in sources.items():
+        below = plain[place]
+        if taken[below] > 1 and below != names[place]:
+            below = names[place] + suffixes[place]
+        job = Job(source, names[place], out / below)
+        beside = [*map(job.beside, kinds), *map(job.sample, range(1, samples + 1))]
+        for target in (job.target, *beside):
+            other = writers.setdefault(target, source)
+            if other is not source:
+                raise UserError(f"{source}: would be written to {target}, as {other}; restore them into two folders")
+            if target.resolve() in sources:
+                raise UserError(f"--out: {target} is an input and is not overwritten; choose another folder")
+            if target.exists() and not is_restored(target):
+                raise UserError(f"--out: {target} is no restored image and is not overwritten; choose another folder")
+        jobs.append(job)
+    return jobs
+
+
+def _stem(name: str) -> str:
+    suffix = Path(name).suffix[1:]
+    # digits after a dot are part of a UID, which DICOM files without a suffix are called
+    return name if not suffix or suffix.isdigit() else str(Path(name).with_suffix(""))
+
+
+def is_beside_an_image(path: Path, kind: str) -> bool:
+    """Whether a file is what this script writes as `kind` (or `sample`) beside an image, and not a restored image that is
+    called so."""
+    if not is_restored(path):
+        return False
+    if is_dicom(path):
+        return kind == "sample" and SAMPLE_MARK in dicom_tag(path, "DerivationDescription")
+    with Image.open(path) as picture:
+        said = picture.info.get("Description", "")
+        if kind == "sample":
+            return SAMPLE_MARK in said
+        return said.startswith(LEGENDS[kind]) if kind in LEGENDS else picture.mode == "RGB"
+
+
+def remove_stale(job: Job) -> None:
+    """Remove what an earlier run wrote beside an image: it would speak of another restoration than the one beside it."""
+    samples = job.target.parent.glob(f"{glob.escape(job.target.stem)}.sample-*{job.target.suffix}")
+    for path, kind in [(path, "sample") for path in samples] + [(job.beside(k), k) for k in ("compare", *MAPS)]:
+        if is_beside_an_image(path, kind):
+            path.unlink()
+
+
+def make_folder(out: Path) -> list[Path]:
+    """Make the output folder; returns those that were not there. Raises UserError where it cannot be written to."""
+    try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise UserError(f"--out {out}: may not be written to; choose another folder")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made ({error.strerror}); choose another folder") from None
+    return made
+
+
+def write_maps(
+    job: Job,
+    mammogram: Mammogram,
+    samples: np.ndarray,
+    factor: float | None,
+    description: str,
+    clean: np.ndarray | None = None,
+) -> None:
+    """Write what the spread of samples (K, H, W) of a mammogram says, and a picture of it, of the error too with `clean` (H, W).
+
+    The spread is `factor` times as wide; None: it is not calibrated. Samples of another size than the mammogram, on the
+    training grid, keep theirs. Raises UserError where a file cannot be written.
+    """
+    own = interval(samples, factor or 1.0)
+    maps = {"std": own.std * STD_SCALE, "low": own.low, "high": own.high}
+    for kind, side in REGION_MAPS.items():
+        if min(own.std.shape) >= side:
+            maps[kind] = interval(region_means(samples, side), factor or 1.0).std * STD_SCALE
+    how = "not calibrated" if factor is None else f"calibrated by a factor of {factor:.3f}"
+    for kind, values in maps.items():
+        carried = {} if kind in REGION_MAPS else mammogram.carried  # a pixel's pitch
+        plain = dataclasses.replace(mammogram, pixels=values, bits=16, header=None, padding=None, carried=carried)
+        plain.write(job.beside(kind), values, f"{LEGENDS[kind]}; {how}; {description}")
+    save_picture(spread_picture(clean, own, samples[0]), job.beside("uncertainty"))
