@@ -209,15 +209,13 @@ class Trainer:
     # --- the loop ---
 
     def first_batches(self, count: int) -> Iterable[Batch]:
-        """The first `count` batches of the present epoch, to initialise from.
+        """The first `count` batches of the first epoch, to initialise from.
 
         Every process takes all of them, in parts of the size that it trains on.
         """
         limit, size = count * self.mini_batch, self.mini_batch // distributed.size()
         workers = self.hps.nb_workers
-        loader = make_loader(self.loader.dataset, size, seed=self.seed, shuffle=True, workers=workers, limit=limit)
-        loader.sampler.set_epoch(self.epoch)
-        return loader
+        return make_loader(self.loader.dataset, size, seed=self.seed, shuffle=True, workers=workers, limit=limit)
 
     def validation_batches(self) -> Iterator[Batch]:
         """This process's share of the validation set, one image at a time, on the device."""

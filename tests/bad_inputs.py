@@ -148,6 +148,7 @@ ROWS = r"""
 2 | main-diffusion | --vqvae-path {vqvae} --hps attention_levels=2 | --hps attention_levels=\[2\]: channel_mult has 2 levels
 2 | main-diffusion | --vqvae-path {vqvae} --hps ddim_steps=1001 | --hps ddim_steps=1001: more than timesteps=1000
 2 | main-diffusion | --vqvae-path {vqvae} --hps fast_steps=1001 | --hps fast_steps=1001: more than timesteps=1000
+2 | main-diffusion | --vqvae-path {vqvae} --hps noise_level=0 | --hps noise_level=0.0: leaves nothing unknown to sample
 2 | main-diffusion | --vqvae-path {vqvae} --hps mean_channels=40 | --hps mean_channels=40: must be a multiple of 32
 2 | main-diffusion | --vqvae-path {vqvae} --hps precondition=wiener | --hps precondition=wiener: must be one of residual, none
 2 | main-diffusion | --vqvae-path {vqvae} --hps linear_end=1.5 | linear_end
