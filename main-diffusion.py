@@ -7,6 +7,7 @@ from pathlib import Path
 
 from assessment import bm3d_is_there, restore_test_set
 from datasets import LatentDataset, load_datasets
+from diffusion import dpm_timesteps, make_diffusion
 from helper import (
     UserError,
     base_parser,
@@ -20,7 +21,7 @@ from helper import (
     weights_digest,
 )
 from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS
-from restoration import check_first_stage, load_averages, make_diffusion
+from restoration import check_first_stage, load_averages
 from trainer import DiffusionTrainer, run_training
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
@@ -75,6 +76,10 @@ def main() -> None:
     device = get_device(args.cpu, args.cuda)
     seed_everything(args.seed)
     model = make_diffusion(hps)
+    try:
+        dpm_timesteps(model.alphas_cumprod, hps.fast_steps)
+    except ValueError as error:
+        raise UserError(f"--hps fast_steps={hps.fast_steps}: {error}") from None
     if args.evaluate:
         load_averages(model, checkpoint, args.load_path)
         finish_batch(restore_test_set(args, hps, model, first_stage, (vqvae_checkpoint, checkpoint), device))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import distributed
 import stopping
 from datasets import Batch, make_loader
-from diffusion import LatentDiffusion, LitEma, NoiseField, Sampling, dpm_timesteps, sample_latents
+from diffusion import LatentDiffusion, LitEma, NoiseField, Sampling, sample_latents
 from evaluation import comparison, save_picture
 from helper import (
     LAST,
@@ -610,10 +610,6 @@ class DiffusionTrainer(Trainer):
             print(
                 f"the posterior mean alone is trained, for {self.mean_epochs} epochs; more --epochs train the diffusion too"
             )
-        try:
-            dpm_timesteps(self.model.alphas_cumprod, self.hps.fast_steps)
-        except ValueError as error:
-            raise UserError(f"--hps fast_steps={self.hps.fast_steps}: {error}") from None
         self.ema = LitEma(self.model, self.hps.ema_decay)
 
     def make_optimizer(self) -> torch.optim.Optimizer:

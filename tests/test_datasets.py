@@ -663,7 +663,8 @@ def test_training_crops_are_windowed_and_enhanced_as_often_as_the_setting_says(s
 def test_after_the_altered_epochs_crops_are_as_they_are():
     changes = dict(scale_range=[0.5, 0.5], gamma_range=[2.0, 2.0], windowing=1.0, enhancement=1.0)
     altered, plain = (
-        get_datasets("phantom", SETTINGS.updated(**more), ["train"])[0] for more in (changes | {"altered_epochs": 2}, {})
+        get_datasets("phantom", SETTINGS.updated(**more), ["train"])[0]
+        for more in (changes | {"altered_epochs": 2}, {})
     )
     same = [torch.equal(altered[SampleKey(e, 0, 0)].clean, plain[SampleKey(e, 0, 0)].clean) for e in range(4)]
     assert same == [False, False, True, True]
