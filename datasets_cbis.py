@@ -14,10 +14,11 @@ from typing import Any
 
 import pandas as pd
 
-from datasets import RecordDataset, refuse_escape
+from files.prepared import Record
+from files.splits import refuse_escape
 from helper import UserError, seed_of
 from hps import HParams
-from prepared import Record
+from loading.mammograms import RecordDataset
 
 KINDS = ("calc", "mass")
 HALVES = ("train", "test")

@@ -1,32 +1,26 @@
 """Stage 2: `UNet`, `LatentDiffusion`, `DDIMSampler`, `DPMSolverSampler` and `LitEma`.
 
-`LatentDiffusion` diffuses what a first network, the posterior mean, leaves unknown of the clean latent. The `UNet` of both
-stands in `unet.py`.
+`LatentDiffusion` diffuses what a first network, the posterior mean, leaves unknown of the clean latent. The `UNet` of both,
+the linear estimate that the mean starts from, and the samplers stand in `models/`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
-from helper import seeded_generator
 from hps import HParams
-from unet import UNet
+from models.linear import LinearEstimate, LinearView, by_level, level_shares, mixed
+from models.samplers import ConditioningView, DDIMSampler, DPMSolverSampler, NoiseField, Prediction, Sampling
+from models.unet import UNet
 
-FILTER_TAPS = 5  # side, in latents, of the neighbourhood that the linear estimate looks at
-LEVEL_KNOTS = 5  # noise levels, between the least and the greatest, at which statistics are measured
-LOCAL_RADIUS = 4  # latents; radius of the box whose mean, taken twice, is the local mean
-OUTLIER = 16.0  # mean square, in units of the noise's, from which on what the linear estimate takes away is no noise
 LEAST_DEVIATION = 1e-2  # of the largest: principal components of the residual below it are not diffused
 
 
@@ -37,146 +31,9 @@ def make_betas(schedule: str, timesteps: int, linear_start: float, linear_end: f
     return torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2
 
 
-def local_mean(x: Tensor) -> Tensor:
-    """Mean of (N, C, H, W) around every position: a box of radius `LOCAL_RADIUS`, twice, borders repeated."""
-    for _ in range(2):
-        x = F.avg_pool2d(F.pad(x, (LOCAL_RADIUS,) * 4, mode="replicate"), 2 * LOCAL_RADIUS + 1, stride=1)
-    return x
-
-
-def _compressed(x: Tensor) -> Tensor:
-    """2 asinh(x / 2): 50 standard deviations still tell where an edge is, and do not drown the rest."""
-    return 2 * torch.asinh(x / 2)
-
-
-def _mixed(x: Tensor, matrix: Tensor) -> Tensor:
-    """A matrix (K, C) applied to the channels of (N, C, H, W)."""
-    return F.conv2d(x, matrix[:, :, None, None])
-
-
 def _at(table: Tensor, t: Tensor) -> Tensor:
     """Entries (N, 1, 1, 1) of a table (T,) at timesteps (N,)."""
     return table[t][:, None, None, None]
-
-
-def _level_shares(level: Tensor, knots: Tensor) -> Tensor:
-    """Shares (N, K) of noise levels in levels (N,), `knots` (K,) being their logarithms: linear between the two nearest."""
-    if len(knots) == 1:
-        return torch.ones(len(level), 1, device=knots.device)
-    place = (level.to(knots).log2() - knots[0]) / (knots[1] - knots[0])
-    place = place.clamp(0, len(knots) - 1)
-    return (1 - (place[:, None] - torch.arange(len(knots), device=knots.device)).abs()).clamp(min=0)
-
-
-@dataclass
-class LinearView:
-    """What a linear filter says about a degraded latent; all normalised."""
-
-    degraded: Tensor  # (N, C, H, W): the degraded latent, whitened
-    noise: Tensor  # (N, C, H, W): what the filter takes for noise, in deviations of the noise
-    estimate: Tensor  # (N, C, H, W): the clean latent by its account
-    error: Tensor  # (N, 1, 1, 1): rms error of that estimate
-
-
-class LinearEstimate(nn.Module):
-    """A Wiener filter of normalised latents, fitted by least squares at several noise levels.
-
-    It looks at what the degraded latent deviates from its local mean. Where it would take away far more than the noise, as
-    on an edge, the degraded latent stands.
-    """
-
-    def __init__(self, channels: int, levels: tuple[float, float]):
-        super().__init__()
-        low, high = levels
-        knots = LEVEL_KNOTS if high > low else 1
-        self.register_buffer("log_levels", torch.linspace(math.log2(low), math.log2(high), knots))
-        self.register_buffer("degradation_scale", torch.ones(()))  # rms of degraded - clean
-        self.register_buffer("whitening", torch.eye(channels))  # of degraded latents
-        self.register_buffer("local_whitening", torch.eye(channels))  # of deviations from the local mean
-        self.register_buffer("noise_filter", torch.zeros(knots, channels, FILTER_TAPS**2 * channels))
-        self.register_buffer("error", torch.ones(knots))  # rms error of the estimate
-
-    def forward(self, cond: Tensor, level: Tensor) -> LinearView:
-        """The view of degraded latents (N, C, H, W) of noise levels (N,)."""
-        mean, share = local_mean(cond), _level_shares(level, self.log_levels)
-        noise = self._noise(cond - mean, share)
-        fine, coarse = _mixed(cond - mean, self.local_whitening), _mixed(mean, self.whitening)
-        excess = noise.square().mean(1, keepdim=True) / (OUTLIER * self.degradation_scale**2)
-        return LinearView(
-            # next to an edge deviations are too large to show noise
-            degraded=_compressed(fine) + coarse,
-            noise=_compressed(noise / self.degradation_scale),
-            estimate=cond - noise * (1 - excess).clamp(min=0).square(),  # the biweight of Beaton and Tukey (1974)
-            error=(share @ self.error.log()).exp()[:, None, None, None],
-        )
-
-    def _noise(self, deviations: Tensor, share: Tensor) -> Tensor:
-        n, c, h, w = deviations.shape
-        filters = torch.einsum("nk,kct->nct", share, self.noise_filter)
-        filters = filters.unflatten(2, (c, FILTER_TAPS, FILTER_TAPS)).flatten(0, 1)
-        padded = F.pad(deviations, (FILTER_TAPS // 2,) * 4, mode="replicate")
-        return F.conv2d(padded.flatten(0, 1)[None], filters, groups=n).view(n, c, h, w)
-
-    def fit(self, pairs: list[tuple[Tensor, Tensor]], levels: Sequence[Tensor]) -> None:
-        """Fit to (clean, degraded) latents, each (N, C, H, W), of noise levels (N,), and measure the error.
-
-        Weighted least squares from the neighbourhoods of deviations from the local mean to the noise, every position
-        counting in inverse proportion to its own energy: edges are rare and large, and not what the filter is for.
-        """
-        knots, channels, taps = self.noise_filter.shape
-        gram = torch.zeros(knots, taps, taps, dtype=torch.float64)
-        cross = torch.zeros(knots, channels, taps, dtype=torch.float64)
-        second = torch.zeros(channels, channels, dtype=torch.float64)
-        floor = self.degradation_scale**2
-        for (clean, degraded), level in zip(pairs, levels, strict=True):
-            deviations = degraded - local_mean(degraded)
-            rows = F.unfold(deviations, FILTER_TAPS, padding=FILTER_TAPS // 2)
-            noise = (degraded - clean).flatten(2)
-            weight = floor / (floor + rows.square().mean(1, keepdim=True))
-            share = _level_shares(level, self.log_levels)
-            for i in range(len(rows)):
-                weighted, own = rows[i] * weight[i], deviations[i].flatten(1)
-                a, b = weighted @ rows[i].t(), noise[i] @ weighted.t()
-                second += (((own * weight[i]) @ own.t()) / (weight[i].sum() + 1e-12)).double().cpu()
-                for knot in share[i].nonzero().flatten().tolist():
-                    gram[knot] += float(share[i, knot]) * a.double().cpu()
-                    cross[knot] += float(share[i, knot]) * b.double().cpu()
-        # the latent fills but some directions of its channels: a ridge keeps the others at zero
-        ridge = 1e-4 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(taps, dtype=torch.float64)
-        solution = torch.linalg.solve(gram + ridge + 1e-12 * torch.eye(taps), cross.transpose(1, 2)).transpose(1, 2)
-        self.noise_filter.copy_(solution)
-        values, vectors = torch.linalg.eigh(second / max(1, sum(len(level) for level in levels)))
-        least = 0.1 * values.clamp(min=0).mean() + 1e-12  # directions that the latent hardly fills stay small
-        self.local_whitening.copy_((vectors * (values.clamp(min=0) + least).rsqrt()) @ vectors.t())
-        squared = (self(d, level).estimate - c for (c, d), level in zip(pairs, levels, strict=True))
-        error = _by_level([e.square().mean((1, 2, 3)) for e in squared], levels, self.log_levels)
-        self.error.copy_(error.clamp(min=1e-8).sqrt())
-
-
-def _by_level(values: Sequence[Tensor], levels: Sequence[Tensor], knots: Tensor) -> Tensor:
-    """Means (K, ...) at knots of the noise level of values (N, ...) at levels (N,); at a knot that has none, that of all."""
-    values, share = torch.cat(list(values)).float(), torch.cat([_level_shares(v, knots) for v in levels])
-    total = share.sum(0).view(-1, *[1] * (values.ndim - 1))
-    means = torch.einsum("nk,n...->k...", share, values) / total.clamp(min=1e-6)
-    return torch.where(total > 0, means, values.mean(0))
-
-
-@dataclass
-class Prediction:
-    """What the network's output says about z_t, in float32."""
-
-    x_start: Tensor  # (N, C, H, W): z_0, the diffused variable without noise
-    eps: Tensor  # (N, C, H, W): the noise in z_t
-
-
-@dataclass
-class ConditioningView:
-    """What is known of degraded latents at every timestep alike."""
-
-    seen: Tensor  # (N, C, H, W): what the network sees beside z_t
-    level: Tensor  # (N,): noise level
-    mean: Tensor  # (N, C, H, W): posterior mean; 0 for the plain diffusion
-    scale: Tensor  # (N, C, 1, 1): deviation of the residual's principal components, 0 where none is diffused; else 1
 
 
 @dataclass
@@ -239,17 +96,17 @@ class Residual(nn.Module):
     def view(self, cond: Tensor, level: Tensor) -> ConditioningView:
         """The network sees the degraded latent (N, C, H, W) whitened."""
         mean, linear = self.mean(cond, level)
-        scale = (_level_shares(level, self.linear.log_levels) @ self.deviations)[:, :, None, None]
+        scale = (level_shares(level, self.linear.log_levels) @ self.deviations)[:, :, None, None]
         return ConditioningView(linear.degraded, level, mean, scale)
 
     def diffused(self, clean: Tensor, view: ConditioningView) -> Tensor:
         """z (N, C, H, W) of clean latents."""
-        z = _mixed(clean - view.mean, self.components) / view.scale.clamp(min=1e-12)
+        z = mixed(clean - view.mean, self.components) / view.scale.clamp(min=1e-12)
         return z * (view.scale > 0)
 
     def restored(self, z: Tensor, view: ConditioningView) -> Tensor:
         """The clean latents that z (N, C, H, W) stands for."""
-        return view.mean + _mixed(view.scale * z, self.components.t())
+        return view.mean + mixed(view.scale * z, self.components.t())
 
     def measure(self, pairs: Iterable[tuple[Tensor, Tensor]], levels: Sequence[Tensor]) -> None:
         """Measure U and s on (clean, degraded) normalised latents, each (N, C, H, W), of noise levels (N,)."""
@@ -258,11 +115,11 @@ class Residual(nn.Module):
             residual = (clean - self.mean(cond, level)[0]).flatten(2).double()
             covariances.append(residual @ residual.transpose(1, 2) / residual.shape[2])
             seen.append(level)
-        by_level = _by_level(covariances, seen, self.linear.log_levels).double()
+        second = by_level(covariances, seen, self.linear.log_levels).double()
         # what is left at strong noise must not decide alone: every level counts by its own variance
-        total = (by_level / by_level.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12)[:, None, None]).mean(0)
+        total = (second / second.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12)[:, None, None]).mean(0)
         components = torch.linalg.eigh(total)[1].flip(1).t()
-        variances = torch.einsum("pc,kcd,pd->kp", components, by_level, components).clamp(min=0)
+        variances = torch.einsum("pc,kcd,pd->kp", components, second, components).clamp(min=0)
         largest = variances.amax(1, keepdim=True)
         if not (largest > 0).all():
             raise ValueError(
@@ -439,163 +296,6 @@ def make_diffusion(hps: HParams) -> LatentDiffusion:
     return LatentDiffusion(
         UNet(**hps.arguments(UNet)), mean_model, latent_channels=hps.out_channels, **hps.arguments(LatentDiffusion)
     )
-
-
-# --- samplers --------------------------------------------------------------------------------------------------------
-
-
-def ddim_timesteps(timesteps: int, steps: int, spacing: str = "leading") -> Tensor:
-    """The `steps` timesteps of a sampler out of `timesteps`, descending, (steps,) int64.
-
-    "leading" is LDM's: multiples of T // steps, plus 1 where that leaves room, so it suits steps of at most T / 2;
-    "trailing" counts down from T - 1 (Lin et al., 2024, arXiv:2305.08891, table 2). Raises ValueError for steps outside
-    1..timesteps or an unknown spacing.
-    """
-    if not 1 <= steps <= timesteps:
-        raise ValueError(f"DDIM needs between 1 and {timesteps} steps, not {steps}")
-    if spacing == "leading":
-        ratio = timesteps // steps
-        return torch.arange(steps).flip(0) * ratio + (1 if ratio > 1 else 0)
-    if spacing == "trailing":
-        return (timesteps - torch.arange(steps, dtype=torch.float64) * timesteps / steps).round().long() - 1
-    raise ValueError(f"DDIM spacing must be leading or trailing, not {spacing!r}")
-
-
-class DDIMSampler:
-    """DDIM (Song et al., 2021, arXiv:2010.02502, eq. 12) over a model with `alphas_cumprod` and `predict(z, t, view)`.
-
-    `final_alpha_cumprod` is abar after the last step: 1 returns the predicted z_0; LDM's own sampler keeps
-    alphas_cumprod[0], which leaves noise of 0.039 in the result.
-    """
-
-    def __init__(self, model: LatentDiffusion, spacing: str = "leading", final_alpha_cumprod: float = 1.0):
-        self.model = model
-        self.spacing = spacing
-        self.final_alpha_cumprod = final_alpha_cumprod
-
-    @staticmethod
-    def step(
-        x: Tensor, prediction: Prediction, abar: Tensor, previous: Tensor, eta: float, noise: Tensor | None
-    ) -> Tensor:
-        """One step from abar_t to abar of the previous timestep (scalars); `noise` like x, needed where eta > 0."""
-        sigma = eta * ((1 - previous) / (1 - abar) * (1 - abar / previous)).sqrt()
-        x = previous.sqrt() * prediction.x_start + (1 - previous - sigma**2).clamp(min=0).sqrt() * prediction.eps
-        return x if noise is None else x + sigma * noise
-
-    @torch.no_grad()
-    def sample(
-        self,
-        cond: ConditioningView,
-        x_T: Tensor,
-        steps: int = 50,
-        eta: float = 0.0,
-        draw: Callable[[], Tensor] | None = None,
-        progress: bool = False,
-    ) -> Tensor:
-        """Samples (N, C, H, W) of z.
-
-        Args:
-            cond: what the model's `predict` is to know of the degraded latents.
-            x_T: unit Gaussian noise to start from, (N, C, H, W).
-            steps: number of network evaluations.
-            eta: 0 is deterministic, 1 has the variance of the ancestral sampler.
-            draw: returns unit noise like x_T, called once a step where eta > 0.
-        Raises: ValueError for an impossible number of steps, or eta > 0 without `draw`.
-        """
-        if eta > 0 and draw is None:
-            raise ValueError("DDIM with eta > 0 needs a source of noise")
-        alphas_cumprod = self.model.alphas_cumprod
-        schedule = ddim_timesteps(len(alphas_cumprod), steps, self.spacing)
-        # one transfer ahead of the loop: indexing by a host number inside it would not synchronise, reading back would
-        abars = alphas_cumprod[schedule.to(alphas_cumprod.device)]
-        previous = F.pad(abars[1:], (0, 1), value=self.final_alpha_cumprod)
-        x = x_T
-        for i, t in enumerate(tqdm(schedule.tolist(), desc="DDIM", leave=False, disable=not progress)):
-            prediction = self.model.predict(x, torch.full((len(x),), t, device=x.device), cond)
-            x = self.step(x, prediction, abars[i], previous[i], eta, draw() if eta > 0 else None)
-        return x
-
-
-def dpm_timesteps(alphas_cumprod: Tensor, steps: int) -> Tensor:
-    """The `steps` timesteps, descending from the last, (steps,) int64, evenly spaced in half the logarithm of the SNR.
-
-    Raises ValueError for steps of which two would meet at one timestep.
-    """
-    half_log_snr = torch.logit(alphas_cumprod.double()).cpu() / 2  # descending
-    wanted = torch.linspace(float(half_log_snr[-1]), float(half_log_snr[0]), steps, dtype=torch.float64)
-    timesteps = (half_log_snr - wanted[:, None]).abs().argmin(1)
-    if not 1 <= steps <= len(alphas_cumprod) or len(timesteps.unique()) < steps:
-        raise ValueError(f"DPM-Solver++ has no {steps} different timesteps to take; ask for fewer")
-    return timesteps
-
-
-class DPMSolverSampler:
-    """DPM-Solver++(2M) (Lu et al., 2022, arXiv:2211.01095, algorithm 2): few steps, each with what the last one saw.
-
-    With lambda = log(sqrt(abar) / sqrt(1 - abar)), h the step in it and r the last step over this one,
-    D = (1 + 1 / (2 r)) z_0 - 1 / (2 r) z_0' and z' = sigma' / sigma z - alpha' (exp(-h) - 1) D.
-    """
-
-    def __init__(self, model: LatentDiffusion):
-        self.model = model
-
-    @torch.no_grad()
-    def sample(self, cond: ConditioningView, x_T: Tensor, steps: int = 8, progress: bool = False) -> Tensor:
-        """Samples (N, C, H, W) of z from unit noise x_T alike, by `steps` network evaluations; see `DDIMSampler.sample`."""
-        alphas_cumprod = self.model.alphas_cumprod
-        schedule = dpm_timesteps(alphas_cumprod, steps)
-        abars = alphas_cumprod.double().cpu()[schedule]
-        alpha, sigma, lambdas = abars.sqrt().tolist(), (1 - abars).sqrt().tolist(), (torch.logit(abars) / 2).tolist()
-        x, last = x_T, None
-        for i, t in enumerate(tqdm(schedule.tolist(), desc="DPM-Solver++", leave=False, disable=not progress)):
-            x_start = self.model.predict(x, torch.full((len(x),), t, device=x.device), cond).x_start
-            if i == steps - 1:
-                return x_start  # the step to no noise at all
-            h, estimate = lambdas[i + 1] - lambdas[i], x_start
-            if last is not None:
-                inverse_2r = h / (lambdas[i] - lambdas[i - 1]) / 2
-                estimate = (1 + inverse_2r) * x_start - inverse_2r * last
-            x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * math.expm1(-h) * estimate
-            last = x_start
-        return x
-
-
-@dataclass(frozen=True)
-class NoiseField:
-    """Unit Gaussian noise over an unbounded lattice of latents, keyed by `key` and by position.
-
-    A latent's noise is the same in whichever window or tile it is drawn, and no other image's.
-    """
-
-    key: tuple[object, ...]
-    channels: int
-
-    BLOCK: ClassVar[int] = 32  # side of the squares that are drawn at once
-
-    def window(self, draw: int, top: int, left: int, height: int, width: int, device: torch.device) -> Tensor:
-        """Draw number `draw` of rows top..top + height and columns left..left + width: (channels, height, width)."""
-        block = self.BLOCK
-        rows, columns = (range(at // block, -(-(at + side) // block)) for at, side in ((top, height), (left, width)))
-        lattice = torch.cat([torch.cat([self._block(draw, r, c, device) for c in columns], 2) for r in rows], 1)
-        top, left = top - rows[0] * block, left - columns[0] * block
-        return lattice[:, top : top + height, left : left + width]
-
-    def _block(self, draw: int, row: int, column: int, device: torch.device) -> Tensor:
-        generator = seeded_generator("noise field", *self.key, draw, row, column, device=device)
-        return torch.randn(self.channels, self.BLOCK, self.BLOCK, generator=generator, device=device)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How posterior samples are drawn."""
-
-    sampler: str = "ddim"  # or "dpm++"
-    steps: int = 50  # network evaluations a sample
-    eta: float = 0.0  # of DDIM
-    spacing: str = "leading"  # of DDIM
-
-    def __str__(self) -> str:
-        return f"{'DDIM' if self.sampler == 'ddim' else 'DPM-Solver++'} {self.steps}"
 
 
 @torch.no_grad()

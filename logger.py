@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from helper import UserError, write_text
+from helper import UserError
+from running.writing import write_text
 
 
 class Logger:

@@ -5,23 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from assessment import bm3d_is_there, restore_test_set
-from datasets import LatentDataset, load_datasets
-from diffusion import dpm_timesteps, make_diffusion
-from helper import (
-    UserError,
-    base_parser,
-    checkpoint_to_resume,
-    finish_batch,
-    get_device,
-    refuse_torchrun,
-    resolve_settings,
-    run_script,
-    seed_everything,
-    weights_digest,
-)
+from datasets import load_datasets
+from diffusion import make_diffusion
+from helper import UserError, get_device, seed_everything
 from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS
-from restoration import check_first_stage, load_averages
+from loading.latents import LatentDataset
+from models.samplers import dpm_timesteps
+from restoration.assessment import bm3d_is_there, restore_test_set
+from restoration.restorer import check_first_stage, load_averages
+from running.checkpoints import checkpoint_to_resume, weights_digest
+from running.command_line import base_parser
+from running.scripts import finish_batch, refuse_torchrun, run_script
+from running.settings import resolve_settings
 from trainer import DiffusionTrainer, run_training
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 

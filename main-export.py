@@ -8,18 +8,12 @@ from pathlib import Path
 import torch
 
 from diffusion import make_diffusion
-from helper import (
-    Checkpoint,
-    Parser,
-    UserError,
-    build_model,
-    load_checkpoint,
-    run_script,
-    save_checkpoint,
-    weights_digest,
-)
+from helper import UserError
 from hps import apply_overrides
-from restoration import check_first_stage, load_averages
+from restoration.restorer import check_first_stage, load_averages
+from running.checkpoints import Checkpoint, build_model, load_checkpoint, save_checkpoint, weights_digest
+from running.command_line import Parser
+from running.scripts import run_script
 from vqvae2_wrapper import load_vqvae
 
 SAMPLER = ("ddim_steps", "ddim_eta", "ddim_spacing", "fast_steps")  # entries that no weight depends on

@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
-import distributed
-from datasets import (
-    LATENT_FORMAT,
-    SPLITS,
-    Batch,
-    MammogramDataset,
-    RecordDataset,
-    SampleKey,
-    load_datasets,
-    make_loader,
-)
-from helper import (
-    UserError,
-    base_parser,
-    finish_batch,
-    get_device,
-    hold,
-    positive_int,
-    resolve_settings,
-    run_script,
-    tracked,
-    weights_digest,
-    write_json,
-)
+from datasets import load_datasets
+from files.splits import SPLITS
+from helper import UserError, get_device
 from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS
+from loading.latents import LATENT_FORMAT, entry_bytes, split_layout, write_split
+from loading.mammograms import RecordDataset
+from running import distributed
+from running.checkpoints import weights_digest
+from running.command_line import base_parser, positive_int
+from running.folders import hold
+from running.scripts import finish_batch, run_script
+from running.settings import resolve_settings
+from running.writing import write_json
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
 
@@ -50,94 +33,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--float32", action="store_true", help="write latents in single precision, not half")
     return parser.parse_args()
-
-
-@dataclass
-class _Realisations(Dataset):
-    """Whole training images with each noise draw in turn; validation and test images once, with their own noise."""
-
-    images: MammogramDataset
-    count: int
-
-    def __len__(self) -> int:
-        return self.images.image_count() * self.count
-
-    def __getitem__(self, key: SampleKey) -> Batch:
-        index, realisation = divmod(key.index, self.count)
-        return self.images.whole(index, realisation) if self.images.train else self.images[index]
-
-
-# Name of an array to the type and shape of an image's entry.
-Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]
-
-
-def split_layout(
-    first_stage: VQVAE2Wrapper, image_shape: list[int], dtype: np.dtype, realisations: int, codes_only: bool
-) -> Layout:
-    """The arrays of a split, and what each holds of an image."""
-    vqvae, latent = first_stage.vqvae, first_stage.latent_shape(*image_shape[1:])
-    layout: Layout = {}
-    for level in range(vqvae.nb_levels):
-        scale = math.prod(vqvae.scaling_rates[1 : level + 1])
-        layout[f"codes_{level}"] = np.dtype(np.uint16), (latent[1] // scale, latent[2] // scale)
-    if not codes_only:
-        layout["clean"] = dtype, latent
-        layout["degraded"] = dtype, (realisations, *latent)
-        layout["mask"] = np.dtype(np.bool_), latent[1:]
-    return layout
-
-
-def entry_bytes(layout: Layout, prefix: str = "") -> int:
-    """Bytes of an image's entries in the arrays whose names begin with `prefix`."""
-    return sum(dtype.itemsize * math.prod(shape) for name, (dtype, shape) in layout.items() if name.startswith(prefix))
-
-
-def write_split(
-    images: MammogramDataset, first_stage: VQVAE2Wrapper, folder: Path, layout: Layout, device: torch.device,
-    *, realisations: int, workers: int, progress: bool,
-) -> dict:  # fmt: skip
-    """Write one split's arrays below `folder`; returns its entry in the index. Several processes share the images."""
-    n = images.image_count()
-    if distributed.is_main():
-        folder.mkdir(parents=True)
-        for name, (dtype, shape) in layout.items():
-            path = folder / f"{name}.npy"
-            np.lib.format.open_memmap(path, "w+", dtype, (n, *shape))
-            if hasattr(os, "posix_fallocate"):
-                # a disk that is full is an error now, and a signal that ends the process when a page is written
-                with path.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    distributed.gather(None)  # the files are there
-    arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+") for name in layout}
-
-    entries: list[tuple[int, dict]] = []
-    loader = make_loader(_Realisations(images, realisations), distributed.size(), workers=workers, shared=True)
-    pairs = zip(loader.sampler, loader, strict=True)
-    for key, batch in tracked(pairs, images.split, "pair", progress, len(loader)):
-        if not key.counts:
-            continue
-        index, realisation = divmod(key.index, realisations)
-        batch = batch.to(device)
-        if realisation == 0:
-            meta = batch.meta[0]
-            entries.append((index, {"path": meta.path, "patient": meta.patient}))
-            clean = first_stage.encode(batch.clean, batch.noise)
-            for level, codes in enumerate(first_stage.codes(clean)):
-                arrays[f"codes_{level}"][index] = codes[0].cpu().numpy()
-            if "clean" in arrays:
-                arrays["clean"][index] = clean[0].cpu().numpy()
-                rate = first_stage.vqvae.scaling_rates[0]
-                padded = torch.zeros(1, clean.shape[2] * rate, clean.shape[3] * rate, dtype=torch.bool)
-                padded[:, : batch.mask.shape[2], : batch.mask.shape[3]] = batch.mask[0].cpu()
-                mask = padded.view(clean.shape[2], rate, clean.shape[3], rate).any(3).any(1)
-                arrays["mask"][index] = mask.numpy()
-        if "degraded" in arrays:
-            degraded = first_stage.encode(batch.degraded, batch.noise)[0].cpu().numpy()
-            arrays["degraded"][index, realisation] = degraded
-    for written in arrays.values():
-        written.flush()
-    entries = sorted(distributed.join(entries), key=lambda entry: entry[0])
-    return {"images": [image for _, image in entries], "realisations": realisations}
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import distributed
+from running import distributed
 
 LOOKUP_ROWS = 2048  # rows of the distance matrix held at once in a codebook lookup: what a core's cache holds ...
 LOOKUP_ROWS_GPU = 65536  # ... and what keeps a GPU busy

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from helper import Checkpoint, build_model, load_checkpoint, load_weights
 from preprocessing.degrade import NoiseModel
 from preprocessing.stabilize import stabilize, unstabilize
+from running.checkpoints import Checkpoint, build_model, load_checkpoint, load_weights
 from vqvae import VQVAE
 
 REFERENCE_LEVEL = 0.2  # noise level at which a stabilised image is divided by its full scale, and lies in [0, 1] again

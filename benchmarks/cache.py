@@ -21,14 +21,17 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cache import PreparedCache
-from datasets import RecordDataset, SampleKey
 from datasets_cbis import CASE_COLUMNS, cbis_records
-from helper import Parser, UserError, format_table, positive_int, run_script
+from files.cache import PreparedCache
+from files.images import find_images, read_image
+from files.prepared import Record
+from helper import UserError, format_table
 from hps import HPS_VQVAE
-from images import find_images, read_image
-from phantom import generate_phantom
-from prepared import Record
+from loading.batches import SampleKey
+from loading.mammograms import RecordDataset
+from preprocessing.phantom import generate_phantom
+from running.command_line import Parser, positive_int
+from running.scripts import run_script
 from trees import write_case_files, write_dicom
 
 HEIGHT, WIDTH = 3328, 2560  # pixels of a source

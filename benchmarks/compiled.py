@@ -12,11 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rates import Ratio, parser, prepare, print_ratios, seconds
 
-from datasets import Batch, PhantomDataset
 from diffusion import make_diffusion
-from helper import run_script
 from hps import HPS_DIFFUSION, HPS_VQVAE
-from trainer import DiffusionTrainer, Trainer, VQVAETrainer
+from loading.batches import Batch
+from loading.mammograms import PhantomDataset
+from running.scripts import run_script
+from trainer import DiffusionTrainer, VQVAETrainer
+from training.loop import Trainer
 from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper
 

@@ -19,12 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PIL import Image
 from rates import parser, prepare, seconds
 
-from cache import PreparedCache
-from datasets import RecordDataset, make_loader
-from helper import format_table, positive_int, run_script, worker_count
+from files.cache import PreparedCache
+from files.prepared import Record
+from helper import format_table
 from hps import HPS_DIFFUSION, HPS_VQVAE, HParams
-from phantom import generate_phantom
-from prepared import Record
+from loading.batches import make_loader
+from loading.mammograms import RecordDataset
+from preprocessing.phantom import generate_phantom
+from running.command_line import positive_int
+from running.distributed import worker_count
+from running.scripts import run_script
 from vqvae import VQVAE
 
 H100_FLOPS, H100_BYTES = (

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rates import Ratio, parser, prepare, print_ratios, seconds
 
-from helper import run_script
 from hps import HPS_VQVAE
+from running.scripts import run_script
 from vqvae import LOOKUP_ROWS, VectorQuantizer
 
 HPS = HPS_VQVAE["cbis-ddsm"]

@@ -39,24 +39,23 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from tqdm import tqdm
 
+import trainer as trainer_module
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import trainer as trainer_module
-from datasets import Batch, Meta, PhantomDataset, SampleKey
-from diffusion import DDIMSampler, LatentDiffusion, make_diffusion
-from helper import (
-    Parser,
-    UserError,
-    atomic_path,
-    format_table,
-    get_parameter_count,
-    positive_int,
-    run_script,
-    write_json,
-)
+
+from diffusion import LatentDiffusion, make_diffusion
+from helper import UserError, format_table, get_parameter_count
 from hps import HPS_DIFFUSION, HPS_VQVAE, TASKS, HParams, apply_overrides
-from restoration import sampling_of
-from trainer import DiffusionTrainer, Trainer, VQVAETrainer
+from loading.batches import Batch, Meta, SampleKey
+from loading.mammograms import PhantomDataset
+from models.samplers import DDIMSampler
+from restoration.restorer import sampling_of
+from running.command_line import Parser, positive_int
+from running.scripts import run_script
+from running.writing import atomic_path, write_json
+from trainer import DiffusionTrainer, VQVAETrainer
+from training.loop import Trainer
 from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper
 

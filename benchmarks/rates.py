@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from helper import Parser, format_table, positive_int
+from helper import format_table
+from running.command_line import Parser, positive_int
 
 _clock = time.perf_counter
 

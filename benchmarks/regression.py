@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from helper import Silence, UserError, atomic_path, seeded_generator
+from helper import Silence, UserError, seeded_generator
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.stabilize import stabilize, unstabilize
+from running.writing import atomic_path
 
 LAYERS, CHANNELS = 7, 48
 CROP, BATCH = 64, 16  # pixels a side, crops a step

@@ -33,47 +33,46 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before the other
 
 import regression
 
-from classical import inverse_table, vst_bm3d
-from datasets import folder_records
-from evaluation import BM3D, INPUT
-from helper import (
-    Parser,
-    UserError,
-    atomic_path,
-    device_arguments,
-    format_table,
-    get_device,
-    positive_int,
-    record_run,
-    run_script,
-    seeded_generator,
-    tracked,
-    worker_count,
-    write_text,
-)
-from hps import HPS_VQVAE
-from images import read_image
-from metrics import (
+from evaluation.metrics import (
     BANDS,
     INTENSITY_BINS,
     MS_SSIM_SIDE,
     ErrorSplit,
     PowerSpectrum,
     band_power,
-    breast_mask,
     calcification_contrast,
     image_metrics,
     mnse_decomposition,
     ms_ssim,
     noise_power_spectrum,
 )
-from phantom import FILM_HEIGHT_MM, Calcification, Phantom, calcification_sigma, generate_phantom, pixel_means
-from prepared import Record
+from evaluation.table import BM3D, INPUT
+from evaluation.uncertainty import Calibration, Tally
+from evaluation.uncertainty import Case as Sampled
+from files.images import read_image
+from files.prepared import Record
+from files.splits import folder_records
+from helper import UserError, format_table, get_device, seeded_generator, tracked
+from hps import HPS_VQVAE
+from preprocessing.breast import breast_mask
 from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.phantom import (
+    FILM_HEIGHT_MM,
+    Calcification,
+    Phantom,
+    calcification_sigma,
+    generate_phantom,
+    pixel_means,
+)
 from preprocessing.stabilize import stabilize
-from restoration import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer, restore_image, sampling_of
-from uncertainty import Calibration, Tally
-from uncertainty import Case as Sampled
+from restoration.classical import inverse_table, vst_bm3d
+from restoration.restore import restore_image
+from restoration.restorer import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer, sampling_of
+from running.command_line import Parser, device_arguments, positive_int
+from running.distributed import worker_count
+from running.folders import record_run
+from running.scripts import run_script
+from running.writing import atomic_path, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("calcifications", "mnse", "crops", "native")

@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rates import Ratio, count, measure_rates, parser, peak_memory, prepare, print_ratios, seconds
 
-from datasets import PhantomDataset
-from helper import run_script, seeded_generator
+from helper import seeded_generator
 from hps import HPS_VQVAE, HParams
+from loading.mammograms import PhantomDataset
+from running.scripts import run_script
 from trainer import VQVAETrainer
 from vqvae import VQVAE
 

@@ -18,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rates import Ratio, parser, peak_memory, prepare, print_ratios, seconds
 
-from datasets import LATENT_FORMAT, LatentDataset, PhantomDataset
 from diffusion import LatentDiffusion, make_diffusion
-from helper import run_script
 from hps import HPS_DIFFUSION, HPS_VQVAE
+from loading.latents import LATENT_FORMAT, LatentDataset
+from loading.mammograms import PhantomDataset
 from logger import Logger
+from running.scripts import run_script
 from trainer import DiffusionTrainer
 from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper

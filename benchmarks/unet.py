@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rates import Ratio, count, measure_rates, parser, peak_memory, prepare, print_ratios, seconds
 
 from diffusion import LitEma
-from helper import run_script
 from hps import HPS_DIFFUSION, HPS_VQVAE
-from unet import UNet
+from models.unet import UNet
+from running.scripts import run_script
 
 HPS = HPS_DIFFUSION["cbis-ddsm"]
 LATENT = [side // HPS_VQVAE["cbis-ddsm"].scaling_rates[0] for side in HPS.image_shape[1:]]

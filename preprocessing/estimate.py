@@ -8,7 +8,7 @@ from scipy.fft import dctn
 from scipy.optimize import nnls
 from scipy.special import gammaincinv
 
-from metrics import breast_mask
+from preprocessing.breast import breast_mask
 from preprocessing.degrade import ELECTRONIC_SIGMA_AT_LEVEL_ONE, QUANTA_AT_LEVEL_ONE, NoiseModel
 
 SIDE = 8  # of a block, in pixels

@@ -35,8 +35,8 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLo
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import scripts
-from helper import CHECKPOINT_FORMAT
-from phantom import generate_phantom
+from preprocessing.phantom import generate_phantom
+from running.checkpoints import CHECKPOINT_FORMAT
 from scripts import Result, call, shell, succeed
 from test_images import dicom_file
 from trees import own_case_files, write_case_files, write_kaggle, write_tcia

@@ -32,11 +32,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import cache
 import trainer
-from helper import Parser, UserError, checkpoints_in, load_checkpoint, non_negative_int, positive_int, run_script
-from phantom import generate_phantom
+from files import cache
+from helper import UserError
+from preprocessing.phantom import generate_phantom
+from running.checkpoints import checkpoints_in, load_checkpoint
+from running.command_line import Parser, non_negative_int, positive_int
+from running.scripts import run_script
 from scripts import arguments, load_script
+from training import loop
 from vqvae2_wrapper import VQVAE2Wrapper
 
 TRAINING = "--no-tqdm --no-amp --epochs 3 --hps checkpoint_frequency=2 --hps log_frequency=1 --hps lr_schedule=cosine"
@@ -50,12 +54,12 @@ PLACES = [
     (os, "link", "after"),
     (Path, "replace", "before"),
     (Path, "replace", "after"),
-    (trainer.Trainer, "optimizer_step", "before"),
-    (trainer.Trainer, "optimizer_step", "after"),
-    (trainer.Trainer, "setup", "after"),
+    (loop.Trainer, "optimizer_step", "before"),
+    (loop.Trainer, "optimizer_step", "after"),
+    (loop.Trainer, "setup", "after"),
     (trainer.DiffusionTrainer, "begin_diffusion", "before"),
     (trainer.DiffusionTrainer, "begin_diffusion", "after"),
-    (trainer.Trainer, "validation_batches", "after"),
+    (loop.Trainer, "validation_batches", "after"),
     (trainer, "save_picture", "before"),
     (VQVAE2Wrapper, "encode", "after"),
     (cache, "prepare_record", "after"),

@@ -9,7 +9,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from phantom import generate_phantom  # noqa: E402
+from preprocessing.phantom import generate_phantom
 from scripts import shell, succeed  # noqa: E402
 
 

@@ -38,21 +38,16 @@ with instrumented:
     from PIL import Image
     from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
-    from datasets import LATENT_FORMAT, patient_of, read_latent_index
     from datasets_cbis import cbis_records
-    from helper import (
-        Checkpoint,
-        Parser,
-        UserError,
-        load_checkpoint,
-        positive_int,
-        rng_state,
-        run_script,
-        save_checkpoint,
-    )
+    from files.images import is_restored, read_mammogram
+    from files.prepared import Record, prepare_record
+    from files.splits import patient_of
+    from helper import UserError, rng_state
     from hps import HPS_VQVAE
-    from images import is_restored, read_mammogram
-    from prepared import Record, prepare_record
+    from loading.latents import LATENT_FORMAT, read_latent_index
+    from running.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+    from running.command_line import Parser, positive_int
+    from running.scripts import run_script
     from test_images import compressed, dicom_file, lut
     from trees import own_case_files, write_case_files, write_kaggle
     from vqvae import VQVAE

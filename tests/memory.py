@@ -18,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from helper import Parser, format_table, non_negative_int, positive_int, run_script
+from helper import format_table
+from running.command_line import Parser, non_negative_int, positive_int
+from running.scripts import run_script
 from test_trainer import stage_1, stage_2
-from trainer import Trainer
+from training.loop import Trainer
 
 PARTS = 12  # sizes in a row are alike: the means of so many parts are regressed, not the sizes
 STUDENT = 2.23  # 97.5 % quantile of Student's t with PARTS - 2 degrees of freedom

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from helper import run_script
+from running.scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = {

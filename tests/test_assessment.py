@@ -10,8 +10,17 @@ import pandas as pd
 import pytest
 import torch
 
-import assessment
-from assessment import (
+from datasets import get_dataset
+from diffusion import make_diffusion
+from evaluation.page import Power
+from evaluation.pictures import GAP, TITLE, spread_picture
+from evaluation.table import METRICS, Evaluation
+from evaluation.uncertainty import Calibration, Interval
+from hps import HPS_DIFFUSION, HPS_VQVAE
+from models.samplers import Sampling
+from preprocessing.degrade import NoiseModel
+from restoration import assessment
+from restoration.assessment import (
     Gallery,
     breast_window,
     calibrate,
@@ -22,15 +31,8 @@ from assessment import (
     spread,
     window_at,
 )
-from datasets import get_dataset
-from diffusion import Sampling, make_diffusion
-from evaluation import GAP, METRICS, TITLE, Evaluation, spread_picture
-from helper import Checkpoint
-from hps import HPS_DIFFUSION, HPS_VQVAE
-from preprocessing.degrade import NoiseModel
-from report import Power
-from restoration import Restoration
-from uncertainty import Calibration, Interval
+from restoration.restore import Restoration
+from running.checkpoints import Checkpoint
 from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper
 

@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 
 from bad_inputs import complaint, make_files, rows
-from datasets import PhantomDataset, get_datasets
-from helper import ImageError, UserError, hold, run_script
+from datasets import get_datasets
+from helper import ImageError, UserError
 from hps import HPS_VQVAE
+from loading.mammograms import PhantomDataset
+from running.folders import hold
+from running.scripts import run_script
 from scripts import call
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -118,7 +121,7 @@ def test_training_counts_what_it_skipped_at_the_end_of_each_epoch(tree, workers)
 
 def test_a_disk_that_fills_up_is_not_taken_for_bad_images(tree, monkeypatch):
     full = OSError(28, os.strerror(28))
-    monkeypatch.setattr("cache.np.packbits", lambda _: (_ for _ in ()).throw(full))
+    monkeypatch.setattr("files.cache.np.packbits", lambda _: (_ for _ in ()).throw(full))
     result = call("main-vqvae", f"{FLAGS} --data-root {tree} --num-workers 0")
     assert result.code == 2 and re.search(r"cannot be written \(No space left on device\)", result.err)
 

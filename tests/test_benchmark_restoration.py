@@ -15,17 +15,11 @@ from PIL import Image
 from scipy import stats
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-import classical
+from evaluation.metrics import ErrorSplit, calcification_contrast, mnse_decomposition, ms_ssim, noise_power_spectrum
+from files.prepared import Record
 from helper import UserError
-from metrics import (
-    ErrorSplit,
-    calcification_contrast,
-    mnse_decomposition,
-    ms_ssim,
-    noise_power_spectrum,
-)
-from phantom import FILM_HEIGHT_MM, Calcification, generate_phantom
-from prepared import Record
+from preprocessing.phantom import FILM_HEIGHT_MM, Calcification, generate_phantom
+from restoration import classical
 from scripts import call, load_script, succeed
 
 

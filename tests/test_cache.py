@@ -17,12 +17,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import cache
-from cache import PreparedCache
-from datasets import Batch, RecordDataset, SampleKey, get_datasets, load_datasets
-from helper import UserError, base_parser
+from datasets import get_datasets, load_datasets
+from files import cache
+from files.cache import PreparedCache
+from files.prepared import Record, prepare_record
+from helper import UserError
 from hps import HPS_VQVAE, TASKS
-from prepared import Record, intensities, prepare_record
+from loading.batches import Batch, SampleKey
+from loading.mammograms import RecordDataset
+from preprocessing.grid import intensities
+from running.command_line import base_parser
 from test_scripts import assert_same, call, load
 from trees import breast, own_case_files, write_case_files, write_tcia
 
@@ -160,7 +164,7 @@ def test_every_level_reads_as_numpy_divides_it():
 
 
 def test_a_second_build_decodes_nothing_and_loading_needs_no_sources(built, records, monkeypatch, capsys):
-    monkeypatch.setattr("prepared.read_image", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("files.prepared.read_image", lambda path: pytest.fail(f"{path} was read"))
     capsys.readouterr()
     again = PreparedCache(built.root, SHAPE)
     again.build(records[::-1], progress=False)

@@ -8,7 +8,7 @@ import pydicom
 import pytest
 from PIL import Image
 
-from images import read_image
+from files.images import read_image
 from scripts import succeed, written
 from test_datasets_cbis import CASE_DIR, official_case_files
 from trees import own_case_files, write_case_files, write_kaggle, write_tcia

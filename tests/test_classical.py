@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from classical import expected_stabilized, inverse_table, unbiased_inverse, vst_bm3d
 from helper import UserError
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.stabilize import stabilize, unstabilize
+from restoration.classical import expected_stabilized, inverse_table, unbiased_inverse, vst_bm3d
 
 needs_bm3d = pytest.mark.skipif(
     importlib.util.find_spec("bm3d") is None, reason="bm3d is not installed (requirements-benchmarks.txt)"
@@ -58,7 +58,7 @@ def test_sparse_and_full_sums_over_quanta_agree(monkeypatch):
     noise = NoiseModel(400.0, 0.0)  # nothing but the sum over counts smooths the result
     clean = np.array([0.3, 0.8, 1.0])
     sparse = expected_stabilized(clean, noise)
-    monkeypatch.setattr("classical.EXACT_QUANTA", 1000)
+    monkeypatch.setattr("restoration.classical.EXACT_QUANTA", 1000)
     assert np.allclose(sparse, expected_stabilized(clean, noise), atol=2e-2)
     assert np.allclose(sparse[:2], expected_stabilized(clean[:2], noise), atol=1e-4)
 

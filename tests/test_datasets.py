@@ -12,33 +12,18 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from datasets import (
-    SPLITS,
-    Batch,
-    KeyedSampler,
-    Meta,
-    SampleKey,
-    bordered,
-    calcified,
-    draw_crop,
-    enhanced,
-    folder_records,
-    get_dataset,
-    get_datasets,
-    make_loader,
-    one_side,
-    oriented,
-    patient_of,
-    split_patients,
-    windowed,
-)  # fmt: skip
+from datasets import get_dataset, get_datasets
+from files.images import find_images, read_image
+from files.splits import SPLITS, folder_records, patient_of, split_patients
 from helper import UserError, seeded_generator
 from hps import HPS_DIFFUSION, HPS_VQVAE
-from images import find_images, read_image
-from metrics import breast_mask
-from phantom import generate_phantom
-from prepared import Grid
+from loading.batches import Batch, KeyedSampler, Meta, SampleKey, make_loader
+from loading.mammograms import one_side
+from preprocessing.augment import bordered, calcified, draw_crop, enhanced, oriented, windowed
+from preprocessing.breast import breast_mask
 from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.grid import Grid
+from preprocessing.phantom import generate_phantom
 from preprocessing.stabilize import stabilize
 
 MINI_MIAS = Path(__file__).resolve().parents[1] / "preprocessing" / "splits" / "mini-mias.csv"
@@ -639,7 +624,7 @@ def test_enhancing_multiplies_what_is_finer_than_its_mean_and_keeps_what_is_coar
     sigma, gain = 10.0, 4.0
     wave = 0.05 * torch.cos(2 * math.pi * column / 32).expand(1, 96, 288)
     draws = iter([sigma, gain])
-    monkeypatch.setattr("datasets.log_uniform", lambda low, high, generator: next(draws))
+    monkeypatch.setattr("loading.mammograms.log_uniform", lambda low, high, generator: next(draws))
     image = enhanced(0.5 + wave, seeded_generator("enhance"))
     monkeypatch.undo()
     kept = math.exp(-2 * (math.pi * sigma / 32) ** 2)

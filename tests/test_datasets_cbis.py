@@ -14,10 +14,11 @@ import pydicom
 import pytest
 from PIL import Image
 
-from datasets import SPLITS, Batch
 from datasets_cbis import CBISDDSM, cbis_records, read_case_files, survey_root
+from files.splits import SPLITS
 from helper import UserError
 from hps import HPS_VQVAE, HParams
+from loading.batches import Batch
 from trees import PATIENTS, breast, own_case_files, write_case_files, write_dicom, write_kaggle, write_tcia
 
 CASE_DIR = os.environ.get("CBIS_CASE_DIR", "")

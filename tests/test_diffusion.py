@@ -9,24 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import diffusion
-import unet as unet_module
-from diffusion import (
-    DDIMSampler,
-    DPMSolverSampler,
-    LatentDiffusion,
-    LinearView,
-    LitEma,
-    NoiseField,
-    Prediction,
-    Sampling,
-    UNet,
-    dpm_timesteps,
-    make_betas,
-    make_diffusion,
-    sample_latents,
-)
+from diffusion import LatentDiffusion, LitEma, UNet, make_betas, make_diffusion, sample_latents
 from hps import HPS_DIFFUSION
+from models import linear
+from models import unet as unet_module
+from models.linear import LinearView
+from models.samplers import DDIMSampler, DPMSolverSampler, NoiseField, Prediction, Sampling, dpm_timesteps
 
 PARAMETERIZATIONS = ("eps", "v", "x0")
 T = torch.tensor([0, 1, 400, 999])
@@ -698,7 +686,7 @@ def test_the_linear_estimate_is_fitted_at_every_level_and_interpolated_between()
         assert 0.95 * best < error < 1.02 * best + 0.1 * 0.04
         assert (view.error * model.latent_scale)[0].item() == pytest.approx(error**0.5, rel=1e-3)
     levels = torch.tensor([0.05, 0.05 * 20 ** (1 / 8), 1.0, 3.0, 0.01])
-    between = diffusion._level_shares(levels, model.variable.linear.log_levels)
+    between = linear.level_shares(levels, model.variable.linear.log_levels)
     assert torch.allclose(between.sum(1), torch.ones(5), atol=1e-5)
     assert torch.allclose(between[1, :2], torch.tensor([0.5, 0.5]), atol=1e-4)
     assert between[2, 4].item() == pytest.approx(1, abs=1e-4) and between[3, 4] == 1 and between[4, 0] == 1

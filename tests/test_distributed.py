@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-import distributed
-import trainer
-from datasets import KeyedSampler, SampleKey
-from helper import UserError, load_checkpoint
+from helper import UserError
+from loading.batches import KeyedSampler, SampleKey
+from running import distributed
+from running.checkpoints import load_checkpoint
 from scripts import ROOT, arguments, load_script, succeed, written
 from test_trainer import Silent, stage_1, stage_2
+from training import loop
 from vqvae import VectorQuantizer
 
 SAMPLES = 13  # batches of four, and one of a single sample, where one of two processes has none
@@ -39,7 +40,7 @@ def train(name):
     make, settings = TRAININGS[name]
     epochs = settings["max_epochs"] * settings.get("batch_size", 4) // 4
     stage = make(SAMPLES, **settings | {"max_epochs": epochs})
-    with mock.patch.object(trainer, "Logger", lambda *where: Silent()):
+    with mock.patch.object(loop, "Logger", lambda *where: Silent()):
         stage.fit()
     assert stage.step == 20
     averages = stage.ema.state_dict() if make is stage_2 else {}
@@ -222,7 +223,7 @@ sys.path.insert(0, os.path.dirname(script))
 import trainer
 from helper import UserError
 
-step = trainer.Trainer.optimizer_step
+step = loop.Trainer.optimizer_step
 
 def fail_once(self):
     if os.environ["RANK"] == "1" and self.step == 1:
@@ -235,7 +236,7 @@ def fail_once(self):
         os._exit(0) if how == "leaves" else os.kill(os.getpid(), signal.SIGKILL)
     return step(self)
 
-trainer.Trainer.optimizer_step = fail_once
+loop.Trainer.optimizer_step = fail_once
 runpy.run_path(script, run_name="__main__")
 """
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from images import read_image
-from metrics import breast_mask
-from phantom import generate_phantom
+from files.images import read_image
+from preprocessing.breast import breast_mask
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.estimate import estimate_noise, level_at
+from preprocessing.phantom import generate_phantom
 
 # what the estimate of the variance may be off by, relatively: texture and film grain weigh most at low levels
 PHANTOM_BOUNDS = {0.05: (-0.05, 0.15), 0.1: (-0.05, 0.12), 0.2: (-0.05, 0.08), 0.5: (-0.05, 0.05), 1.0: (-0.05, 0.05)}

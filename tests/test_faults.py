@@ -13,14 +13,15 @@ import pytest
 import torch
 
 import chaos
-import stopping
-import trainer
 from chaos import Chaos, Work, difference, ended, live
-from datasets import KeyedSampler
-from helper import UserError, checkpoints_in, load_checkpoint
+from helper import UserError
+from loading.batches import KeyedSampler
 from memory import Slope, measure
+from running import stopping
+from running.checkpoints import checkpoints_in, load_checkpoint
 from scripts import call, succeed, written
 from test_trainer import Silent, stage_1, stage_2
+from training import loop
 
 RUN = "--task phantom --no-tqdm --epochs 3 --hps checkpoint_minutes=0"
 STEPS = 6  # of such a run: two an epoch
@@ -93,7 +94,7 @@ def started(folder, line, workers=0, patch=lambda: None):
 
     def prepare():
         os.setpgid(0, 0)
-        step = trainer.Trainer.optimizer_step
+        step = loop.Trainer.optimizer_step
 
         def taken(self):
             result = step(self)
@@ -101,7 +102,7 @@ def started(folder, line, workers=0, patch=lambda: None):
             time.sleep(0.05)  # so that the signal comes within the run
             return result
 
-        trainer.Trainer.optimizer_step = taken
+        loop.Trainer.optimizer_step = taken
         patch()
 
     process = live(work, folder, workers, prepare)
@@ -137,7 +138,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
         def wait(self):
             time.sleep(60)
 
-        trainer.Trainer.stop_if_asked = wait
+        loop.Trainer.stop_if_asked = wait
 
     process = started(tmp_path, "--task phantom --no-tqdm --epochs 50 --out run", patch=hang)
     start = time.monotonic()
@@ -161,7 +162,7 @@ def test_a_signal_before_the_training_ends_the_script_with_its_status(monkeypatc
 
 def test_what_is_saved_in_a_validation_is_not_the_averages(tmp_path, monkeypatch):
     """The averages stand in for the weights while stage 2 validates."""
-    monkeypatch.setattr("trainer.Logger", lambda *where: Silent())
+    monkeypatch.setattr("training.loop.Logger", lambda *where: Silent())
     stage = stage_2(mean_epochs=2, max_epochs=3, learning_rate=1e-2, warmup_steps=0)
     stage.folder = tmp_path
     encode, calls = stage.encode, []
@@ -301,7 +302,7 @@ def poisoned(make, steps, **changes):
 
 @pytest.mark.parametrize("make", [stage_1, stage_2, functools.partial(stage_2, mean_epochs=0)])
 def test_a_step_that_is_not_finite_changes_nothing_and_names_its_images(make, monkeypatch, capsys):
-    monkeypatch.setattr("trainer.Logger", lambda *where: Silent())
+    monkeypatch.setattr("training.loop.Logger", lambda *where: Silent())
     stage, states = poisoned(make, {2}, mini_batch_size=2)
     stage.fit()
     assert stage.step == len(states) == 8
@@ -327,9 +328,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_images(make, mo
 def test_only_images_of_the_pass_that_is_not_finite_are_named(monkeypatch, capsys):
     stage = stage_1()
     stage.taken = [
-        trainer.TakenStep(7, torch.tensor([True, False, False]), [["a", "b"], ["c"]]),
-        trainer.TakenStep(8, torch.tensor([True, True, True]), [["a"], ["b"]]),
-        trainer.TakenStep(9, torch.tensor([True, True, False]), [["d"], ["e"]]),
+        loop.TakenStep(7, torch.tensor([True, False, False]), [["a", "b"], ["c"]]),
+        loop.TakenStep(8, torch.tensor([True, True, True]), [["a"], ["b"]]),
+        loop.TakenStep(9, torch.tensor([True, True, False]), [["d"], ["e"]]),
     ]
     stage.look_at_steps()
     assert capsys.readouterr().err == (
@@ -341,7 +342,7 @@ def test_only_images_of_the_pass_that_is_not_finite_are_named(monkeypatch, capsy
 @pytest.mark.parametrize("every", [1, 2])
 def test_twenty_steps_in_a_row_end_the_training_and_keep_the_checkpoint_before(every, tmp_path, monkeypatch, capsys):
     """The checkpoint right before them may be what went wrong."""
-    monkeypatch.setattr("trainer.Logger", lambda *where: Silent())
+    monkeypatch.setattr("training.loop.Logger", lambda *where: Silent())
     stage, states = poisoned(stage_1, range(2, 100), checkpoint_minutes=1e-9, crops_per_image=12, log_frequency=1)
     stage.folder, should_save = tmp_path, stage.should_save
     stage.should_save = lambda: stage.step % every == 1 % every and should_save()
@@ -359,7 +360,7 @@ def test_twenty_steps_in_a_row_end_the_training_and_keep_the_checkpoint_before(e
 
 @pytest.mark.parametrize("mean_epochs", [0, 1])
 def test_a_validation_that_is_not_finite_ends_the_training(mean_epochs, monkeypatch):
-    monkeypatch.setattr("trainer.Logger", lambda *where: Silent())
+    monkeypatch.setattr("training.loop.Logger", lambda *where: Silent())
     stage = stage_2(log_frequency=1, mean_epochs=mean_epochs)
     with torch.no_grad():
         for model in (stage.model, stage.ema.model):  # which is the model's at the start of the diffusion
@@ -369,7 +370,7 @@ def test_a_validation_that_is_not_finite_ends_the_training(mean_epochs, monkeypa
 
 
 def test_an_image_that_breaks_before_the_validation_costs_no_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("trainer.Logger", lambda *where: Silent())
+    monkeypatch.setattr("training.loop.Logger", lambda *where: Silent())
     stage = stage_1(max_epochs=2)
     stage.folder, stage.picture = tmp_path, lambda: torch.zeros(3, 8, 8, dtype=torch.uint8)
     validate, stage.validate = stage.validate, lambda: (_ for _ in ()).throw(UserError("b.png: broken; remove it"))

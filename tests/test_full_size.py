@@ -6,9 +6,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import helper
 import trainer
-from datasets import Batch, Meta, PhantomDataset, SampleKey
 from diffusion import make_diffusion
 from hps import HPS_DIFFUSION, HPS_VQVAE
+from loading.batches import Batch, Meta, SampleKey
+from loading.mammograms import PhantomDataset
 from trainer import DiffusionTrainer, VQVAETrainer, amp_dtype
 from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper

@@ -27,9 +27,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-import images
+from files import images
+from files.images import Mammogram, find_images, is_dicom, is_restored, read_image, read_mammogram
 from helper import UserError
-from images import Mammogram, find_images, is_dicom, is_restored, read_image, read_mammogram
 
 SHAPE = 5, 7  # an odd number of pixels
 VALUES = {bits: (np.arange(35).reshape(SHAPE) * (2**bits - 1) // 34).astype(np.uint16) for bits in range(1, 17)}

@@ -5,7 +5,9 @@ import csv
 import datetime
 import json
 import os
+import random
 import resource
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -16,34 +18,33 @@ import torch
 import tqdm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import helper
+import running.folders as folders_module
 from helper import (
-    CHECKPOINT_FORMAT,
-    SETTINGS_ADDED,
-    Checkpoint,
     UserError,
-    atomic_path,
-    evaluation_folder,
     format_table,
     get_device,
     get_parameter_count,
-    load_checkpoint,
-    load_weights,
-    open_run,
     randn_by_sample,
-    record_run,
-    resolve_settings,
     rng_state,
-    save_checkpoint,
     seed_of,
     seeded_generator,
     set_rng_state,
     tracked,
-    weights_digest,
-    write_json,
-)  # fmt: skip
+)
 from hps import ARCHITECTURE_VQVAE, HPS_DIFFUSION, HPS_VQVAE, HParams
 from logger import Logger
+from running.checkpoints import (
+    CHECKPOINT_FORMAT,
+    SETTINGS_ADDED,
+    Checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    weights_digest,
+)
+from running.folders import evaluation_folder, open_run, record_run
+from running.settings import resolve_settings
+from running.writing import atomic_path, write_json
 
 
 def make_checkpoint(**changes):
@@ -210,9 +211,9 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
 
 def test_state_of_the_global_generators_is_restored():
     state = rng_state()
-    first = torch.rand(2), np.random.rand(2), helper.random.random()
+    first = torch.rand(2), np.random.rand(2), random.random()
     set_rng_state(state)
-    again = torch.rand(2), np.random.rand(2), helper.random.random()
+    again = torch.rand(2), np.random.rand(2), random.random()
     assert torch.equal(first[0], again[0]) and (first[1] == again[1]).all() and first[2] == again[2]
 
 
@@ -250,7 +251,7 @@ def test_table_columns_are_aligned():
 def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     clock = mock.Mock(**{"datetime.now.return_value": datetime.datetime(2024, 5, 6, 7, 8, 9)})
-    with mock.patch.object(helper, "datetime", clock):
+    with mock.patch.object(folders_module, "datetime", clock):
         folders = [open_run(call_arguments(task="phantom"), "vqvae") for _ in range(3)]
     names = ["vqvae-phantom-20240506-070809", "vqvae-phantom-20240506-070809-1", "vqvae-phantom-20240506-070809-2"]
     assert [folder.name for folder in folders] == names and all(folder.is_dir() for folder in folders)
@@ -361,7 +362,7 @@ def test_logger_without_a_folder_writes_nothing(tmp_path, monkeypatch, capsys):
 
 def test_without_a_bar_long_work_says_once_a_minute_how_far_it_is(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(helper.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def items():
         for now[0] in (10.0, 59.0, 61.0, 100.0, 121.0):  # when each of them is asked for

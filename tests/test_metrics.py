@@ -8,9 +8,10 @@ import torch
 from scipy import ndimage
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from images import read_image
-from metrics import BANDS, band_power, breast_mask, image_metrics, otsu_threshold
-from phantom import generate_phantom
+from evaluation.metrics import BANDS, band_power, image_metrics
+from files.images import read_image
+from preprocessing.breast import breast_mask, otsu_threshold
+from preprocessing.phantom import generate_phantom
 
 
 def random_image(seed, height=40, width=32):
@@ -127,7 +128,7 @@ def test_ssim_in_bands_is_that_of_the_whole(shape, monkeypatch):
     whole, full = structural_similarity_index_measure(
         image[None].double(), reference[None].double(), data_range=1.0, return_full_image=True
     )
-    monkeypatch.setattr("metrics.BAND_PIXELS", 7000)
+    monkeypatch.setattr("evaluation.metrics.BAND_PIXELS", 7000)
     figures = image_metrics(image, reference, mask)
     assert figures.ssim == pytest.approx(float(whole), abs=1e-12)
     assert figures.ssim_breast == pytest.approx(float(full[mask[None]].mean()), abs=1e-12)

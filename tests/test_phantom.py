@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-import phantom as phantom_module
-from phantom import FILM_HEIGHT_MM, draw_sheet, generate_phantom, power_law_field
+from preprocessing import phantom as phantom_module
+from preprocessing.phantom import FILM_HEIGHT_MM, draw_sheet, generate_phantom, power_law_field
 
 COUNT = 40
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hps import HPS_DIFFUSION, HPS_VQVAE
+from models.unet import UNet
 from scripts import load_script
-from unet import UNet
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,8 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from evaluation import METRICS, Evaluation
-from helper import UserError
-from logger import Logger
-from metrics import ErrorSplit, PowerSpectrum, image_metrics
-from phantom import generate_phantom
-from preprocessing.degrade import simulate_low_dose
-from report import (
+from evaluation.metrics import ErrorSplit, PowerSpectrum, image_metrics
+from evaluation.page import (
     DISCLAIMER,
     ERROR_SCALE,
     PageCase,
@@ -33,7 +28,12 @@ from report import (
     read_curves,
     write_report,
 )
-from uncertainty import Coverage
+from evaluation.table import METRICS, Evaluation
+from evaluation.uncertainty import Coverage
+from helper import UserError
+from logger import Logger
+from preprocessing.degrade import simulate_low_dose
+from preprocessing.phantom import generate_phantom
 
 ODD = "<img src=x onerror=alert(1)> \"'&amp; $title ${x} $_^ \\"
 MEAN = "posterior mean"

@@ -11,24 +11,18 @@ import torch
 import torch.nn.functional as F
 
 from datasets import get_dataset
-from diffusion import NoiseField, Sampling, make_diffusion
+from diffusion import make_diffusion
+from files.images import read_image
 from helper import UserError, seeded_generator
 from hps import HPS_DIFFUSION, HPS_VQVAE
-from images import read_image
-from metrics import breast_mask
-from phantom import generate_phantom
+from models.samplers import NoiseField, Sampling
+from preprocessing.breast import breast_mask
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.estimate import estimate_noise
-from restoration import (
-    MARGIN,
-    Restorer,
-    matching_factor,
-    restore_image,
-    restore_in_tiles,
-    sampling_of,
-    stein_share,
-    tile_spans,
-)  # fmt: skip
+from preprocessing.phantom import generate_phantom
+from restoration.restore import matching_factor, restore_image, stein_share
+from restoration.restorer import Restorer, sampling_of
+from restoration.tiles import MARGIN, restore_in_tiles, tile_spans
 from trainer import DiffusionTrainer, VQVAETrainer
 from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper

@@ -17,16 +17,17 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGLosslessSV1
 from scipy import stats
 
-from helper import weights_digest
-from images import SOFTWARE, is_restored, read_image, read_mammogram
-from metrics import breast_mask, image_metrics
-from phantom import generate_phantom
-from prepared import Grid
+from evaluation.metrics import image_metrics
+from evaluation.uncertainty import Calibration, region_means
+from files.images import SOFTWARE, is_restored, read_image, read_mammogram
+from preprocessing.breast import breast_mask
 from preprocessing.degrade import simulate_low_dose
-from restoration import Restorer
+from preprocessing.grid import Grid
+from preprocessing.phantom import generate_phantom
+from restoration.restorer import Restorer
+from running.checkpoints import weights_digest
 from scripts import ROOT, call, shell, written
 from test_images import dicom_file
-from uncertainty import Calibration, region_means
 from vqvae2_wrapper import load_vqvae
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -753,7 +754,7 @@ def test_short_memory_is_a_sentence(vqvae, diffusion, tmp_path, monkeypatch):
     def allocate(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 41235251200 bytes.")
 
-    monkeypatch.setattr("restoration.Restorer.restore", allocate)
+    monkeypatch.setattr("restoration.restorer.Restorer.restore", allocate)
     Image.new("L", (64, 64), 90).save(tmp_path / "a\nb.png")
     line = (
         f"--vqvae-path {vqvae} --load-path {diffusion} '{tmp_path}/a\nb.png' --out {tmp_path / 'out'} --noise-level 0.2"

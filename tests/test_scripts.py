@@ -16,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import SPLITS, LatentDataset, get_dataset
-from helper import load_checkpoint, weights_digest
+from datasets import get_dataset
+from files.splits import SPLITS
+from loading.latents import LatentDataset
+from running.checkpoints import load_checkpoint, weights_digest
 from scripts import ROOT, call, load_script, shell, succeed, written
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
@@ -355,7 +357,14 @@ def test_an_evaluation_that_meets_trained_patients_says_so(work, folder_of_pngs)
 @pytest.mark.parametrize("flags", ["--count 0", "--seed -1", "--sheet {tmp}/file/x.png", "--real {tmp}/none"])
 def test_the_phantom_sheet_refuses_bad_input_in_one_line(flags, tmp_path):
     (tmp_path / "file").touch()
-    command = [sys.executable, str(ROOT / "phantom.py"), "--sheet", str(tmp_path / "s.png"), "--count", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "preprocessing" / "phantom.py"),
+        "--sheet",
+        str(tmp_path / "s.png"),
+        "--count",
+        "1",
+    ]
     done = subprocess.run(
         command + shlex.split(flags.format(tmp=tmp_path)), capture_output=True, text=True, timeout=120, check=False
     )

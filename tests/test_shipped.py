@@ -11,27 +11,22 @@ import torch
 from PIL import Image
 from scipy import ndimage, stats
 
-import assessment
-import restoration
-from diffusion import Sampling
-from helper import load_checkpoint, seeded_generator
-from images import read_image
-from metrics import band_power, breast_mask
-from phantom import generate_phantom
+from evaluation.metrics import band_power
+from evaluation.uncertainty import Calibration, Case, Tally
+from files.images import read_image
+from helper import seeded_generator
+from models.samplers import Sampling
+from preprocessing.breast import breast_mask
 from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.phantom import generate_phantom
 from preprocessing.sides import least_step, part_sides
 from preprocessing.stabilize import stabilize
-from restoration import (
-    SHIPPED_CALIBRATION,
-    SHIPPED_DIFFUSION,
-    SHIPPED_VQVAE,
-    Restorer,
-    box_weights,
-    changed_box,
-    restore_image,
-)
+from restoration import assessment, restore
+from restoration.restore import restore_image
+from restoration.restorer import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer
+from restoration.tiles import box_weights, changed_box
+from running.checkpoints import load_checkpoint
 from scripts import call, succeed, written
-from uncertainty import Calibration, Case, Tally
 
 CPU = torch.device("cpu")
 
@@ -312,10 +307,10 @@ def test_the_box_around_an_edge_leaves_no_seam(shipped, monkeypatch):
         boxes.append(changed_box(*args))
         return boxes[-1]
 
-    monkeypatch.setattr(restoration, "changed_box", recorded)
+    monkeypatch.setattr(restore, "changed_box", recorded)
     boxed = restore_image(shipped, low, noise, "x").pixels
     assert boxes and boxes[0][1].stop < 448  # it ends inside the dark, where a seam would be seen
-    monkeypatch.setattr(restoration, "changed_box", lambda a, *_: tuple(slice(0, side) for side in a.shape))
+    monkeypatch.setattr(restore, "changed_box", lambda a, *_: tuple(slice(0, side) for side in a.shape))
     whole = restore_image(shipped, low, noise, "x").pixels
     # no step from one column to the next in what the box changes; pasted with its rim it has one of 0.0015
     assert np.abs(np.diff((boxed - whole).mean(0))).max() < 0.07 * noise.sigma

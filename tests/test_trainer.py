@@ -9,11 +9,14 @@ import torch
 
 from chaos import difference
 from datasets import get_dataset
-from diffusion import ConditioningView, DiffusionLoss, NoiseField, Sampling, make_diffusion, sample_latents
-from helper import Checkpoint, UserError, load_checkpoint, save_checkpoint
+from diffusion import ConditioningView, DiffusionLoss, make_diffusion, sample_latents
+from helper import UserError
 from hps import HPS_DIFFUSION, HPS_VQVAE
-from restoration import Restorer
-from trainer import DiffusionTrainer, VQVAETrainer, amp_dtype, learning_rate
+from models.samplers import NoiseField, Sampling
+from restoration.restorer import Restorer
+from running.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from trainer import DiffusionTrainer, VQVAETrainer, amp_dtype
+from training.loop import learning_rate
 from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper
 
@@ -46,7 +49,7 @@ class Silent(dict):
 
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch):
-    monkeypatch.setattr("trainer.Logger", lambda *where: Silent())
+    monkeypatch.setattr("training.loop.Logger", lambda *where: Silent())
     torch.manual_seed(0)
 
 
@@ -311,7 +314,7 @@ def whole(tmp_path_factory):
     """A run of two epochs of either phase, with a checkpoint after every step, kept by its number."""
     folder = tmp_path_factory.mktemp("phases")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.Logger", lambda *where: Silent())
+        patch.setattr("training.loop.Logger", lambda *where: Silent())
         train(folder, keep=True)
     return folder
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import uncertainty
+from evaluation import uncertainty
+from evaluation.uncertainty import REGIONS, Calibration, Case, Tally, fit, interval, region_means
 from helper import UserError
-from uncertainty import REGIONS, Calibration, Case, Tally, fit, interval, region_means
 
 SIDE = 256
 

@@ -63,17 +63,6 @@ def start() -> None:
         sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: PTH123, SIM115  for as long as the process lives
 
 
-def use_own_gpu() -> bool:
-    """Make the GPU of this process's number on its machine the current one; False where there are too few."""
-    if size() == 1:
-        return True
-    number = int(os.environ.get("LOCAL_RANK", 0))
-    if number >= torch.cuda.device_count():
-        return False
-    torch.cuda.set_device(number)
-    return True
-
-
 def end() -> None:
     """Leave the run, when all is done. Of several processes each then ends: raises SystemExit."""
     if size() > 1:
@@ -182,3 +171,9 @@ def parallel(module: nn.Module) -> nn.Module:
 def synchronised(module: nn.Module, now: bool) -> contextlib.AbstractContextManager:
     """A block around forward and backward pass in which gradients are averaged, or, unless `now`, only accumulated."""
     return contextlib.nullcontext() if now or size() == 1 else module.no_sync()
+
+
+def worker_count(wanted: int) -> int:
+    """Of `wanted` worker processes, as many as there are cores for; the run's processes on a machine share its cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, max(1, cores // local_size()))

@@ -19,7 +19,10 @@ from PIL import Image
 from scipy import fft, ndimage
 from scipy.special import erf, expit
 
-from helper import Parser, UserError, atomic_path, non_negative_int, positive_int, run_script
+from helper import UserError
+from running.command_line import Parser, non_negative_int, positive_int
+from running.scripts import run_script
+from running.writing import atomic_path
 
 FILM_HEIGHT_MM = 205.0
 MIN_SIDE = 32

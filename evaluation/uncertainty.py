@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from helper import UserError, write_json
+from helper import UserError
+from running.writing import write_json
 
 FORMAT = 2  # raised when the layout of a calibration file, or the meaning of a factor, changes
 KIND = "uncertainty calibration"

@@ -17,9 +17,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from helper import ImageError, UserError, atomic_path, one_line, seeded_generator, tracked, worker_count
-from prepared import LEVELS, Grid, Prepared, Record, prepare_record
-from stopping import left_to_the_main_process
+from files.prepared import Record, prepare_record
+from helper import ImageError, UserError, one_line, seeded_generator, tracked
+from preprocessing.grid import LEVELS, Grid, Prepared
+from running.distributed import worker_count
+from running.stopping import left_to_the_main_process
+from running.writing import atomic_path
 
 CACHE_FORMAT = 1  # raised when the layout of an entry changes, or what `prepare_record` makes of an image
 _LEFT_OVER_SECONDS = 3600  # a temporary file this old belongs to a build that was killed

@@ -19,13 +19,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from classical import vst_bm3d
-from datasets import Batch, MammogramDataset, load_datasets
+from datasets import load_datasets
 from diffusion import LatentDiffusion
-from evaluation import BM3D, INPUT, Evaluation, Method, run_evaluation, save_picture, spread_picture
-from helper import Checkpoint, evaluation_folder, format_table, half_precision, seeded_generator, tracked, write_json
-from hps import HParams
-from metrics import (
+from evaluation.metrics import (
     BANDS,
     ErrorSplit,
     PowerSpectrum,
@@ -34,11 +30,22 @@ from metrics import (
     mnse_decomposition,
     noise_power_spectrum,
 )
+from evaluation.page import PageCase, Power, Report, choose_close_ups, read_curves, write_report
+from evaluation.pictures import save_picture, spread_picture
+from evaluation.table import BM3D, INPUT, Evaluation, Method, run_evaluation
+from evaluation.uncertainty import Calibration, Case, Coverage, Tally, fit, interval
+from helper import format_table, half_precision, seeded_generator, tracked
+from hps import HParams
+from loading.batches import Batch
+from loading.mammograms import MammogramDataset
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.stabilize import stabilize
-from report import PageCase, Power, Report, choose_close_ups, read_curves, write_report
-from restoration import Restorer, restore_image, sampling_of
-from uncertainty import Calibration, Case, Coverage, Tally, fit, interval
+from restoration.classical import vst_bm3d
+from restoration.restore import restore_image
+from restoration.restorer import Restorer, sampling_of
+from running.checkpoints import Checkpoint
+from running.folders import evaluation_folder
+from running.writing import write_json
 from vqvae2_wrapper import VQVAE2Wrapper
 
 MEAN_OF = 8  # posterior samples of the table's mean, and of the spread that is shown

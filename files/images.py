@@ -27,7 +27,8 @@ from pydicom.multival import MultiValue
 from pydicom.pixels import apply_modality_lut, get_decoder
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless, generate_uid
 
-from helper import ImageError, UserError, atomic_path
+from helper import ImageError, UserError
+from running.writing import atomic_path
 
 IMAGE_SUFFIXES = (".pgm", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
 FORMATS = ("PNG", "JPEG", "TIFF", "PPM")  # of pictures; Pillow reads others, some by running other programs

@@ -1,5 +1,4 @@
-"""Figures of merit: PSNR, SSIM and MS-SSIM, the split of the normalised error, noise power, the contrast of calcifications;
-and the breast mask of real mammograms."""
+"""Figures of merit: PSNR, SSIM and MS-SSIM, the split of the normalised error, noise power, the contrast of calcifications."""
 
 from __future__ import annotations
 
@@ -8,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
@@ -17,55 +14,16 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from phantom import Calcification
+from preprocessing.phantom import Calcification
 
 SSIM_REACH = 5  # pixels around a pixel that its SSIM looks at
 BAND_PIXELS = 2**17  # of an image whose SSIM is computed at once
-MASK_SIDE = 512  # longest side, in pixels, at which the breast mask is computed
 MS_SSIM_SIDE = 176  # pixels; the least side whose fifth scale holds a window
 DARKEST = 0.01  # pixels whose clean intensity is less are left out of normalised errors, which they would make up alone
 INTENSITY_BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # edges
 BANDS = (0.02, 0.1, 0.2, 0.3, 0.5)  # cycles a pixel; edges of the bands of `band_power`
 HALF_DIAGONAL = 0.71  # pixels; every point is that near to some pixel's centre
 RING_GAP, RING_WIDTH = 1.5, 2.5  # pixels; of the background around a calcification
-
-
-def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
-    """Threshold that maximises the between-class variance of values in [0, 1] (Otsu, 1979, eq. 18)."""
-    counts, edges = np.histogram(values, bins=bins, range=(0.0, 1.0))
-    centres = (edges[:-1] + edges[1:]) / 2
-    below = counts.cumsum()
-    above = below[-1] - below
-    sums = (counts * centres).cumsum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    return float(centres[int(np.nanargmax(np.where((below > 0) & (above > 0), between, -1.0)))])
-
-
-def breast_mask(image: Tensor) -> Tensor:
-    """Breast mask of a real mammogram: (1, H, W) in [0, 1] to (1, H, W) bool.
-
-    The image is brought to at most 512 pixels a side and smoothed (Gaussian, sigma 2); pixels above a quarter of Otsu's
-    threshold, at least 0.02 over the darkest percentile, are kept; after an opening that cuts thin bridges to labels and
-    film borders, the largest connected component with its holes filled is the breast. An image without any gives all True.
-    """
-    height, width = image.shape[-2:]
-    factor = min(1.0, MASK_SIDE / max(height, width))
-    size = max(1, round(height * factor)), max(1, round(width * factor))
-    small = F.interpolate(image[None].float(), size=size, mode="area")[0, 0].numpy()
-    smooth = ndimage.gaussian_filter(small, 2.0, mode="nearest")
-    dark = float(np.percentile(smooth, 1))
-    threshold = max(dark + 0.02, otsu_threshold(smooth) / 4)
-    # the chest wall lies on the image border: pad by repetition so that the opening does not eat it
-    margin = 6
-    padded = np.pad(smooth > threshold, margin, mode="edge")
-    opened = ndimage.binary_opening(padded, iterations=margin)[margin:-margin, margin:-margin]
-    labels, count = ndimage.label(opened)
-    if count == 0:
-        return torch.ones(1, height, width, dtype=torch.bool)
-    largest = 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-    mask = torch.from_numpy(ndimage.binary_fill_holes(labels == largest))
-    return F.interpolate(mask[None, None].float(), size=(height, width), mode="nearest")[0] > 0.5
 
 
 def _ssim_map(image: Tensor, reference: Tensor) -> Tensor:
@@ -126,9 +84,6 @@ def ms_ssim(image: Tensor, reference: Tensor) -> float:
         return float("nan")
     pair = (values[None].float().cpu() for values in (image, reference))
     return float(multiscale_structural_similarity_index_measure(*pair, data_range=1.0))
-
-
-# --- error over realisations -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -196,9 +151,6 @@ def mnse_decomposition(
     return ErrorSplit(tuple(float(edge) for edge in edges), counts, noise + squared, noise, squared)
 
 
-# --- noise power -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PowerSpectrum:
     """A radial noise power spectrum up to the Nyquist frequency."""
@@ -243,9 +195,6 @@ def band_power(image: np.ndarray, edges: Sequence[float] = BANDS) -> np.ndarray:
     spectrum = noise_power_spectrum((np.outer(window, window) * (image - image.mean(dtype=np.float64)))[None], 1.0)
     band = np.digitize(spectrum.frequencies, edges)
     return np.array([(spectrum.power * spectrum.counts)[band == i].sum() for i in range(1, len(edges))])
-
-
-# --- calcifications --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluation import save_picture, spread_picture
+from evaluation.pictures import save_picture, spread_picture
+from evaluation.uncertainty import REGIONS, interval, region_means
+from files.images import Mammogram, dicom_tag, find_images, is_dicom, is_restored
 from helper import UserError
-from images import Mammogram, dicom_tag, find_images, is_dicom, is_restored
-from uncertainty import REGIONS, interval, region_means
 
 REGION_MAPS = {f"std-{side}x{side}": side for side in REGIONS}
 LEGENDS = {  # of the maps that --samples writes beside an image

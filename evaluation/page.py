@@ -24,10 +24,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy import ndimage
 
-from evaluation import BM3D, INPUT, METRICS, Evaluation
-from helper import UserError, write_text
-from metrics import BANDS, ErrorSplit, PowerSpectrum
-from uncertainty import MISS, Coverage
+from evaluation.metrics import BANDS, ErrorSplit, PowerSpectrum
+from evaluation.table import BM3D, INPUT, METRICS, Evaluation
+from evaluation.uncertainty import MISS, Coverage
+from helper import UserError
+from running.writing import write_text
 
 DISCLAIMER = "Research use only; a restored image is an estimate, not fit for diagnosis."
 LARGEST_SIDE = 1024  # pixels of an image in the viewer; larger ones are averaged down by a whole factor

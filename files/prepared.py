@@ -1,0 +1,56 @@
+"""From a mammogram's file to the training grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from files.images import read_image
+from helper import ImageError
+from preprocessing.breast import breast_mask
+from preprocessing.grid import LEVELS, Grid, Prepared
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a data set on disk."""
+
+    path: Path  # full-dose image
+    key: str  # path relative to the data root, with forward slashes
+    patient: str
+    degraded: Path | None = None  # its low-dose pair, where there is one
+    info: dict = field(default_factory=dict)
+
+
+def prepare_record(record: Record, image_shape: Sequence[int], native: bool = False) -> Prepared:
+    """A record's image, and its low-dose pair where it has one, on the training grid of `image_shape` (C, H, W).
+
+    With `native` the breast's box at its own pixels, whatever its size.
+
+    Raises ImageError naming the file that cannot be read, is too small, or does not fit its pair.
+    """
+    image = read_image(record.path)
+    if min(image.shape) < 16:
+        raise ImageError(f"{record.path}: {image.shape[1]} x {image.shape[0]} pixels are too few; remove it")
+    mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
+    grid = Grid.native(mask) if native else Grid.fit(image, mask, tuple(image_shape[1:]))
+    clean = _rounded(grid.apply(image))
+    degraded = None
+    if record.degraded is not None:
+        low = read_image(record.degraded)
+        if low.shape != image.shape:
+            raise ImageError(
+                f"{record.degraded}: {low.shape[1]} x {low.shape[0]} pixels, "
+                f"but its full-dose pair has {image.shape[1]} x {image.shape[0]}"
+            )
+        degraded = _rounded(grid.apply(low))
+    return Prepared(clean, breast_mask(clean), degraded, {"grid": grid})
+
+
+def _rounded(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.rint(image * np.float32(LEVELS)) / np.float32(LEVELS))[None]

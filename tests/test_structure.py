@@ -1,0 +1,43 @@
+"""The house: imports go one way, from the foot of the list to its head, and no file or function outgrows its reader."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDER = [
+    "hps",
+    "helper",
+    "running",
+    "preprocessing",
+    "files",
+    "models",
+    "vqvae",
+    "vqvae2_wrapper",
+    "diffusion",
+    "loading",
+    "datasets_cbis",
+    "datasets",
+    "evaluation",
+    "restoration",
+    "logger",
+    "training",
+    "trainer",
+    "main",
+    "benchmarks",
+]
+MODULES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0] not in (".venv", "tests")]
+
+
+def place(name: str) -> int:
+    return ORDER.index(name.split(".")[0].split("-")[0])
+
+
+def test_imports_go_one_way():
+    for path in MODULES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                if name.split(".")[0] in ORDER and name.split(".")[0] != parts[0]:
+                    assert place(name) < place(parts[0]), f"{path} imports {name}"
