@@ -28,7 +28,7 @@ MISS = 0.1  # share of the pixels that a 90 % interval may miss
 REGIONS = (8, 32)  # pixels; sides of the squares whose means have intervals of their own
 BINS = 5  # of clean intensity, with equally many pixels
 KEPT_PIXELS = 2**18  # of an image, for the coverage
-LEAST_STD = 1e-7  # of full scale: where all samples agree to the last bit, on black, there is no spread to divide by
+LEAST_STD = 1e-7  # of full scale: if all samples agree to the last bit, on black, there is no spread to divide by
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Calibration:
         return float(np.interp(math.log(level), np.log(self.levels), self.factors))
 
     def to_json(self, path: Path) -> None:
-        """Write it. Raises UserError, naming the file, where that cannot be done."""
+        """Write it. Raises UserError, naming the file, if that fails."""
         write_json(path, {"kind": KIND, "format_version": FORMAT} | dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, path: Path) -> Calibration:
-        """Read what `to_json` wrote; raises UserError, naming the file, where it is missing, damaged or of another version."""
+        """Read what `to_json` wrote. Raises UserError, naming the file, if it is missing, damaged or of another version."""
         advice = "main-diffusion.py --evaluate makes one"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -77,24 +77,29 @@ class Calibration:
         if version != FORMAT:
             raise UserError(f"{path}: a calibration of format {version}, not {FORMAT} as here; {advice}")
         try:
-            values = np.array([content.pop("levels"), content.pop("factors")], dtype=float)
+            levels, factors = values = np.array([content.pop("levels"), content.pop("factors")], dtype=float)
             if values.ndim != 2 or not values.size or not (np.isfinite(values) & (values > 0)).all():
                 raise ValueError
-            if (np.diff(values[0]) <= 0).any():
+            if (np.diff(levels) <= 0).any():
                 raise ValueError
-            return cls(*values.tolist(), **content)
+            return cls(levels.tolist(), factors.tolist(), **content)
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{path}: parts of the calibration are missing or wrong; {advice}") from None
 
 
 @dataclass(frozen=True)
-class Case:
-    """Posterior samples of an image whose truth is known."""
+class SampledImage:
+    """Posterior samples of an image whose truth is known. Raises ValueError if shapes differ."""
 
     clean: np.ndarray  # (H, W) in [0, 1]
     samples: np.ndarray  # (K, H, W) in [0, 1]
     mask: np.ndarray  # (H, W) bool, the breast
     level: float  # noise level
+
+    def __post_init__(self):
+        shapes = self.clean.shape, self.mask.shape, self.samples.shape[1:]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"clean image, mask and samples differ in shape: {shapes}")
 
 
 def region_means(image: np.ndarray, side: int) -> np.ndarray:
@@ -111,26 +116,33 @@ def interval(samples: np.ndarray, factor: float = 1.0) -> Interval:
     if count < 2:
         raise ValueError("the spread of posterior samples takes two of them at least")
     mean = samples.mean(0, dtype=np.float64)
-    std = factor * math.sqrt(1 + 1 / count) * samples.std(0, ddof=1, dtype=np.float64).clip(min=LEAST_STD)
-    half = float(stats.t.ppf(1 - MISS / 2, count - 1)) * std
+    # sample by sample: numpy's own would hold all of them in double precision
+    variance = sum((sample - mean) ** 2 for sample in samples) / (count - 1)
+    std = factor * math.sqrt(1 + 1 / count) * np.sqrt(variance).clip(min=LEAST_STD)
+    half = _reach(count) * std
     parts = (mean, std, (mean - half).clip(0, 1), (mean + half).clip(0, 1))
     return Interval(*(part.astype(np.float32) for part in parts))
 
 
-def fit(cases: Sequence[Case]) -> Calibration:
+def _reach(count: int) -> float:
+    """Half the width of a 90 % interval of `count` samples, in expected errors."""
+    return float(stats.t.ppf(1 - MISS / 2, count - 1))
+
+
+def fit(images: Sequence[SampledImage]) -> Calibration:
     """The factor, by noise level, at which intervals hold 90 % of the breast's pixels of validation images.
 
-    Raises UserError where there is no pixel to fit on.
+    Raises UserError if there is no pixel to fit on.
     """
     ratios: dict[float, list[np.ndarray]] = {}
-    for case in cases:
-        own = interval(case.samples)
-        half = own.std * stats.t.ppf(1 - MISS / 2, len(case.samples) - 1)
-        ratios.setdefault(case.level, []).append((np.abs(case.clean - own.mean) / half)[case.mask])
+    for image in images:
+        own = interval(image.samples)
+        ratio = np.abs(image.clean - own.mean) / (own.std * _reach(len(image.samples)))
+        ratios.setdefault(image.level, []).append(ratio[image.mask])
     pooled = {level: np.concatenate(parts) for level, parts in sorted(ratios.items())}
     if not pooled or not all(parts.size for parts in pooled.values()):
         raise UserError("no breast in the validation images to calibrate the uncertainty on; give images with one")
-    about = {"cases": len(cases), "pixels": sum(parts.size for parts in pooled.values()), "interval": 1 - MISS}
+    about = {"cases": len(images), "pixels": sum(parts.size for parts in pooled.values()), "interval": 1 - MISS}
     return Calibration(list(pooled), [float(np.quantile(parts, 1 - MISS)) for parts in pooled.values()], about)
 
 
@@ -162,29 +174,25 @@ class Tally:
     rows: list[np.ndarray] = field(default_factory=list)  # (5, N): clean, held, width, expected and own squared error
     regions: dict[int, list[np.ndarray]] = field(default_factory=lambda: {side: [] for side in REGIONS})
 
-    def add(self, case: Case, factor: float) -> Interval:
-        """Look at an image; returns its interval. Raises ValueError where shapes differ."""
-        if not case.clean.shape == case.mask.shape == case.samples.shape[1:]:
-            shapes = case.clean.shape, case.mask.shape, case.samples.shape[1:]
-            raise ValueError(f"clean image, mask and samples differ in shape: {shapes}")
-        own = interval(case.samples, factor)
-        step = max(1, round((case.clean.size / KEPT_PIXELS) ** 0.5))  # all pixels of a large test set would not fit
+    def add(self, image: SampledImage, factor: float) -> None:
+        """Look at the intervals, `factor` times as wide, of an image."""
+        clean, own = image.clean, interval(image.samples, factor)
+        step = max(1, round((clean.size / KEPT_PIXELS) ** 0.5))  # all pixels of a large test set would not fit
         thin = slice(None, None, step), slice(None, None, step)
-        parts = (case.clean, own.holds(case.clean), own.high - own.low, own.std**2, (case.clean - own.mean) ** 2)
-        self.rows.append(np.stack([part[thin][case.mask[thin]] for part in parts]).astype(np.float32))
+        parts = (clean, own.holds(clean), own.high - own.low, own.std**2, (clean - own.mean) ** 2)
+        self.rows.append(np.stack([part[thin][image.mask[thin]] for part in parts]).astype(np.float32))
         for side, held in self.regions.items():
-            if min(case.clean.shape) >= side:
-                inside = region_means(case.mask, side) == 1
-                of_means = interval(region_means(case.samples, side), factor)
-                held.append(of_means.holds(region_means(case.clean, side))[inside])
-        return own
+            if min(clean.shape) >= side:
+                inside = region_means(image.mask, side) == 1
+                of_means = interval(region_means(image.samples, side), factor)
+                held.append(of_means.holds(region_means(clean, side))[inside])
 
     def coverage(self) -> Coverage | None:
-        """How the intervals did on all of them; None where no pixel lies in a breast."""
-        if not self.rows or not sum(row.shape[1] for row in self.rows):
+        """How the intervals did on all of them; None if no pixel lies in a breast."""
+        if not any(row.size for row in self.rows):
             return None
         clean, held, width, variance, error = np.concatenate(self.rows, axis=1).astype(np.float64)
-        upper = _bin_ends(clean, BINS)
+        upper = _bin_ends(clean)
         of_bin = np.searchsorted(upper, clean)
         regions = {side: np.concatenate(parts) for side, parts in self.regions.items() if parts}
         return Coverage(
@@ -198,13 +206,11 @@ class Tally:
         )
 
 
-def _bin_ends(values: np.ndarray, bins: int) -> np.ndarray:
-    """Greatest value of each of at most `bins` bins; equal values share a bin, and the others share the rest alike."""
-    ordered = np.sort(values, axis=None)
-    ends, start = [], 0
-    for left in range(bins, 0, -1):
-        if start == len(ordered):
-            break
-        ends.append(ordered[start + math.ceil((len(ordered) - start) / left) - 1])
-        start = int(np.searchsorted(ordered, ends[-1], side="right"))
+def _bin_ends(values: np.ndarray) -> np.ndarray:
+    """Greatest value of each of at most `BINS` bins; equal values share a bin, and the others share the rest alike."""
+    ordered, ends, start = np.sort(values), [], 0
+    for left in range(BINS, 0, -1):
+        if start < len(ordered):
+            ends.append(ordered[start + math.ceil((len(ordered) - start) / left) - 1])
+            start = int(np.searchsorted(ordered, ends[-1], side="right"))
     return np.array(ends)

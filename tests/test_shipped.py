@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import ndimage, stats
 
 from evaluation.metrics import band_power
-from evaluation.uncertainty import Calibration, Case, Tally
+from evaluation.uncertainty import Calibration, SampledImage, Tally
 from files.images import read_image
 from helper import seeded_generator
 from models.samplers import Sampling
@@ -157,7 +157,7 @@ def test_the_shipped_calibration_holds_on_phantoms(shipped, phantom):
     restorer = replace(shipped, samples=8, sampling=Sampling("dpm++", shipped.hps.fast_steps))
     samples = restore_image(restorer, low_dose(phantom, 0.2), NoiseModel.from_level(0.2), "phantom").products
     tally = Tally()
-    tally.add(Case(phantom, samples, np.ones(phantom.shape, bool), 0.2), calibration.factor(0.2))
+    tally.add(SampledImage(phantom, samples, np.ones(phantom.shape, bool), 0.2), calibration.factor(0.2))
     assert 0.8 < tally.coverage().coverage < 0.99  # of another kind of image than it was calibrated on
 
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from evaluation import uncertainty
-from evaluation.uncertainty import REGIONS, Calibration, Case, Tally, fit, interval, region_means
+from evaluation.uncertainty import REGIONS, Calibration, SampledImage, Tally, fit, interval, region_means
 from helper import UserError
 
 SIDE = 256
@@ -19,7 +19,7 @@ def make_case(seed, count, *, block=1, spread=0.02, error=0.02, level=0.2, side=
     generator = np.random.default_rng(seed)
     centre = np.linspace(0.3, 0.7, side)[:, None]
     drawn = generator.standard_normal((count + 1, side // block, side // block)).repeat(block, 1).repeat(block, 2)
-    return Case(centre + error * drawn[0], centre + spread * drawn[1:], np.ones((side, side), bool), level)
+    return SampledImage(centre + error * drawn[0], centre + spread * drawn[1:], np.ones((side, side), bool), level)
 
 
 def tallied(cases, factor=1.0):
@@ -99,7 +99,7 @@ def test_too_few_samples_and_images_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="two of them at least"):
         interval(np.zeros((1, 8, 8)))
     with pytest.raises(ValueError, match="differ in shape"):
-        Tally().add(Case(np.zeros((8, 8)), np.zeros((2, 8, 9)), np.ones((8, 8), bool), 0.2), 1.0)
+        SampledImage(np.zeros((8, 8)), np.zeros((2, 8, 9)), np.ones((8, 8), bool), 0.2)
 
 
 # --- the calibration -------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_every_level_has_its_factor_and_those_between_are_interpolated_in_the_lo
 
 def test_only_the_breast_counts():
     case = make_case(6, 8, side=64)
-    wrong = Case(case.clean.copy(), case.samples, case.mask.copy(), 0.2)
+    wrong = SampledImage(case.clean.copy(), case.samples, case.mask.copy(), 0.2)
     wrong.clean[:32] += 0.5
     wrong.mask[:32] = False
     assert fit([wrong]).factors == pytest.approx(fit([case]).factors, rel=0.05)
@@ -192,11 +192,11 @@ def test_bins_hold_equally_many_pixels_whatever_the_share_of_black():
     centre = np.where(clean == 0, 0.5, clean)
     spread = np.where(clean > 0.7, 0.0, 0.01)
     samples = np.stack([centre - spread, centre + spread])
-    result = tallied([Case(clean, samples, clean >= 0, 0.2)])
+    result = tallied([SampledImage(clean, samples, clean >= 0, 0.2)])
     assert result.bin_upper[0] == 0
     assert result.bin_coverage == [0, 1, 1, 1, 1]
     assert result.coverage == pytest.approx(0.4)
-    inside = tallied([Case(clean, samples, clean > 0, 0.2)])
+    inside = tallied([SampledImage(clean, samples, clean > 0, 0.2)])
     assert inside.pixels == 40
     assert np.diff([0, *np.searchsorted(np.sort(clean[clean > 0]), inside.bin_upper, side="right")]).tolist() == [8] * 5
 
