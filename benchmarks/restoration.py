@@ -48,7 +48,7 @@ from evaluation.metrics import (
 )
 from evaluation.table import BM3D, INPUT
 from evaluation.uncertainty import Calibration, Tally
-from evaluation.uncertainty import Case as Sampled
+from evaluation.uncertainty import SampledImage as Sampled
 from files.images import read_image
 from files.prepared import Record
 from files.splits import folder_records
