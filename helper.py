@@ -1,7 +1,8 @@
-"""What every module may use: errors, progress, devices, keyed randomness, tables."""
+"""Helpers for every module: errors, progress, devices, keyed randomness, tables."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-SILENCE = 60.0  # seconds after which work without a progress bar prints how far it is
+SILENCE = 60.0  # seconds between two lines of work without a progress bar
 
 
 class UserError(Exception):
@@ -23,24 +24,38 @@ class UserError(Exception):
 
 
 class ImageError(UserError):
-    """An image that cannot be used, where others may be."""
+    """One image cannot be used; others may be fine."""
+
+
+def reason_of(error: Exception) -> str:
+    """Why something failed, on one short line: the system's reason, else the first line of the error, else its kind."""
+    return getattr(error, "strerror", None) or str(error).split("\n")[0][:120] or type(error).__name__
+
+
+@contextlib.contextmanager
+def explained(failure: str, remedy: str = "choose another folder", kind: type[UserError] = UserError) -> Iterator[None]:
+    """Turn an OSError inside the block into a UserError that names the `failure`, the system's reason and the `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{failure} ({reason_of(error)}); {remedy}") from None
 
 
 def one_line(error: Exception | str) -> str:
-    """The sentence of an error, on one line whatever the names in it hold."""
-    # a loader worker hands its error over wrapped in a traceback: the sentence is what follows the last marker
+    """The sentence of an error, on one line even if a file name in it has line breaks."""
+    # a loader worker wraps its error in a traceback: the sentence follows the last marker
     sentence = re.split(r"(?:User|Image)Error: ", str(error))[-1].strip()
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: match[0].encode("unicode_escape").decode(), sentence)
 
 
 class Silence:
-    """How long nothing was said, for scripts that show no progress bar."""
+    """The time since the last line of output, for scripts without a progress bar."""
 
     def __init__(self):
         self.since = time.monotonic()
 
     def is_long(self) -> bool:
-        """Whether `SILENCE` seconds have gone by since this was made or was last true."""
+        """Whether `SILENCE` seconds have passed since the start or the last True."""
         if time.monotonic() - self.since < SILENCE:
             return False
         self.since = time.monotonic()
@@ -51,10 +66,7 @@ T = TypeVar("T")
 
 
 def tracked(items: Iterable[T], what: str, unit: str, progress: bool, total: int | None = None) -> Iterator[T]:
-    """The items under a progress bar or, without one, with a line a minute on how many are done.
-
-    `total` is their number, where they have no length.
-    """
+    """Yield the items under a progress bar or, without `progress`, print a line a minute; `total` if they have no length."""
     if progress:
         yield from tqdm(items, desc=what, total=total, unit=unit)
         return
@@ -66,16 +78,16 @@ def tracked(items: Iterable[T], what: str, unit: str, progress: bool, total: int
 
 
 def get_device(cpu: bool = False, cuda: bool = False) -> torch.device:
-    """CUDA where there is a device and `cpu` does not forbid it, else the CPU; says so when it falls back.
+    """CUDA if there is a device and `cpu` does not forbid it, else the CPU; prints a line if it falls back.
 
-    Raises UserError where `cuda` asks for a device and there is none, or a machine has fewer GPUs than processes.
+    Raises UserError if `cuda` asks for a device and there is none, or if a machine has fewer GPUs than processes.
     """
     if not cpu and torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0))  # of the processes that torchrun started
+        local = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}: this machine has {torch.cuda.device_count()} GPUs; start "
-                "as many processes, or pass --cpu"
+                f"--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}: this machine has {torch.cuda.device_count()} GPUs; "
+                "start as many processes, or pass --cpu"
             )
         torch.cuda.set_device(local)
         return torch.device("cuda")
@@ -87,7 +99,7 @@ def get_device(cpu: bool = False, cuda: bool = False) -> torch.device:
 
 
 def amp_dtype(device: torch.device, enabled: bool) -> torch.dtype | None:
-    """Precision of autocast: bfloat16 where the device has it, else float16; None where it is off."""
+    """Precision of autocast: bfloat16 if the device has it, else float16; None if it is off."""
     if not enabled:
         return None
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -96,7 +108,7 @@ def amp_dtype(device: torch.device, enabled: bool) -> torch.dtype | None:
 
 
 def half_precision(device: torch.device, half: bool) -> torch.dtype | None:
-    """Precision that `--half` runs the UNet in; raises UserError on the CPU, whose half precision is slower than single."""
+    """Precision of the UNet under `--half`; raises UserError on the CPU, where half precision is slower than single."""
     if half and device.type == "cpu":
         raise UserError("--half: needs a CUDA device; leave it out on the CPU, where single precision is faster")
     return amp_dtype(device, half)
@@ -113,19 +125,19 @@ def seed_of(*key: object) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators of torch, numpy and python; what training draws has keyed ones of its own."""
+    """Seed the global generators of torch, numpy and python; training draws from keyed generators of its own."""
     torch.manual_seed(seed)
     np.random.seed(seed_of("numpy", seed) % 2**32)
     random.seed(seed_of("python", seed))
 
 
 def seeded_generator(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator keyed by `key`: what it draws depends on neither order, worker nor process."""
+    """A generator whose draws depend on `key` alone, not on order, worker or process."""
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 def randn_by_sample(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Unit Gaussian noise (N, *shape), one generator a sample, so that a sample's noise does not depend on its batch."""
+    """Unit Gaussian noise (N, *shape); each sample has its own generator, so its noise does not depend on its batch."""
     return torch.stack([torch.randn(*shape, generator=g, device=device) for g in generators])
 
 
@@ -141,7 +153,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what `rng_state` returned; CUDA states only where as many devices are there."""
+    """Restore what `rng_state` returned; CUDA states only if the number of devices is the same."""
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -152,7 +164,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned text columns: the first to the left, the others to the right; floats with the digits they are given as."""
+    """Text columns: the first aligned to the left, the others to the right."""
     cells = [[str(c) for c in header], *([str(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
