@@ -11,7 +11,8 @@ from helper import UserError, get_device, seed_everything
 from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS
 from loading.latents import LatentDataset
 from models.samplers import dpm_timesteps
-from restoration.assessment import bm3d_is_there, restore_test_set
+from restoration.classical import bm3d_is_there
+from restoration.evaluate import restore_test_set
 from restoration.restorer import check_first_stage, load_averages
 from running.checkpoints import checkpoint_to_resume, weights_digest
 from running.command_line import base_parser

@@ -24,6 +24,7 @@ from running.writing import remove_parts, write_json, write_text
 
 INPUT = "low dose"
 BM3D = "VST-BM3D"  # the classical method that a restoration has to beat
+PICTURES = 4  # images, evenly spaced, that pictures are written of
 METRICS = tuple(field.name for field in dataclasses.fields(ImageMetrics))
 # A method maps a batch of images to (N, C, H, W) images to be compared with `batch.clean`.
 Method = Callable[[Batch], Tensor]
@@ -40,17 +41,12 @@ class Evaluation:
         """Per method: mean and standard deviation of each metric, and the gain of its mean over the low-dose input."""
         grouped = self.per_image.groupby("method", sort=False)[list(METRICS)]
         mean, std = grouped.mean(), grouped.std(ddof=0)
-        rows = {}
-        for method in mean.index:
-            row = {}
-            for metric in METRICS:
-                row[metric] = float(mean.loc[method, metric])
-                row[f"{metric}_std"] = float(std.loc[method, metric])
-                row[f"{metric}_{INPUT.replace(' ', '_')}"] = float(mean.loc[INPUT, metric])
-                value, own = mean.loc[method, metric], mean.loc[INPUT, metric]
-                row[f"{metric}_gain"] = float(value - own) if value != own else 0.0  # noise level 0: inf - inf
-            rows[method] = row
-        return rows
+        gain = (mean - mean.loc[INPUT]).where(mean != mean.loc[INPUT], 0.0)  # noise level 0: inf - inf
+        parts = {"": mean, "_std": std, f"_{INPUT.replace(' ', '_')}": mean.loc[[INPUT] * len(mean)], "_gain": gain}
+        return {
+            method: {f"{m}{suffix}": float(part[m].iloc[i]) for m in METRICS for suffix, part in parts.items()}
+            for i, method in enumerate(mean.index)
+        }
 
     def table(self) -> str:
         """The summary as text: every row carries the low-dose input's own figure beside the method's."""
@@ -59,8 +55,7 @@ class Evaluation:
             cells = [method]
             for metric, digits in (("psnr_breast", 2), ("ssim_breast", 4), ("psnr", 2), ("ssim", 4)):
                 cells.append(f"{row[metric]:.{digits}f} ({row[f'{metric}_low_dose']:.{digits}f})")
-            gain = row["psnr_breast_gain"]
-            rows.append([*cells, f"{gain:+.2f}"])
+            rows.append([*cells, f"{row['psnr_breast_gain']:+.2f}"])
         header = [
             "",
             "PSNR breast (input)",
@@ -70,48 +65,6 @@ class Evaluation:
             "gain in breast, dB",
         ]
         return format_table(header, rows)
-
-
-def evaluate(
-    dataset: MammogramDataset,
-    methods: Mapping[str, Method],
-    device: torch.device,
-    *,
-    pictured: Sequence[str] = (),
-    picture_folder: Path | None = None,
-    picture_count: int = 4,
-    suffix: str = ".png",
-    note: Callable[[], dict] = dict,
-    workers: int = 0,
-    progress: bool = True,
-) -> Evaluation:
-    """Apply each method to each image of a validation or test set, one at a time, and compare with the clean image.
-
-    The low-dose input is always measured beside them. Pictures of `picture_count` evenly spaced images, with the columns
-    clean, low dose, `pictured` methods and the errors of input and last method, go to `picture_folder`. `note` is called
-    at the end for what else belongs into metrics.json.
-    """
-    rows = []
-    shown = set(np.linspace(0, len(dataset) - 1, min(picture_count, len(dataset))).round().astype(int).tolist())
-    loader = make_loader(dataset, 1, workers=workers)
-    for i, batch in enumerate(tracked(loader, "evaluate", "image", progress)):
-        on_device = batch.to(device)
-        images = {INPUT: batch.degraded}
-        images |= {name: method(on_device).float().clamp(0, 1).cpu() for name, method in methods.items()}
-        mask = torch.ones_like(batch.clean, dtype=torch.bool) if batch.mask is None else batch.mask
-        figures = {name: image_metrics(image[0], batch.clean[0], mask[0]) for name, image in images.items()}
-        meta = batch.meta[0]
-        rows += [
-            {"path": meta.path, "patient": meta.patient, "method": name, **dataclasses.asdict(figure)}
-            for name, figure in figures.items()
-        ]
-        if picture_folder is not None and i in shown:
-            columns = {name: images[name][0] for name in (INPUT, *pictured)}
-            labels = {name: f"{figures[name].psnr_breast:.1f} dB in the breast" for name in columns}
-            picture = comparison(batch.clean[0], columns, mask[0], labels)
-            name = Path(meta.path).with_suffix("").as_posix().replace("/", "_")
-            save_picture(picture, picture_folder / f"{name}{suffix}")
-    return Evaluation(pd.DataFrame(rows), note())
 
 
 def run_evaluation(
@@ -126,35 +79,40 @@ def run_evaluation(
     pictured: Sequence[str],
     note: Callable[[], dict],
 ) -> Evaluation:
-    """What an evaluating script does once it has data and methods: measure, print the table under `title`, write the
-    files and say where they lie. A test patient that `checkpoints` were trained on is named."""
+    """Compare what each method makes of each image with the clean one, print the table under `title`, and write the files.
+
+    The low-dose input is always measured beside them. Pictures of some images show the `pictured` methods. `note` is called
+    at the end for what else belongs into metrics.json. Warns of test patients that `checkpoints` were trained on.
+    """
     shared = warn_of_shared_patients(dataset.patients(), args.task, *checkpoints)
     folder = evaluation_folder(args, args.load_path)
     if folder is not None:
         hold(folder / ".lock", folder)
         remove_parts(folder, *(path for path in folder.iterdir() if path.is_dir()))
-
-    def provenance() -> dict:
-        return {
-            "task": args.task,
-            "checkpoint": str(args.load_path),
-            "seed": args.seed,
-            "noise": dataset.noise,
-            "test_patients_trained_on": shared,
-            **note(),
-        }
-
-    result = evaluate(
-        dataset,
-        methods,
-        device,
-        pictured=pictured,
-        picture_folder=folder,
-        suffix=".jpg" if args.save_jpg else ".png",
-        note=provenance,
-        workers=hps.nb_workers,
-        progress=not args.no_tqdm,
-    )
+    shown = set(np.linspace(0, len(dataset) - 1, min(PICTURES, len(dataset))).round().astype(int).tolist())
+    loader, rows = make_loader(dataset, 1, workers=hps.nb_workers), []
+    for i, batch in enumerate(tracked(loader, "evaluate", "image", not args.no_tqdm)):
+        on_device = batch.to(device)
+        images = {INPUT: batch.degraded}
+        images |= {name: method(on_device).float().clamp(0, 1).cpu() for name, method in methods.items()}
+        mask = torch.ones_like(batch.clean, dtype=torch.bool) if batch.mask is None else batch.mask
+        figures = {name: image_metrics(image[0], batch.clean[0], mask[0]) for name, image in images.items()}
+        path, patient = batch.meta[0].path, batch.meta[0].patient
+        rows += [{"path": path, "patient": patient, "method": m, **dataclasses.asdict(f)} for m, f in figures.items()]
+        if folder is not None and i in shown:
+            columns = {name: images[name][0] for name in (INPUT, *pictured)}
+            labels = {name: f"{figures[name].psnr_breast:.1f} dB in the breast" for name in columns}
+            name = Path(path).with_suffix("").as_posix().replace("/", "_")
+            picture = comparison(batch.clean[0], columns, mask[0], labels)
+            save_picture(picture, folder / f"{name}{'.jpg' if args.save_jpg else '.png'}")
+    provenance = {
+        "task": args.task,
+        "checkpoint": str(args.load_path),
+        "seed": args.seed,
+        "noise": dataset.noise,
+        "test_patients_trained_on": shared,
+    }
+    result = Evaluation(pd.DataFrame(rows), provenance | note())
     print(f"{title} on {len(dataset)} test images of {args.task}, {dataset.noise}")
     print(result.table())
     if folder is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from functools import lru_cache
 
@@ -12,10 +13,11 @@ from scipy.special import gammaln, xlogy
 from helper import UserError
 from preprocessing.degrade import NoiseModel
 from preprocessing.stabilize import stabilize, unstabilize
+from restoration.denoiser import Restoration
 
 TABLE_STEP = 0.1  # of the inverse's table, in standard deviations of the noise
-TABLE_ENTRIES = (65, 10_001)  # it has at least and at most so many
-EXACT_QUANTA = 100  # up to so many expected quanta the Poisson distribution is summed count by count
+TABLE_ENTRIES = (65, 10_001)  # their least and greatest number
+EXACT_QUANTA = 100  # expected quanta up to which the Poisson distribution is summed count by count
 REACH = 8.0  # standard deviations on either side of the mean that an expectation covers
 SMALLEST = 16  # side in pixels that BM3D is given at least
 NODES_PER_SIGMA = 20  # of the Gaussian; the trapezoidal rule meets a kink where the clamp is
@@ -85,11 +87,11 @@ def vst_bm3d(image: np.ndarray, noise: NoiseModel) -> np.ndarray:
 
     Generalised Anscombe transform, BM3D for unit noise (Dabov et al., IEEE TIP 2007, by the authors' package), exact unbiased
     inverse. In one thread, with the same result every time. An image without noise comes back as it is. Raises UserError
-    where the package is missing, and ValueError for noise without quanta, which needs no stabilisation.
+    if the package is missing, and ValueError for noise without quanta, which needs no stabilisation.
     """
-    if noise.sigma == 0 and math.isinf(noise.quanta):
-        return image.astype(np.float32)
     if math.isinf(noise.quanta):
+        if noise.sigma == 0:
+            return image.astype(np.float32)
         raise ValueError("the generalised Anscombe transform needs a finite number of quanta")
     try:
         import bm3d  # its licence forbids commercial use: an extra of the benchmarks
@@ -105,3 +107,13 @@ def vst_bm3d(image: np.ndarray, noise: NoiseModel) -> np.ndarray:
     padded = np.pad(image.astype(np.float64), padding, mode="symmetric")
     denoised = bm3d.bm3d(_stabilized(padded, noise), 1.0, profile)[:height, :width]
     return unbiased_inverse(denoised, noise).astype(np.float32)
+
+
+def restore_by_bm3d(image: np.ndarray, noise: NoiseModel, name: str) -> Restoration:
+    """The `Denoiser` VST-BM3D, which draws nothing."""
+    return Restoration(vst_bm3d(image, noise)[None])
+
+
+def bm3d_is_there() -> bool:
+    """Whether the optional package of BM3D is installed."""
+    return importlib.util.find_spec("bm3d") is not None

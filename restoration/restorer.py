@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +17,7 @@ from hps import HParams
 from models.samplers import NoiseField, Sampling, dpm_timesteps
 from preprocessing.degrade import NoiseModel
 from preprocessing.estimate import level_at
+from restoration.denoiser import Restoration
 from running.checkpoints import Checkpoint, build_model, load_checkpoint, load_weights, weights_digest
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
@@ -23,7 +25,7 @@ from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 SHIPPED_VQVAE, SHIPPED_DIFFUSION, SHIPPED_CALIBRATION = (
     Path(__file__).resolve().parents[1] / "weights" / name for name in ("vqvae.pt", "diffusion.pt", "uncertainty.json")
 )
-TILE_CROPS = 7  # sides of training crops that make the side of a tile: overlaps cost the less the larger it is
+TILE_CROPS = 7  # sides of training crops that make the side of a tile: the larger it is, the less overlaps cost
 
 
 def check_first_stage(checkpoint: Checkpoint, path: Path, digest: str, vqvae_path: Path) -> None:
@@ -33,7 +35,7 @@ def check_first_stage(checkpoint: Checkpoint, path: Path, digest: str, vqvae_pat
 
 
 def load_averages(model: LatentDiffusion, checkpoint: Checkpoint, path: Path) -> None:
-    """Load a diffusion checkpoint with the EMA of its weights in place of the weights; raises UserError where they do not fit."""
+    """Load a diffusion checkpoint with the EMA of its weights in place of the weights. Raises UserError if they do not fit."""
     load_weights(model, checkpoint.model, path)
     if checkpoint.extra.get("averaged"):  # main-export.py has done it
         return
@@ -75,10 +77,9 @@ class Restorer:
         seed: int = 0,
         amp: torch.dtype | None = None,
     ) -> Restorer:
-        """The stages of two checkpoints, on `device`, the UNets in `amp`.
+        """The stages of two checkpoints. `steps` None is the checkpoint's number for the `sampler`, `ddim` or `dpm++`.
 
-        `steps` None is the checkpoint's number for the `sampler`, `ddim` or `dpm++`. Raises UserError where the checkpoints
-        cannot be read or do not belong together, or the model does not have what is asked of it.
+        Raises UserError if the checkpoints cannot be read or do not belong together, or the model lacks what is asked of it.
         """
         vqvae, _ = load_vqvae(vqvae_path)
         digest = weights_digest(vqvae)
@@ -99,9 +100,8 @@ class Restorer:
                 dpm_timesteps(model.alphas_cumprod, sampling.steps)
             except ValueError as error:
                 raise UserError(f"--steps {sampling.steps}: {error}") from None
-        return cls(
-            VQVAE2Wrapper(vqvae).to(device), model.to(device), checkpoint.hps, samples, sampling, seed, name, amp
-        )
+        first_stage = VQVAE2Wrapper(vqvae).to(device)
+        return cls(first_stage, model.to(device), checkpoint.hps, samples, sampling, seed, name, amp)
 
     @property
     def product(self) -> str:
@@ -113,7 +113,7 @@ class Restorer:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations that restoring takes, a tile: one of the posterior mean's, the others of the diffusion's."""
+        """Network evaluations a tile: one of the posterior mean's, the others of the diffusion's."""
         return self.model.has_mean + self.samples * self.sampling.steps
 
     @property
@@ -138,7 +138,7 @@ class Restorer:
 
     @property
     def scale(self) -> int:
-        """Tiles start at multiples of so many pixels, that every level sees them as it sees the whole image."""
+        """Pixels whose multiples tiles start at, for every pyramid level to see a tile as it sees the whole image."""
         return math.lcm(self.first_stage.vqvae.scale, self.first_stage.vqvae.scaling_rates[0] * self.model.model.stride)
 
     @property
@@ -152,8 +152,8 @@ class Restorer:
         return tuple(self.hps.noise_levels) or (self.hps.noise_level,) * 2
 
     def level_of(self, noise: NoiseModel, intensity: float) -> float:
-        """The noise level that the network is told for an image of this noise and mean intensity: at most what it knows."""
-        return min(max(level_at(noise, intensity), self.levels[0]), self.levels[1])
+        """The noise level, of those it knows, that the network is told for an image of this noise and mean intensity."""
+        return float(np.clip(level_at(noise, intensity), *self.levels))
 
     @torch.no_grad()
     def restore(
@@ -168,9 +168,9 @@ class Restorer:
     ) -> Tensor:
         """Restore an image (1, 1, H, W) in [0, 1]: returns (1, K, H, W), its posterior mean (K = 1) or K samples.
 
-        `noise` is what a stabilised model is to take for noise, None what it was trained at; others always take that. The
-        networks are told `level`, None: that of the noise at half of full scale. `name` keys the samplers' noise, `origin` is
-        the place in pixels of the image's first row and column on it.
+        `noise` is that of the image; None, and for models that are not stabilised: that of the training. The networks are
+        told `level`; None: that of the noise at half of full scale. `name` keys the samplers' noise, `origin` is the place in
+        pixels of the image's first row and column on it.
         """
         noise = noise or self.noise
         level = self.level_of(noise, 0.5) if level is None else level
@@ -181,21 +181,27 @@ class Restorer:
         field = NoiseField((self.seed, name), self.first_stage.latent_channels)
         with torch.autocast(degraded.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             view = self.model.view(cond, torch.full((1,), level, device=degraded.device))
+            drawn = dict(origin=(origin[0] // rate, origin[1] // rate), progress=progress)
             latents = [
-                sample_latents(
-                    self.model, view, [field], self.sampling, number=number, progress=progress,
-                    origin=(origin[0] // rate, origin[1] // rate),
-                )
+                sample_latents(self.model, view, [field], self.sampling, number=number, **drawn)
                 for number in range(self.samples)
-            ] or [view.mean]  # fmt: skip
+            ] or [view.mean]
         images = [
             self.first_stage.decode(self.model.denormalize(z), shape=padded.shape[-2:], noise=noise) for z in latents
         ]
         return torch.cat(images, dim=1)[..., :height, :width]
 
+    def restore_in_one_piece(
+        self, image: np.ndarray, noise: NoiseModel, name: str, *, progress: bool = False
+    ) -> Restoration:
+        """The `Denoiser` of images (H, W) like those of the training, in size and noise."""
+        degraded = torch.from_numpy(image)[None, None].to(self.device)
+        products = self.restore(degraded, name, noise=noise, progress=progress)
+        return Restoration(products[0].float().clamp(0, 1).cpu().numpy())
+
 
 def sampling_of(hps: HParams, sampler: str, steps: int | None = None) -> Sampling:
-    """The sampler of a model, with its own number of steps or with `steps`; raises UserError where it has not so many."""
+    """The sampler of a model, with its own number of steps or with `steps`. Raises UserError if it has not so many."""
     if steps is not None and steps > hps.timesteps:
         raise UserError(f"--steps {steps}: the model has {hps.timesteps} timesteps; pass at most as many")
     own = hps.ddim_steps if sampler == "ddim" else hps.fast_steps

@@ -21,7 +21,7 @@ from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.phantom import generate_phantom
 from preprocessing.sides import least_step, part_sides
 from preprocessing.stabilize import stabilize
-from restoration import assessment, restore
+from restoration import evaluate, restore
 from restoration.restore import restore_image
 from restoration.restorer import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer
 from restoration.tiles import box_weights, changed_box
@@ -344,8 +344,8 @@ def test_an_evaluation_restores_mean_and_samples_alike_as_main_restore_does(phan
         made.add(restorer.product)
         return restore_image(restorer, *args, **kwargs)
 
-    monkeypatch.setattr(assessment, "restore_image", recorded)
-    monkeypatch.setattr(assessment, "SPREAD_SAMPLES", 2)  # the spread is not looked at
+    monkeypatch.setattr(evaluate, "restore_image", recorded)
+    monkeypatch.setattr(evaluate, "SPREAD_SAMPLES", 2)  # the spread is not looked at
     succeed(
         "main-diffusion",
         f"{shapes} --data-root . --vqvae-path {SHIPPED_VQVAE} --load-path {SHIPPED_DIFFUSION} --evaluate --out e "
@@ -354,7 +354,7 @@ def test_an_evaluation_restores_mean_and_samples_alike_as_main_restore_does(phan
     names = (
         "posterior mean",
         "posterior sample, DDIM 8",
-        f"mean of {assessment.MEAN_OF} posterior samples, DPM-Solver++ 4",
+        f"mean of {evaluate.MEAN_OF} posterior samples, DPM-Solver++ 4",
     )
     assert set(names) <= made  # tiles, borders mirrored, edges taken apart
     row = pd.read_csv("e/metrics.csv").iloc[0]

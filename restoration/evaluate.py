@@ -1,15 +1,13 @@
-"""What an evaluation says beyond its table: whether samples look like clean images, how sure the restoration is, what its
-error is made of, and a page to look at."""
+"""A model evaluated on its test set: a table, how sure it is, what its error is made of, and a page to look at."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,14 +31,15 @@ from evaluation.metrics import (
 from evaluation.page import PageCase, Power, Report, choose_close_ups, read_curves, write_report
 from evaluation.pictures import save_picture, spread_picture
 from evaluation.table import BM3D, INPUT, Evaluation, Method, run_evaluation
-from evaluation.uncertainty import Calibration, Case, Coverage, Tally, fit, interval
+from evaluation.uncertainty import Calibration, Coverage, SampledImage, Tally, fit, interval
 from helper import format_table, half_precision, seeded_generator, tracked
 from hps import HParams
 from loading.batches import Batch
 from loading.mammograms import MammogramDataset
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.stabilize import stabilize
-from restoration.classical import vst_bm3d
+from restoration.classical import bm3d_is_there, restore_by_bm3d
+from restoration.denoiser import Denoiser
 from restoration.restore import restore_image
 from restoration.restorer import Restorer, sampling_of
 from running.checkpoints import Checkpoint
@@ -51,12 +50,7 @@ from vqvae2_wrapper import VQVAE2Wrapper
 MEAN_OF = 8  # posterior samples of the table's mean, and of the spread that is shown
 SPREAD_SAMPLES = 16  # of the calibration and of the coverage
 CALIBRATION_SIDE = 192  # pixels of the squares of validation images that the uncertainty is calibrated on
-CALIBRATION_LEVELS = (
-    0.05,
-    0.2,
-    0.5,
-    1.0,
-)  # noise levels, of those that the model knows: a square of every image for each
+CALIBRATION_LEVELS = (0.05, 0.2, 0.5, 1.0)  # noise levels: a square of every image for each that the model knows
 CALIBRATION_IMAGES = 4  # validation images looked at, evenly spaced
 COVERAGE_IMAGES, COVERAGE_SIDE = 4, 512  # test images, evenly spaced, and pixels of the square of each for the coverage
 SPLIT_IMAGES, SPLIT_SIDE, REALISATIONS = 4, 256, 4  # of the split into noise and bias
@@ -68,10 +62,7 @@ TEXTURE_SIDE = 192  # pixels of the close-up that is there to judge the texture
 PASS, MEAN = "autoencoder pass", "posterior mean"
 POWER = "power_over_clean"  # in metrics.json, by method and in the bands of `metrics.BANDS`
 
-
-def bm3d_is_there() -> bool:
-    """Whether the optional package of the classical comparison is installed."""
-    return importlib.util.find_spec("bm3d") is not None
+Window = tuple[slice, slice]  # rows and columns
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -79,38 +70,60 @@ def spread(count: int, most: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
-Window = tuple[slice, slice]  # rows and columns
-
-
 def window_at(row: float, column: float, side: int, shape: tuple[int, ...]) -> Window:
     """The square of at most `side` pixels around a pixel, moved to lie inside an image of `shape` (H, W)."""
     side = min(side, *shape)
-    starts = (int(min(max(0, at - side // 2), size - side)) for at, size in zip((row, column), shape, strict=True))
+    starts = (int(np.clip(at - side // 2, 0, size - side)) for at, size in zip((row, column), shape, strict=True))
     return tuple(slice(start, start + side) for start in starts)
 
 
 def middle_window(mask: np.ndarray, side: int) -> Window:
     """The square of at most `side` pixels in the middle of a breast (H, W)."""
-    row, column = (np.median(places) for places in np.nonzero(mask))
-    return window_at(row, column, side, mask.shape)
+    return window_at(*(np.median(places) for places in np.nonzero(mask)), side, mask.shape)
 
 
 def breast_window(mask: np.ndarray, most: int | None = None) -> Window:
     """The largest square, of at most `most` pixels, that lies inside a breast (H, W)."""
     reach = ndimage.distance_transform_cdt(np.pad(mask, 1), "chessboard")[1:-1, 1:-1]
-    row, column = np.unravel_index(reach.argmax(), reach.shape)
     side = 2 * int(reach.max()) - 1
-    return window_at(row, column, min(side, most or side), mask.shape)
+    return window_at(*np.unravel_index(reach.argmax(), reach.shape), min(side, most or side), mask.shape)
 
 
-def planes(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Clean image, low dose and breast mask of a batch of one, each (H, W)."""
-    return tuple(v[0, 0].cpu().numpy() for v in (batch.clean, batch.degraded, batch.mask))
+@dataclass(frozen=True)
+class LowDosePair:
+    """A clean image, and a low dose of it."""
+
+    name: str  # path of the image
+    clean: np.ndarray  # (H, W) in [0, 1]
+    low: np.ndarray  # (H, W) in [0, 1]
+    mask: np.ndarray  # (H, W) bool, the breast
+    level: float  # noise level of the low dose
+
+    @classmethod
+    def of(cls, batch: Batch) -> LowDosePair:
+        """That of a batch of one."""
+        planes = (v[0, 0].cpu().numpy() for v in (batch.clean, batch.degraded, batch.mask))
+        return cls(batch.meta[0].path, *planes, float(batch.level[0]))
+
+    @property
+    def noise(self) -> NoiseModel:
+        """What degraded the low dose."""
+        return NoiseModel.from_level(self.level)
+
+    def crop(self, window: Window) -> LowDosePair:
+        """A part of both."""
+        clean, low, mask = (np.ascontiguousarray(v[window]) for v in (self.clean, self.low, self.mask))
+        return dataclasses.replace(self, clean=clean, low=low, mask=mask)
+
+    def simulate(self, level: float, generator: torch.Generator) -> np.ndarray:
+        """Another low dose (H, W) of the clean image."""
+        return simulate_low_dose(torch.from_numpy(self.clean), level, generator).numpy()
 
 
-def noise_of(batch: Batch) -> NoiseModel:
-    """The noise of a batch of one."""
-    return NoiseModel.from_level(float(batch.level[0]))
+def some_pairs(dataset: MammogramDataset, most: int, what: str, progress: bool) -> Iterator[LowDosePair]:
+    """At most `most` images of a data set, evenly spaced, under a progress bar."""
+    for index in tracked(spread(len(dataset), most), what, "image", progress):
+        yield LowDosePair.of(dataset[index])
 
 
 # --- uncertainty -----------------------------------------------------------------------------------------------------
@@ -119,88 +132,68 @@ def noise_of(batch: Batch) -> NoiseModel:
 def calibrate(sampler: Restorer, validation: MammogramDataset, *, progress: bool = True) -> Calibration:
     """Fit how many times as wide intervals have to be as the samples' spread says, at noise levels that the model knows.
 
-    On a square inside the breast of some validation images. Raises UserError where there is none.
+    On a square inside the breast of some validation images. Raises UserError if they have no breast.
     """
     low, high = sampler.levels
     levels = [level for level in CALIBRATION_LEVELS if low <= level <= high] or [sampler.hps.noise_level]
-    cases = []
-    indices = spread(len(validation), CALIBRATION_IMAGES)
-    for index in tracked(indices, "calibrate", "image", progress):
-        batch = validation[index]
-        name, (clean, _, mask) = batch.meta[0].path, planes(batch)
-        generator = seeded_generator("calibrate", name)
-        inside = np.argwhere(mask)
+    sampled = []
+    for pair in some_pairs(validation, CALIBRATION_IMAGES, "calibrate", progress):
+        generator = seeded_generator("calibrate", pair.name)
+        inside = np.argwhere(pair.mask)
         for level in levels if len(inside) else ():
             centre = inside[int(torch.randint(len(inside), (), generator=generator))]
-            window = window_at(*centre, CALIBRATION_SIDE, clean.shape)
-            degraded = simulate_low_dose(torch.from_numpy(clean[window].copy()), level, generator).numpy()
-            noise = NoiseModel.from_level(level)
-            samples = restore_image(sampler, degraded, noise, f"calibrate {name} {level}").products
-            cases.append(Case(clean[window], samples, mask[window], level))
-    calibration = fit(cases)
-    about = {"images": len(indices), "samples": sampler.samples, "sampler": str(sampler.sampling)}
+            part = pair.crop(window_at(*centre, CALIBRATION_SIDE, pair.clean.shape))
+            degraded = part.simulate(level, generator)
+            name = f"calibrate {pair.name} {level}"
+            samples = restore_image(sampler, degraded, NoiseModel.from_level(level), name).products
+            sampled.append(SampledImage(part.clean, samples, part.mask, level))
+    calibration = fit(sampled)
+    images = len(spread(len(validation), CALIBRATION_IMAGES))
+    about = {"images": images, "samples": sampler.samples, "sampler": str(sampler.sampling)}
     return dataclasses.replace(calibration, about=calibration.about | about)
 
 
 def count_coverage(
     sampler: Restorer, test_set: MammogramDataset, calibration: Calibration, *, progress: bool = True
 ) -> tuple[Coverage | None, str]:
-    """How the intervals do on a square in the middle of the breast of a few test images, and on how much that is, in words."""
+    """How the intervals do in the middle of the breast of a few test images; and on how much that is counted, in words."""
     tally = Tally()
-    indices = spread(len(test_set), COVERAGE_IMAGES)
-    for index in tracked(indices, "coverage", "image", progress):
-        batch = test_set[index]
-        clean, degraded, mask = planes(batch)
-        window, level = middle_window(mask, COVERAGE_SIDE), float(batch.level[0])
-        part = np.ascontiguousarray(degraded[window])
-        samples = restore_image(sampler, part, noise_of(batch), f"coverage {batch.meta[0].path}").products
-        tally.add(Case(clean[window], samples, mask[window], level), calibration.factor(level))
-    counted = f"{sampler.samples} samples, {sampler.sampling}, of each of {len(indices)} test images"
+    for pair in some_pairs(test_set, COVERAGE_IMAGES, "coverage", progress):
+        part = pair.crop(middle_window(pair.mask, COVERAGE_SIDE))
+        samples = restore_image(sampler, part.low, part.noise, f"coverage {part.name}").products
+        tally.add(SampledImage(part.clean, samples, part.mask, part.level), calibration.factor(part.level))
+    images = len(spread(len(test_set), COVERAGE_IMAGES))
+    counted = f"{sampler.samples} samples, {sampler.sampling}, of each of {images} test images"
     return tally.coverage(), f"{counted}, squares of at most {COVERAGE_SIDE} pixels"
 
 
-# --- error and power -------------------------------------------------------------------------------------------------
-
-
-# Maps a low dose (H, W), its noise and a name to a restored image.
-Restore = Callable[[np.ndarray, NoiseModel, str], np.ndarray]
-
-
-def split_methods(estimate: Restorer) -> dict[str, Restore]:
-    """The methods whose error is split: an estimate of the clean image, and VST-BM3D where it is there."""
-    methods = {estimate.product: lambda image, noise, name: restore_image(estimate, image, noise, name).pixels}
-    if bm3d_is_there():
-        methods[BM3D] = lambda image, noise, _: vst_bm3d(image, noise)
-    return methods
+# --- error -----------------------------------------------------------------------------------------------------------
 
 
 def noise_and_bias(
-    test_set: MammogramDataset, methods: Mapping[str, Restore], *, progress: bool = True
+    test_set: MammogramDataset, denoisers: Mapping[str, Denoiser], *, progress: bool = True
 ) -> tuple[dict[str, ErrorSplit], dict[str, PowerSpectrum]]:
     """The normalised error split into residual noise and bias, and the residual's spectrum, by method and of the input.
 
     Over several realisations of the noise of a square in the middle of the breast of a few test images.
     """
     level = test_set.hps.noise_level
-    noise = NoiseModel.from_level(level)
-    splits: dict[str, list[ErrorSplit]] = {name: [] for name in (INPUT, *methods)}
-    patches: dict[str, list[np.ndarray]] = {name: [] for name in splits}
-    for index in tracked(spread(len(test_set), SPLIT_IMAGES), "noise and bias", "image", progress):
-        batch = test_set[index]
-        clean, _, mask = planes(batch)
-        window = middle_window(mask, SPLIT_SIDE)
-        part, inside = (np.ascontiguousarray(v[window]) for v in (clean, mask))
-        name = batch.meta[0].path
-        lows = [
-            simulate_low_dose(torch.from_numpy(part), level, seeded_generator("realisation", name, r)).numpy()
-            for r in range(REALISATIONS)
-        ]
-        centre = window_at(*(side // 2 for side in part.shape), SPECTRUM_SIDE, part.shape)
-        for method in splits:
-            images = lows if method == INPUT else [methods[method](v, noise, f"{name} {r}") for r, v in enumerate(lows)]
-            splits[method].append(mnse_decomposition(np.stack(images), part, inside))
-            patches[method] += [(image - part)[centre] for image in images]
-    spectra = {name: noise_power_spectrum(np.stack(own), PIXEL_MM) for name, own in patches.items()}
+    splits: dict[str, list[ErrorSplit]] = {name: [] for name in (INPUT, *denoisers)}
+    residuals: dict[str, list[np.ndarray]] = {name: [] for name in splits}
+    for pair in some_pairs(test_set, SPLIT_IMAGES, "noise and bias", progress):
+        part = pair.crop(middle_window(pair.mask, SPLIT_SIDE))
+        centre = window_at(*(side // 2 for side in part.clean.shape), SPECTRUM_SIDE, part.clean.shape)
+        names = [f"{pair.name} {r}" for r in range(REALISATIONS)]
+        images = {
+            INPUT: [part.simulate(level, seeded_generator("realisation", pair.name, r)) for r in range(REALISATIONS)]
+        }
+        for method, denoise in denoisers.items():
+            noise, lows = NoiseModel.from_level(level), images[INPUT]
+            images[method] = [denoise(low, noise, name).pixels for low, name in zip(lows, names, strict=True)]
+        for method, restored in images.items():
+            splits[method].append(mnse_decomposition(np.stack(restored), part.clean, part.mask))
+            residuals[method] += [(image - part.clean)[centre] for image in restored]
+    spectra = {name: noise_power_spectrum(np.stack(own), PIXEL_MM) for name, own in residuals.items()}
     return {name: ErrorSplit.pooled(own) for name, own in splits.items()}, spectra
 
 
@@ -211,28 +204,36 @@ def noise_and_bias(
 class Shown:
     """A test image to look at, and what was made of it."""
 
-    batch: Batch  # of one
+    pair: LowDosePair
+    calcifications: Sequence[Any]
     images: dict[str, np.ndarray]  # by method, (H, W), the low dose first
     std: np.ndarray | None = None  # expected error, (H, W)
 
     def page_case(self, estimate: str) -> PageCase:
         """What the page shows of it; the error drawn is that of the method `estimate`."""
-        clean, _, mask = planes(self.batch)
+        clean, mask = self.pair.clean, self.pair.mask
         truth, inside = torch.from_numpy(clean)[None], torch.from_numpy(mask)[None]
-        labels = {}
-        for name, image in self.images.items():
-            figures = image_metrics(torch.from_numpy(image)[None], truth, inside)
-            labels[name] = f"{figures.psnr_breast:.2f} dB, SSIM {figures.ssim_breast:.4f} in the breast"
-        meta = self.batch.meta[0]
+        figures = {name: image_metrics(torch.from_numpy(v)[None], truth, inside) for name, v in self.images.items()}
+        labels = {
+            name: f"{f.psnr_breast:.2f} dB, SSIM {f.ssim_breast:.4f} in the breast" for name, f in figures.items()
+        }
         rows, columns = breast_window(mask, TEXTURE_SIDE)
-        close_ups = choose_close_ups(clean, mask, meta.info.get("calcifications", ()))
+        close_ups = choose_close_ups(clean, mask, self.calcifications)
         close_ups.append((rows.start, columns.start, rows.stop - rows.start))
-        return PageCase(meta.path, clean, self.images, estimate, self.std, labels, close_ups)
+        return PageCase(self.pair.name, clean, self.images, estimate, self.std, labels, close_ups)
+
+    def power(self) -> dict[str, list[np.ndarray]]:
+        """Power by method, and of the clean image, in `BANDS` and `CURVE_EDGES`, stabilised, inside the breast."""
+        window, power = breast_window(self.pair.mask), {}
+        for name, image in {"clean": self.pair.clean, **self.images}.items():
+            values = stabilize(torch.from_numpy(image[window].copy()), self.pair.noise).numpy()
+            power[name] = [band_power(values, edges) for edges in (BANDS, CURVE_EDGES)]
+        return power
 
 
 @dataclass
 class Gallery:
-    """Keeps, of a few test images, what methods make of them."""
+    """Keeps, of a few test images, what denoisers make of them."""
 
     indices: Sequence[int]  # of the images
     names: Sequence[str]  # of the methods
@@ -241,47 +242,42 @@ class Gallery:
     suffix: str = ".png"
     shown: dict[int, Shown] = field(default_factory=dict)
 
-    def method(self, name: str, products: Callable[[Batch], np.ndarray]) -> Method:
-        """The method of that name for a table; `products` makes (K, H, W) of a batch of one, whose mean is compared."""
+    def method(self, name: str, denoise: Denoiser) -> Method:
+        """A denoiser as a method of that name for a table."""
 
         def method(batch: Batch) -> Tensor:
-            made = products(batch)
-            image, index = made.mean(0, dtype=np.float32), batch.meta[0].key.index
-            if index in self.indices:
-                shown = self.shown.setdefault(index, Shown(batch, {INPUT: planes(batch)[1]}))
+            pair, meta = LowDosePair.of(batch), batch.meta[0]
+            made = denoise(pair.low, pair.noise, pair.name)
+            if meta.key.index in self.indices:
+                new = Shown(pair, meta.info.get("calcifications", ()), {INPUT: pair.low})
+                shown = self.shown.setdefault(meta.key.index, new)
                 if name in self.names:
-                    shown.images[name] = image
-                if len(made) > 1 and self.calibration is not None:
-                    self._note_spread(shown, made)
-            return torch.from_numpy(image)[None, None]
+                    shown.images[name] = made.pixels
+                if len(made.products) > 1 and self.calibration is not None:
+                    self._note_spread(shown, made.products)
+            return torch.from_numpy(made.pixels)[None, None]
 
         return method
 
     def _note_spread(self, shown: Shown, samples: np.ndarray) -> None:
-        own = interval(samples, self.calibration.factor(float(shown.batch.level[0])))
+        own = interval(samples, self.calibration.factor(shown.pair.level))
         shown.std = own.std
         if self.folder is not None:
-            name = Path(shown.batch.meta[0].path).with_suffix("").as_posix().replace("/", "_")
-            path = self.folder / f"uncertainty-{name}{self.suffix}"
-            save_picture(spread_picture(planes(shown.batch)[0], own, samples[0]), path)
+            name = Path(shown.pair.name).with_suffix("").as_posix().replace("/", "_")
+            picture = spread_picture(shown.pair.clean, own, samples[0])
+            save_picture(picture, self.folder / f"uncertainty-{name}{self.suffix}")
 
     def add_bm3d(self) -> None:
-        """Put VST-BM3D beside the low dose where the table has not."""
+        """Put VST-BM3D beside the low dose if the table has not."""
         for shown in self.shown.values():
             if BM3D not in shown.images:
-                low = shown.images[INPUT]
-                shown.images = {INPUT: low, BM3D: vst_bm3d(low, noise_of(shown.batch)), **shown.images}
+                classical = restore_by_bm3d(shown.pair.low, shown.pair.noise, shown.pair.name).pixels
+                shown.images = {INPUT: shown.images[INPUT], BM3D: classical, **shown.images}
 
     def power(self) -> dict[str, Power]:
         """Power of the images over the clean ones', by method, in the largest square inside the breast, stabilised."""
-        total: dict[str, list[np.ndarray]] = {}
-        for shown in self.shown.values():
-            clean, _, mask = planes(shown.batch)
-            window, noise = breast_window(mask), noise_of(shown.batch)
-            for name, image in {"clean": clean, **shown.images}.items():
-                values = stabilize(torch.from_numpy(image[window].copy()), noise).numpy()
-                own = [band_power(values, edges) for edges in (BANDS, CURVE_EDGES)]
-                total[name] = [a + b for a, b in zip(total[name], own, strict=True)] if name in total else own
+        powers = [shown.power() for shown in self.shown.values()]
+        total = {name: [sum(parts) for parts in zip(*(p[name] for p in powers), strict=True)] for name in powers[0]}
         bands, curve = total.pop("clean")
         middles = (np.array(CURVE_EDGES[1:]) + CURVE_EDGES[:-1]) / 2
         seen = curve > 0  # small images have no frequency in some bins
@@ -292,26 +288,21 @@ class Gallery:
 def signature_text(evaluation: Evaluation, power: Mapping[str, Power], samples: Mapping[str, int]) -> str:
     """What tells a sampler from a smoother: power over clean's by band, and the PSNR of the posterior mean less others'.
 
-    `samples` is of how many samples the methods of the table that are compared with it are the mean.
+    `samples` says of how many samples the methods of the table that are compared with it are the mean.
     """
     text = []
     if power:
-        header = ["power over clean's at", *(f"{low:g}-{high:g}" for low, high in itertools.pairwise(BANDS))]
+        *bands, last = (f"{low:g}-{high:g}" for low, high in itertools.pairwise(BANDS))
         rows = [[name, *(f"{value:.2f}" for value in own.bands)] for name, own in power.items()]
-        text.append(format_table([*header[:-1], f"{header[-1]} cycles/pixel"], rows))
+        text.append(format_table(["power over clean's at", *bands, f"{last} cycles/pixel"], rows))
     summary = evaluation.summary()
     for name, count in samples.items() if MEAN in summary else ():
         gap, ideal = summary[MEAN]["psnr_breast"] - summary[name]["psnr_breast"], 10 * math.log10(1 + 1 / count)
-        text.append(f"{MEAN} less {name}: {gap:.2f} dB ({ideal:.2f} where mean and samples are right)")
+        text.append(f"{MEAN} less {name}: {gap:.2f} dB ({ideal:.2f} if mean and samples are right)")
     return "\n".join(text)
 
 
 # --- the whole of it -------------------------------------------------------------------------------------------------
-
-
-def has_known_noise(hps: HParams, test_set: MammogramDataset) -> bool:
-    """Whether there is noise, and it is known: nobody has told that of real pairs."""
-    return hps.noise_level > 0 and "real" not in test_set.noise
 
 
 def restorers_of(
@@ -322,7 +313,7 @@ def restorers_of(
     checkpoint: Checkpoint,
     device: torch.device,
 ) -> list[Restorer]:
-    """What the model makes: its posterior mean, a posterior sample, and the mean of some; says so where it has not all."""
+    """What the model makes: its posterior mean, a posterior sample, and the mean of some; prints which of them it lacks."""
     # what the network has seen does not change with the task that it is evaluated on
     seen = {key: checkpoint.hps[key] for key in ("noise_levels", "windowing")}
     amp = half_precision(device, args.half)
@@ -340,49 +331,20 @@ def restorers_of(
 
 def table_methods(gallery: Gallery, restorers: Sequence[Restorer], *, bm3d: bool, progress: bool) -> dict[str, Method]:
     """The methods of the table, by name; `gallery` looks at what they make."""
-
-    def restored(restorer: Restorer, batch: Batch) -> np.ndarray:
-        noise, name = noise_of(batch), batch.meta[0].path
-        if not restorer.stabilized:
-            images = restorer.restore(batch.degraded, name, noise=noise, progress=progress)
-            return images[0].float().clamp(0, 1).cpu().numpy()
-        # as main-restore.py does, borders mirrored and edges taken apart
-        return restore_image(restorer, planes(batch)[1], noise, name, progress=progress).products
-
     first_stage = restorers[0].first_stage
 
     def passed(batch: Batch) -> Tensor:
         latent = first_stage.encode(batch.degraded, batch.noise)
         return first_stage.decode(latent, shape=batch.clean.shape[-2:], noise=batch.noise)
 
-    methods = {}
-    if bm3d:
-        methods[BM3D] = gallery.method(BM3D, lambda batch: vst_bm3d(planes(batch)[1], noise_of(batch))[None])
+    methods = {BM3D: gallery.method(BM3D, restore_by_bm3d)} if bm3d else {}
     methods[PASS] = passed
     for restorer in restorers:
-        name = restorer.product
-        methods[name] = gallery.method(name, functools.partial(restored, restorer))
+        # a stabilised model as in main-restore.py: borders mirrored, edges taken apart
+        stabilized = functools.partial(restore_image, restorer)
+        denoise = stabilized if restorer.stabilized else restorer.restore_in_one_piece
+        methods[restorer.product] = gallery.method(restorer.product, functools.partial(denoise, progress=progress))
     return methods
-
-
-def write_page(folder: Path, args: argparse.Namespace, hps: HParams, evaluation: Evaluation, **parts: Any) -> None:
-    """Write `report.html` into an evaluation's folder; `parts` are the report's others."""
-    if not bm3d_is_there():
-        print("without BM3D beside it: pip install -r requirements-benchmarks.txt adds it to the page")
-    logs = [("stage 1", args.vqvae_path), ("stage 2", args.load_path)]
-    folders = [(name, path if path.is_dir() else path.parent) for name, path in logs]
-    path = folder / "report.html"
-    note = {key: value for key, value in evaluation.note.items() if key != POWER}
-    report = Report(
-        title=f"Restoration of {args.task} at noise level {hps.noise_level:g}",
-        subtitle=f"{evaluation.per_image['path'].nunique()} test images; every figure stands beside the low-dose input's",
-        provenance=note | {"hyperparameters": dict(hps)},
-        evaluation=evaluation,
-        curves=[curve for name, place in folders for curve in read_curves(place / "log.csv", name)],
-        **parts,
-    )
-    write_report(path, report)
-    print(f"the page to look at: {path}")
 
 
 def compare(
@@ -413,6 +375,30 @@ def compare(
     return result, power
 
 
+def write_page(folder: Path, args: argparse.Namespace, hps: HParams, evaluation: Evaluation, **parts: Any) -> None:
+    """Write `report.html` into an evaluation's folder; `parts` are the report's others."""
+    if not bm3d_is_there():
+        print("without BM3D beside it: pip install -r requirements-benchmarks.txt adds it to the page")
+    logs = [("stage 1", args.vqvae_path), ("stage 2", args.load_path)]
+    folders = [(name, path if path.is_dir() else path.parent) for name, path in logs]
+    note = {key: value for key, value in evaluation.note.items() if key != POWER}
+    report = Report(
+        title=f"Restoration of {args.task} at noise level {hps.noise_level:g}",
+        subtitle=f"{evaluation.per_image['path'].nunique()} test images; every figure stands beside the low-dose input's",
+        provenance=note | {"hyperparameters": dict(hps)},
+        evaluation=evaluation,
+        curves=[curve for name, place in folders for curve in read_curves(place / "log.csv", name)],
+        **parts,
+    )
+    write_report(folder / "report.html", report)
+    print(f"the page to look at: {folder / 'report.html'}")
+
+
+def has_known_noise(hps: HParams, test_set: MammogramDataset) -> bool:
+    """Whether there is noise, and it is known: nobody has told that of real pairs."""
+    return hps.noise_level > 0 and "real" not in test_set.noise
+
+
 def restore_test_set(
     args: argparse.Namespace,
     hps: HParams,
@@ -430,29 +416,27 @@ def restore_test_set(
     restorers = restorers_of(args, hps, model, first_stage, checkpoints[1], device)
     estimate = restorers[0] if model.has_mean else restorers[-1]
     known = has_known_noise(hps, test_set)
-    calibration = coverage = None
-    counted = ""
+    calibration, parts = None, {}
     if known and model.has_samples:
         sampler = dataclasses.replace(restorers[-1], samples=SPREAD_SAMPLES)
         calibration = calibrate(sampler, validation_set, progress=progress)
     names = [BM3D, *(r.product for r in restorers if r.samples == 1), estimate.product]
     suffix = ".jpg" if args.save_jpg else ".png"
     gallery = Gallery(spread(len(test_set), CASES), names, calibration, folder, suffix)
-    result, power = compare(args, hps, test_set, restorers, gallery, checkpoints)
+    result, parts["power"] = compare(args, hps, test_set, restorers, gallery, checkpoints)
     if calibration is not None:
         coverage, counted = count_coverage(sampler, test_set, calibration, progress=progress)
         print(f"{coverage or 'no breast to count the coverage in'} ({counted})")
-    if folder is not None:
-        if calibration is not None:
+        parts |= {"coverage": coverage, "coverage_note": counted}
+        if folder is not None:
             calibration.to_json(folder / "uncertainty.json")
             figures = {} if coverage is None else dataclasses.asdict(coverage)
             write_json(folder / "coverage.json", figures | {"counted": counted})
-        splits = spectra = None
+    if folder is not None:
         if known:
-            splits, spectra = noise_and_bias(test_set, split_methods(estimate), progress=progress)
+            denoisers = {estimate.product: functools.partial(restore_image, estimate)}
+            denoisers |= {BM3D: restore_by_bm3d} if bm3d_is_there() else {}
+            parts["mnse"], parts["spectrum"] = noise_and_bias(test_set, denoisers, progress=progress)
         cases = [shown.page_case(estimate.product) for shown in gallery.shown.values()]
-        write_page(
-            folder, args, hps, result, mnse=splits, spectrum=spectra, power=power, coverage=coverage,
-            coverage_note=counted, cases=cases,
-        )  # fmt: skip
+        write_page(folder, args, hps, result, cases=cases, **parts)
     return [*validation_set.left_out, *test_set.left_out]

@@ -1,4 +1,4 @@
-"""What an evaluation says beyond its table."""
+"""A model evaluated on its test set: what is said beyond the table."""
 
 import argparse
 import json
@@ -19,8 +19,9 @@ from evaluation.uncertainty import Calibration, Interval
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from models.samplers import Sampling
 from preprocessing.degrade import NoiseModel
-from restoration import assessment
-from restoration.assessment import (
+from restoration import evaluate
+from restoration.denoiser import Restoration
+from restoration.evaluate import (
     Gallery,
     breast_window,
     calibrate,
@@ -31,7 +32,6 @@ from restoration.assessment import (
     spread,
     window_at,
 )
-from restoration.restore import Restoration
 from running.checkpoints import Checkpoint
 from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper
@@ -50,7 +50,7 @@ def test_indices_are_spread_from_the_first_to_the_last():
 
 def test_the_error_of_the_input_is_its_noise_and_that_of_a_constant_is_bias(test_set):
     def blind(low, noise, name):
-        return np.full_like(low, 0.4)
+        return Restoration(np.full_like(low, 0.4)[None])
 
     splits, spectra = noise_and_bias(test_set, {"grey": blind}, progress=False)
     input_split, grey = splits["low dose"].overall(), splits["grey"].overall()
@@ -69,7 +69,7 @@ def test_the_error_of_the_input_is_its_noise_and_that_of_a_constant_is_bias(test
     assert abs(input_split["bias_squared"]) < 0.03 * input_split["residual_noise"]
     assert grey["residual_noise"] == 0
     assert grey["bias_squared"] == pytest.approx(((x - 0.4) ** 2 / x).mean(), rel=1e-4)
-    assert np.median(spectra["low dose"].power[8:]) == pytest.approx(2e-4 * assessment.PIXEL_MM**2, rel=0.25)
+    assert np.median(spectra["low dose"].power[8:]) == pytest.approx(2e-4 * evaluate.PIXEL_MM**2, rel=0.25)
 
 
 # --- squares ---------------------------------------------------------------------------------------------------------
@@ -121,8 +121,8 @@ def known_posterior(monkeypatch):
         samples = centre + sampler.spread * generator.standard_normal((sampler.samples, *degraded.shape))
         return Restoration(samples.astype(np.float32))
 
-    monkeypatch.setattr(assessment, "restore_image", restore)
-    monkeypatch.setattr(assessment, "simulate_low_dose", lambda image, level, generator: image)
+    monkeypatch.setattr(evaluate, "restore_image", restore)
+    monkeypatch.setattr(evaluate, "simulate_low_dose", lambda image, level, generator: image)
 
 
 def test_the_calibration_takes_a_square_of_every_image_and_level_that_the_model_knows(known_posterior):
@@ -144,8 +144,8 @@ def test_the_calibration_takes_a_square_of_every_image_and_level_that_the_model_
 def test_the_coverage_is_counted_in_the_middle_of_some_images_and_says_of_how_many(
     known_posterior, test_set, monkeypatch
 ):
-    monkeypatch.setattr(assessment, "COVERAGE_SIDE", 64)
-    monkeypatch.setattr(assessment, "COVERAGE_IMAGES", 2)
+    monkeypatch.setattr(evaluate, "COVERAGE_SIDE", 64)
+    monkeypatch.setattr(evaluate, "COVERAGE_IMAGES", 2)
     # the degraded image stands for the truth here
     sampler, batches = Sampler(spread=0.01), [test_set[i] for i in range(3)]
     for batch in batches:
@@ -182,14 +182,16 @@ def test_the_picture_shows_both_maps_on_one_scale():
 def test_power_over_cleans_is_one_of_the_clean_image_and_tells_noise_from_smoothing(test_set):
     gallery = Gallery([0, 2], ["clean itself", "smooth"], None, None)
 
-    def smooth(batch):
-        return torch.nn.functional.avg_pool2d(batch.clean, 5, 1, 2)[0].numpy()
+    clean = {batch.meta[0].path: batch.clean[0] for batch in (test_set[index] for index in range(3))}
 
-    methods = [
-        gallery.method("clean itself", lambda batch: batch.clean[0].numpy()),
-        gallery.method("smooth", smooth),
-        gallery.method("not kept", lambda batch: batch.clean[0].numpy()),
-    ]
+    def itself(low, noise, name):
+        return Restoration(clean[name].numpy())
+
+    def smooth(low, noise, name):
+        return Restoration(torch.nn.functional.avg_pool2d(clean[name], 5, 1, 2).numpy())
+
+    denoisers = {"clean itself": itself, "smooth": smooth, "not kept": itself}
+    methods = [gallery.method(name, denoise) for name, denoise in denoisers.items()]
     for index in range(3):
         for method in methods:
             assert method(test_set[index]).shape == (1, 1, 256, 192)
@@ -209,7 +211,7 @@ def test_power_over_cleans_is_one_of_the_clean_image_and_tells_noise_from_smooth
 def test_the_spread_that_is_shown_is_that_of_the_samples_times_the_factor(test_set, tmp_path):
     gallery = Gallery([0], ["one"], Calibration([0.2], [3.0], {}), tmp_path)
     samples = np.stack([np.full((256, 192), value, np.float32) for value in (0.4, 0.5)])
-    image = gallery.method("samples", lambda batch: samples)(test_set[0])
+    image = gallery.method("samples", lambda low, noise, name: Restoration(samples))(test_set[0])
     assert image.unique().tolist() == pytest.approx([0.45])
     shown = gallery.shown[0]
     assert shown.std == pytest.approx(3 * math.sqrt(1.5) * 0.1 / math.sqrt(2))
@@ -228,8 +230,8 @@ def test_the_signature_compares_means_with_samples():
     lines = signature_text(evaluation, power, counts).splitlines()
     assert lines[0].split()[3:] == ["at", "0.02-0.1", "0.1-0.2", "0.2-0.3", "0.3-0.5", "cycles/pixel"]
     assert lines[2].split() == ["low", "dose", "1.00", "1.50", "4.55", "11.90"]
-    assert lines[3].startswith("posterior mean less posterior sample, DDIM 50: 2.90 dB (3.01 where")
-    assert lines[4].startswith("posterior mean less mean of 8: 0.50 dB (0.51 where")
+    assert lines[3].startswith("posterior mean less posterior sample, DDIM 50: 2.90 dB (3.01 if")
+    assert lines[4].startswith("posterior mean less mean of 8: 0.50 dB (0.51 if")
     assert signature_text(evaluation, {}, {}) == ""
 
 

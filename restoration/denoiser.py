@@ -1,0 +1,28 @@
+"""The one signature of everything that restores an image: posterior mean, posterior samples, BM3D."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from preprocessing.degrade import NoiseModel
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """A restored image, and how it was come by."""
+
+    products: np.ndarray  # (K, H, W) float32 in [0, 1]: one estimate of the clean image, or K posterior samples
+    factor: float = 1.0  # what the input was multiplied by to have the noise that the model knows
+    strength: float = 1.0  # mean share of the model's correction that was applied, inside the breast
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The estimate, or the mean of the samples: (H, W) float32 in [0, 1]."""
+        return self.products.mean(0, dtype=np.float32)
+
+
+# Restores a low dose (H, W) in [0, 1], given its noise and a name, which keys whatever the denoiser draws.
+Denoiser = Callable[[np.ndarray, NoiseModel, str], Restoration]
