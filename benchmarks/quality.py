@@ -1,0 +1,538 @@
+"""How good is the restoration? Posterior mean and posterior samples beside the input and VST-BM3D, on images no training saw.
+
+Parts, the cheap ones first: `calcifications`, contrast kept on phantoms; `mnse`, error split into noise and bias, and its
+spectrum; `crops`, every method on one fixed crop an image at several noise levels, with what tells a sampler from a smoother;
+`native`, the posterior mean and BM3D on whole breasts at several levels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from quality_images import PHANTOM_PITCH, SHARES, Case, KeptBM3D, Scene, crop_place, read_case, window
+
+from evaluation.metrics import (
+    BANDS,
+    INTENSITY_BINS,
+    MS_SSIM_SIDE,
+    ErrorSplit,
+    PowerSpectrum,
+    band_power,
+    calcification_contrast,
+    image_metrics,
+    mnse_decomposition,
+    ms_ssim,
+    noise_power_spectrum,
+)
+from evaluation.table import BM3D, INPUT
+from evaluation.uncertainty import Calibration, SampledImage, Tally
+from files.prepared import Record
+from files.splits import folder_records
+from helper import UserError, format_table, get_device, tracked
+from hps import HPS_VQVAE
+from preprocessing.degrade import NoiseModel
+from preprocessing.stabilize import stabilize
+from restoration.classical import vst_bm3d
+from restoration.restore import restore_image
+from restoration.restorer import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer, sampling_of
+from running.command_line import Parser, device_arguments, positive_int
+from running.folders import record_run
+from running.scripts import run_script
+from running.writing import write_text
+
+SPLIT_CSV = Path(__file__).resolve().parents[1] / "preprocessing" / "splits" / "mini-mias.csv"
+RECORD = "restoration.json"
+LEVEL = 0.2  # noise level of the parts `calcifications` and `mnse`
+MEAN = "posterior mean"
+MEAN_OF = 8  # samples whose mean has a row of its own
+FIGURES = {  # their names in tables, and decimals
+    "psnr_breast": ("PSNR breast", 2), "ssim_breast": ("SSIM breast", 4), "ms_ssim": ("MS-SSIM", 4), "psnr": ("PSNR", 2),
+    "ssim": ("SSIM", 4),
+}  # fmt: skip
+TESTED = ("psnr_breast", "ssim_breast")
+PATCH = 64  # pixels a side of the residuals whose spectrum is taken
+LEAST_CROP = 16  # pixels a side: SSIM's window has 11
+DIAMETERS = (1.0, 3.0)  # pixels
+CNR_BINS = (0.0, 2.5, 5.0, 10.0, 20.0, np.inf)  # edges
+
+
+@dataclasses.dataclass
+class Bench:
+    """What the parts share."""
+
+    args: argparse.Namespace
+    restorer: Restorer
+    records: list[Record]  # of the test set
+
+    @functools.cached_property
+    def cases(self) -> list[Case]:
+        """The test images."""
+        return [read_case(record, self.args.scale) for record in self.bar(self.records, "test images")]
+
+    @property
+    def bm3d(self) -> KeptBM3D:
+        return KeptBM3D(self.args.out / "bm3d", self.args.workers, not self.args.no_tqdm)
+
+    def mean(self, image: np.ndarray, noise: NoiseModel, name: str) -> np.ndarray:
+        """The posterior mean of an image (H, W)."""
+        return restore_image(self.restorer, image, noise, name).pixels
+
+    def sampler(self, kind: str, steps: int | None, count: int) -> Restorer:
+        """The restorer that draws so many posterior samples."""
+        return dataclasses.replace(self.restorer, samples=count, sampling=sampling_of(self.restorer.hps, kind, steps))
+
+    def bar(self, items: Iterable, what: str, unit: str = "image", total: int | None = None) -> Iterator:
+        """The items under a progress bar, or with a line a minute."""
+        return tracked(items, what, unit, not self.args.no_tqdm, total)
+
+    def write_rows(self, name: str, rows: list[dict]) -> pd.DataFrame:
+        """Rows as a table, which is also written to a CSV file of that name."""
+        frame = pd.DataFrame(rows)
+        write_text(self.args.out / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
+        return frame
+
+
+# --- figures and tables ----------------------------------------------------------------------------------------------
+
+
+def figures_of(case: Case, image: np.ndarray, **row: object) -> dict:
+    """A row of the per-image table: what `row` says, and the figures of an image (H, W) against the clean one."""
+    restored, clean, mask = (torch.from_numpy(v)[None] for v in (image, case.clean, case.mask))
+    figures = dataclasses.asdict(image_metrics(restored, clean, mask)) | {"ms_ssim": ms_ssim(restored, clean)}
+    return {"path": case.key, **row} | {name: figures[name] for name in FIGURES}
+
+
+def deviation(values: np.ndarray) -> float:
+    """Standard deviation of values (N,); nan if there is one only."""
+    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
+
+
+def paired_test(values: np.ndarray, rival: np.ndarray) -> dict[str, float]:
+    """A method's figures (N,) against a rival's on the same images: their difference, and how sure it is.
+
+    `t_p` and `wilcoxon_p` are two-sided; nan with fewer than two images, or if no figure differs.
+    """
+    difference = values - rival
+    t_p = wilcoxon_p = math.nan
+    if len(difference) > 1 and np.any(difference != 0):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # if differences are all alike, p is 0 and scipy warns
+            t_p, wilcoxon_p = (float(test(values, rival).pvalue) for test in (stats.ttest_rel, stats.wilcoxon))
+    return {
+        "difference": float(difference.mean()), "difference_std": deviation(difference),
+        "at_least": int((difference >= 0).sum()), "images": len(difference), "t_p": t_p, "wilcoxon_p": wilcoxon_p,
+    }  # fmt: skip
+
+
+def summarise(frame: pd.DataFrame) -> dict[str, dict]:
+    """By method, in order: mean and standard deviation of each figure, the input's mean, and the paired tests against BM3D."""
+    wide = frame.pivot(index="path", columns="method", values=list(FIGURES))
+    summary = {}
+    for method, rows in frame.groupby("method", sort=False):
+        row: dict = {"evaluations": int(rows["evaluations"].iloc[0])}
+        for figure in FIGURES:
+            values = wide[figure][method].to_numpy()
+            row[figure], row[f"{figure}_std"] = float(values.mean()), deviation(values)
+            row[f"{figure}_input"] = float(wide[figure][INPUT].mean())
+        if method != BM3D:
+            row["against_bm3d"] = {
+                figure: paired_test(wide[figure][method].to_numpy(), wide[figure][BM3D].to_numpy()) for figure in TESTED
+            }
+        summary[method] = row
+    return summary
+
+
+def quality_table(summary: Mapping[str, dict]) -> str:
+    """Mean +- standard deviation of each figure and, in brackets, the input's mean."""
+
+    def cell(row: dict, figure: str, d: int) -> str:
+        if figure == "ms_ssim" and math.isnan(row[figure]):
+            return f"none below {MS_SSIM_SIDE} pixels"
+        return f"{row[figure]:.{d}f} +- {row[f'{figure}_std']:.{d}f} ({row[f'{figure}_input']:.{d}f})"
+
+    lines = [
+        [method, row["evaluations"], *(cell(row, figure, d) for figure, (_, d) in FIGURES.items())]
+        for method, row in summary.items()
+    ]
+    return format_table(["", "evaluations", *(f"{name} (input)" for name, _ in FIGURES.values())], lines)
+
+
+def paired_table(summary: Mapping[str, dict]) -> str:
+    """Every method's difference from BM3D inside the breast, in how many images it is at least as good, and p-values."""
+    header = [f"inside the breast, against {BM3D}"]
+    lines: dict[str, list[str]] = {method: [method] for method in summary if method != BM3D}
+    for figure in TESTED:
+        name, d = FIGURES[figure][0].removesuffix(" breast"), FIGURES[figure][1]
+        header += [f"{name} - BM3D", f"{name} >= BM3D", "p (t)", "p (Wilcoxon)"]
+        for method, cells in lines.items():
+            test = summary[method]["against_bm3d"][figure]
+            cells += [
+                f"{test['difference']:+.{d}f} +- {test['difference_std']:.{d}f}",
+                f"{test['at_least']} of {test['images']}",
+                *(f"{test[p]:.2g}" for p in ("t_p", "wilcoxon_p")),
+            ]
+    return format_table(header, lines.values())
+
+
+def sampler_table(summary: Mapping[str, dict], power: Mapping[str, np.ndarray]) -> str:
+    """What tells a sampler from a smoother: power over clean's by frequency, and PSNR in the breast below the posterior mean's."""
+    lines = [
+        [
+            method,
+            *(f"{share:.2f}" for share in power[method]),
+            f"{summary[MEAN]['psnr_breast'] - row['psnr_breast']:+.2f}",
+        ]
+        for method, row in summary.items()
+    ]
+    bands = (f"{low:g}-{high:g}" for low, high in itertools.pairwise(BANDS))
+    return format_table(["power over clean's, cycles/pixel", *bands, f"PSNR below the {MEAN}'s"], lines)
+
+
+def mnse_table(splits: Mapping[str, ErrorSplit]) -> str:
+    """Total, residual noise and squared bias in units of 1e-4, overall and by clean intensity."""
+    shown = np.flatnonzero(splits[INPUT].counts)
+    header = ["", "total", "noise", "bias^2"]
+    header += [f"noise + bias^2, x {INTENSITY_BINS[b]:g}-{INTENSITY_BINS[b + 1]:g}" for b in shown]
+    lines = [
+        [method, *(f"{1e4 * value:.2f}" for value in split.overall().values())]
+        + [f"{1e4 * split.residual_noise[b]:.2f} + {1e4 * split.bias_squared[b]:.2f}" for b in shown]
+        for method, split in splits.items()
+    ]
+    return format_table(header, lines)
+
+
+def spectrum_table(frequencies: np.ndarray, power: Mapping[str, np.ndarray]) -> str:
+    """Noise power in units of 1e-7 mm^2 in eight bands of frequency."""
+    bands = [band for band in np.array_split(np.arange(len(frequencies)), 8) if len(band)]
+    header = ["1/mm", *(f"{frequencies[band[0]]:.2f}-{frequencies[band[-1]]:.2f}" for band in bands)]
+    lines = [[method, *(f"{1e7 * values[band].mean():.2f}" for band in bands)] for method, values in power.items()]
+    return format_table(header, lines)
+
+
+def contrast_kept(frame: pd.DataFrame) -> dict[str, dict]:
+    """By group of calcifications: their number and, by method, the sum of their contrasts over that in the clean images.
+
+    The groups are all, those at each share of their contrast, and bins of the CNR in the clean image.
+    """
+    groups = {"all": np.ones(len(frame), dtype=bool)}
+    groups |= {f"contrast x {share:g}": frame["share"] == share for share in frame["share"].unique()}
+    for low, high in itertools.pairwise(CNR_BINS):
+        name = f"clean CNR {low:g}-{high:g}" if np.isfinite(high) else f"clean CNR from {low:g}"
+        groups[name] = (frame["clean_cnr"] >= low) & (frame["clean_cnr"] < high)
+    kept = {}
+    for name, chosen in groups.items():
+        if chosen.any():
+            by_method = frame[chosen].groupby("method", sort=False)
+            sums = by_method[["contrast", "clean_contrast"]].sum()
+            kept[name] = {"calcifications": int(by_method.size().iloc[0])}
+            kept[name] |= (sums["contrast"] / sums["clean_contrast"]).to_dict()
+    return kept
+
+
+def contrast_table(kept: Mapping[str, dict]) -> str:
+    """The contrasts kept, a row a group."""
+    lines = [[group, *(v if isinstance(v, int) else f"{v:.3f}" for v in row.values())] for group, row in kept.items()]
+    return format_table(["", *next(iter(kept.values()))], lines)
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def autoencode(restorer: Restorer, image: np.ndarray, noise: NoiseModel, quantize: bool) -> np.ndarray:
+    """An image (H, W) through the first stage alone, past its codebooks or through them."""
+    stage = restorer.first_stage
+    x = torch.from_numpy(image)[None, None].to(restorer.device)
+    decoded = stage.decode(stage.encode(x, noise), quantize, x.shape[-2:], noise)
+    return decoded[0, 0].clamp(0, 1).cpu().numpy()
+
+
+@dataclasses.dataclass
+class CropLevel:
+    """What is measured on the crops at one noise level."""
+
+    level: float
+    factor: float  # of the calibration
+    rows: list[dict] = dataclasses.field(default_factory=list)
+    power: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # sums of `band_power` by method
+    tally: Tally = dataclasses.field(default_factory=Tally)
+
+    @property
+    def noise(self) -> NoiseModel:
+        return NoiseModel.from_level(self.level)
+
+    def add(self, bench: Bench, crop: Case, low: np.ndarray, rival: np.ndarray) -> None:
+        """Take note of what every method makes of a crop's noisy image (H, W); `rival` is its BM3D."""
+        restorer, noise, args = bench.restorer, self.noise, bench.args
+        images = {INPUT: (low, 0), BM3D: (rival, 0), "autoencoder pass": (autoencode(restorer, low, noise, False), 0)}
+        if self.level == LEVEL:  # these do not see the noise
+            images["clean, continuous"] = autoencode(restorer, crop.clean, noise, False), 0
+            images["clean, quantised"] = autoencode(restorer, crop.clean, noise, True), 0
+        images[MEAN] = bench.mean(low, noise, crop.key), restorer.evaluations
+        ddim, fast = bench.sampler("ddim", args.ddim_steps, 1), bench.sampler("dpm++", args.fast_steps, args.samples)
+        exact, many = (restore_image(sampler, low, noise, crop.key).products for sampler in (ddim, fast))
+        steps = fast.sampling.steps
+        images[f"posterior sample, {ddim.sampling}"] = exact[0], 1 + ddim.sampling.steps
+        images[f"posterior sample, {fast.sampling}"] = many[0], 1 + steps
+        images[f"mean of {MEAN_OF} posterior samples"] = many[:MEAN_OF].mean(0), 1 + MEAN_OF * steps
+        for method, (image, count) in images.items():
+            self.rows.append(figures_of(crop, image, level=self.level, method=method, evaluations=count))
+            self.add_power(method, image)
+        self.add_power("clean", crop.clean)
+        self.tally.add(SampledImage(crop.clean, many, crop.mask, self.level), self.factor)
+
+    def add_power(self, method: str, image: np.ndarray) -> None:
+        """Take note of the power of an image (H, W), stabilised."""
+        power = band_power(stabilize(torch.from_numpy(image).double(), self.noise).numpy())
+        self.power[method] = self.power.get(method, 0) + power
+
+    def report(self) -> dict:
+        """Print the tables; what belongs into the record."""
+        summary, coverage = summarise(pd.DataFrame(self.rows)), self.tally.coverage()
+        shares = {method: power / self.power["clean"] for method, power in self.power.items() if method != "clean"}
+        print(f"{quality_table(summary)}\n\n{paired_table(summary)}\n\n{sampler_table(summary, shares)}\n{coverage}")
+        return {
+            "methods": summary,
+            "power_over_clean": {method: share.tolist() for method, share in shares.items()},
+            "coverage": dataclasses.asdict(coverage),
+        }
+
+
+def run_crops(bench: Bench) -> dict:
+    """Every method on the fixed crop of every image, at each level."""
+    args, calibration = bench.args, Calibration.from_json(bench.args.calibration)
+    places = {case.key: crop_place(case, args.crop) for case in bench.cases}
+    levels, rows = {}, []
+    for level in args.levels:
+        lows = [window(case.low_dose(level), places[case.key]) for case in bench.cases]
+        result = CropLevel(level, calibration.factor(level))
+        rivals = bench.bm3d.restore(lows, result.noise, f"crops, level {level:g}")
+        given = list(zip(bench.cases, lows, rivals, strict=True))
+        for case, low, rival in bench.bar(given, f"crops, level {level:g}"):
+            result.add(bench, case.crop(places[case.key]), low, rival)
+        rows += result.rows
+        bench.write_rows("crops", rows)
+        print(f"\ncrops: {len(places)} images, {args.crop} x {args.crop} native pixels, noise level {level:g}")
+        levels[f"{level:g}"] = result.report()
+    return {"levels": levels, "crop": args.crop, "places": places}
+
+
+def run_native(bench: Bench) -> dict:
+    """Input, BM3D and the posterior mean on whole breasts at each level."""
+    rows, summaries = [], {}
+    for level in bench.args.levels:
+        noise = NoiseModel.from_level(level)
+        lows = [case.low_dose(level) for case in bench.cases]
+        rivals = bench.bm3d.restore(lows, noise, f"native, level {level:g}")
+        own = []
+        given = list(zip(bench.cases, lows, rivals, strict=True))
+        for case, low, rival in bench.bar(given, f"{MEAN}, native, level {level:g}"):
+            mean = bench.mean(low, noise, case.key), bench.restorer.evaluations
+            for method, (image, count) in {INPUT: (low, 0), BM3D: (rival, 0), MEAN: mean}.items():
+                own.append(figures_of(case, image, level=level, method=method, evaluations=count))
+        rows += own
+        bench.write_rows("native", rows)
+        summaries[f"{level:g}"] = summary = summarise(pd.DataFrame(own))
+        print(f"\nnative: {len(bench.cases)} images, noise level {level:g}")
+        print(f"{quality_table(summary)}\n\n{paired_table(summary)}")
+    return {"levels": summaries}
+
+
+def patches_of(image: np.ndarray, side: int) -> np.ndarray:
+    """An image (H, W) cut into as many squares (P, side, side) as it has room for, from its top left corner."""
+    rows, columns = (length // side for length in image.shape)
+    grid = image[: rows * side, : columns * side].reshape(rows, side, columns, side)
+    return grid.transpose(0, 2, 1, 3).reshape(-1, side, side)
+
+
+def run_mnse(bench: Bench) -> dict:
+    """The split of the normalised error over realisations of the noise, and the spectrum of what is left."""
+    args, noise, pitch = bench.args, NoiseModel.from_level(LEVEL), bench.args.pitch / bench.args.scale
+    crops = [case.crop(crop_place(case, args.crop)) for case in bench.cases]
+    lows = [[crop.low_dose(LEVEL, r) for r in range(args.realisations)] for crop in crops]
+    rivals = iter(bench.bm3d.restore([low for own in lows for low in own], noise, "realisations"))
+    splits: dict[str, list[ErrorSplit]] = {INPUT: [], BM3D: [], MEAN: []}
+    spectra: dict[str, list[PowerSpectrum]] = {method: [] for method in splits}
+    rows = []
+    for crop, own in bench.bar(list(zip(crops, lows, strict=True)), f"{MEAN}, {args.realisations} realisations"):
+        images = {INPUT: own, BM3D: list(itertools.islice(rivals, args.realisations))}
+        images[MEAN] = [bench.mean(low, noise, f"{crop.key} {r}") for r, low in enumerate(own)]
+        for method, stack in ((method, np.stack(made)) for method, made in images.items()):
+            splits[method].append(split := mnse_decomposition(stack, crop.clean, crop.mask))
+            residual = np.concatenate([patches_of(image, min(PATCH, args.crop)) for image in stack - crop.clean])
+            spectra[method].append(noise_power_spectrum(residual, pitch))
+            rows.append({"path": crop.key, "method": method, **split.overall()})
+    wide = bench.write_rows("mnse", rows).pivot(index="path", columns="method", values="bias_squared")
+    pooled = {method: ErrorSplit.pooled(own) for method, own in splits.items()}
+    power = {method: np.mean([own.power for own in spectrum], axis=0) for method, spectrum in spectra.items()}
+    frequencies = spectra[INPUT][0].frequencies
+    on = f"{len(crops)} crops, {args.realisations} realisations, noise level {LEVEL:g}"
+    print(f"\nmean normalised squared error in units of 1e-4: {on}\n{mnse_table(pooled)}")
+    print(f"\nnoise power of restored - clean in units of 1e-7 mm^2\n{spectrum_table(frequencies, power)}")
+    parts = ("mnse", "residual_noise", "bias_squared")
+    by_bin = {method: {name: getattr(split, name).tolist() for name in parts} for method, split in pooled.items()}
+    power_mm2 = {method: values.tolist() for method, values in power.items()}
+    return {
+        "level": LEVEL, "realisations": args.realisations,
+        "overall": {method: split.overall() for method, split in pooled.items()},
+        "images_with_no_more_bias_squared_than_bm3d": int((wide[MEAN] <= wide[BM3D]).sum()),
+        "by_intensity": {"edges": list(INTENSITY_BINS), "pixels": pooled[INPUT].counts.tolist(), "methods": by_bin},
+        "noise_power": {"pitch_mm": pitch, "frequencies_per_mm": frequencies.tolist(), "power_mm2": power_mm2},
+    }  # fmt: skip
+
+
+def run_calcifications(bench: Bench) -> dict:
+    """Contrast of phantom calcifications of 1 to 3 pixels, restored over clean, by their CNR in the clean image."""
+    args, noise = bench.args, NoiseModel.from_level(LEVEL)
+    scenes = list(bench.bar(Scene.draw(args.phantoms, args.crop), "phantoms", total=args.phantoms * len(SHARES)))
+    lows = [scene.case.low_dose(LEVEL) for scene in scenes]
+    rivals = bench.bm3d.restore(lows, noise, "calcifications")
+    sampler = bench.sampler("ddim", args.ddim_steps, 1)
+    rows = []
+    for scene, low, rival in bench.bar(list(zip(scenes, lows, rivals, strict=True)), MEAN):
+        name, drawn = scene.case.key, scene.calcifications
+        images = {INPUT: low, BM3D: rival, MEAN: bench.mean(low, noise, name)}
+        images[sampler.product] = restore_image(sampler, low, noise, name).pixels
+        for method, image in images.items():
+            rows += [
+                {
+                    "phantom": scene.phantom,
+                    "share": scene.share,
+                    "row": c.row,
+                    "column": c.column,
+                    "diameter": c.diameter,
+                }
+                | {"method": method, **dataclasses.asdict(figure)}
+                for c, figure in zip(drawn, calcification_contrast(image, scene.case.clean, drawn), strict=True)
+                if figure is not None and DIAMETERS[0] <= c.diameter <= DIAMETERS[1]
+            ]
+    if not rows:
+        raise UserError(f"--phantoms {args.phantoms}: none has a calcification to measure; ask for more")
+    frame = bench.write_rows("calcifications", rows)
+    kept = contrast_kept(frame)
+    print(
+        f"\ncontrast kept, restored over clean: {(frame['method'] == INPUT).sum()} calcifications of {DIAMETERS[0]:g} to "
+        f"{DIAMETERS[1]:g} pixels on {args.phantoms} phantoms, at full contrast and at {SHARES[1]:g} of it, noise level "
+        f"{LEVEL:g}\n{contrast_table(kept)}"
+    )
+    return {"level": LEVEL, "phantoms": args.phantoms, "pixel_mm": PHANTOM_PITCH, "kept": kept}
+
+
+PARTS: dict[str, Callable[[Bench], dict]] = {
+    "calcifications": run_calcifications, "mnse": run_mnse, "crops": run_crops, "native": run_native,
+}  # fmt: skip
+
+
+# --- the script ------------------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return value
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--data-root", type=Path, required=True, help="folder of full-dose mammograms")
+    add("--out", type=Path, required=True, help="folder of the tables and of what a second run reuses")
+    add("--vqvae-path", type=Path, default=SHIPPED_VQVAE, help="first stage (default: the shipped one)")
+    add("--load-path", type=Path, default=SHIPPED_DIFFUSION, help="diffusion checkpoint (default: the shipped one)")
+    add("--split-csv", type=Path, default=SPLIT_CSV, help="whose test images are taken (default: mini-MIAS)")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
+    add("--no-native", action="store_true", help="leave the part `native` out")
+    add(
+        "--levels", type=positive, nargs="+", default=[0.2, 0.05, 0.5, 1.0], help="noise levels of `crops` and `native`"
+    )
+    add("--crop", type=positive_int, default=256, help="side of the fixed crops (default: 256)")
+    add("--images", type=positive_int, help="only the first so many test images")
+    add("--samples", type=positive_int, default=16, help=f"by DPM-Solver++; at least {MEAN_OF} (default: 16)")
+    add("--ddim-steps", type=positive_int, help="network evaluations of a sample by DDIM (default: the checkpoint's)")
+    add(
+        "--fast-steps", type=positive_int, help="network evaluations of one by DPM-Solver++ (default: the checkpoint's)"
+    )
+    add("--calibration", type=Path, default=SHIPPED_CALIBRATION, help="uncertainty.json (default: the shipped one)")
+    add("--realisations", type=positive_int, default=8, help="of the noise, part `mnse` (default: 8)")
+    add("--phantoms", type=positive_int, default=6, help="with calcifications (default: 6)")
+    add("--pitch", type=positive, default=0.2, help="of the images' pixels in mm (default: 0.2)")
+    add("--scale", type=positive, default=1.0, help="resize the images by this factor before all else (default: 1)")
+    add("--workers", type=positive_int, default=2, help="processes for BM3D (default: 2)")
+    device_arguments(parser)
+    args = parser.parse_args()
+    args.parts = [part for part in PARTS if part in args.parts and not (part == "native" and args.no_native)]
+    if not args.parts:
+        parser.error("--no-native leaves no part to measure")
+    if args.realisations < 2:
+        parser.error("--realisations must be at least 2: noise is told from bias by its variance")
+    if args.samples < MEAN_OF:
+        parser.error(f"--samples must be at least {MEAN_OF}")
+    if args.crop < LEAST_CROP:
+        parser.error(f"--crop must be at least {LEAST_CROP}")
+    return args
+
+
+def earlier_parts(path: Path) -> dict[str, dict]:
+    """What a run before this one measured; raises UserError if its file cannot be read."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["parts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not of this script's making; choose another --out") from None
+
+
+def make_bench(args: argparse.Namespace) -> Bench:
+    """Read the test set's file names and the model; raises UserError for what is missing or does not fit."""
+    vst_bm3d(np.full((16, 16), 0.5, dtype=np.float32), NoiseModel.from_level(LEVEL))  # is it there? say so at once
+    if not args.data_root.is_dir():
+        raise UserError(f"--data-root {args.data_root}: no such folder")
+    if not args.split_csv.is_file():
+        raise UserError(f"--split-csv {args.split_csv}: no such file")
+    records = folder_records(args.data_root, HPS_VQVAE["folder"].updated(split_csv=str(args.split_csv)))["test"]
+    if not records:
+        raise UserError(f"--split-csv {args.split_csv}: none of its test images is in {args.data_root}")
+    restorer = Restorer.load(args.vqvae_path, args.load_path, get_device(args.cpu, args.cuda))
+    for flag, steps in (("--ddim-steps", args.ddim_steps), ("--fast-steps", args.fast_steps)):
+        if (steps or 0) > (most := restorer.hps.timesteps):
+            raise UserError(f"{flag} {steps}: the model has {most} timesteps; pass at most as many")
+    return Bench(args, restorer, records[: args.images])
+
+
+def main() -> None:
+    args = parse_arguments()
+    parts = earlier_parts(args.out / RECORD)
+    bench = make_bench(args)
+    print(f"{bench.restorer.name}; results go to {args.out}")
+    settings = json.loads(json.dumps(vars(args), default=str))
+    for name in args.parts:
+        # every part says what it was measured with: others may be of an earlier run
+        parts[name] = {"model": bench.restorer.name, "settings": settings} | PARTS[name](bench)
+        record_run(args.out, bench.restorer.hps, 0, RECORD, parts=parts)
+    print(f"\n{RECORD} and {', '.join(f'{name}.csv' for name in args.parts)} written to {args.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)
