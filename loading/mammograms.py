@@ -260,7 +260,7 @@ class RecordDataset(MammogramDataset):
         record = self.records[index]
         if self.cache is None:
             return prepare_record(record, self.hps.image_shape, self.hps.native)
-        return self.cache.load(record, as_levels=self.sends_levels)
+        return self.cache.load(record, as_grey_values=self.sends_levels)
 
     def leave_out_unreadable(self, progress: bool = True) -> None:
         """Read every image; leave out what cannot be read, with a line on stderr each.

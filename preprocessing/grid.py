@@ -9,13 +9,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-LEVELS = 2**16 - 1  # prepared images are rounded to 16 bits, so that one from the cache is the one decoded anew
+MAX_GREY_VALUE = 2**16 - 1  # prepared images are rounded to 16 bits, so the cache loses nothing
+
+
+def _bounding_box(mask: np.ndarray, margin: float) -> tuple[int, int, int, int, int]:
+    """Top, left, bottom and right of a mask (H, W), and `margin` of its longer side, in pixels."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, left, bottom, right = (int(v) for v in (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1))
+    return top, left, bottom, right, max(1, round(margin * max(bottom - top, right - left)))
 
 
 def _border(profile: np.ndarray, spare: int) -> int:
-    """How many lines of film border a profile of mean intensities, from the edge inwards, begins with; at most 2 * spare.
+    """Number of lines of film border, at most 2 * spare + 1, at the start of a profile of mean intensities from the edge inwards.
 
-    Lines whose mean is more than 15 % off that of the lines behind belong to the border, and so does one line more.
+    A line belongs to the border if its mean is more than 15 % off that of the lines behind; one more line is added.
     """
     reference = float(np.median(profile[2 * spare : 4 * spare])) if len(profile) > 4 * spare else 0.0
     off = np.flatnonzero(np.abs(profile[: 2 * spare] - reference) > 0.15 * reference)
@@ -24,7 +31,7 @@ def _border(profile: np.ndarray, spare: int) -> int:
 
 @dataclass(frozen=True)
 class Grid:
-    """How an image lies on the training grid: a box of it, scaled by one factor, with background on the far side."""
+    """The place of an image on the training grid: a box of it, scaled by one factor, with background on the far side."""
 
     box: tuple[int, int, int, int]  # top, left, bottom, right in the image's own pixels
     size: tuple[int, int]  # height, width of the scaled box
@@ -35,16 +42,14 @@ class Grid:
     def fit(cls, image: np.ndarray, mask: np.ndarray, shape: tuple[int, int], margin: float = 0.02) -> Grid:
         """Fit the bounding box of the breast of an image (H, W) with its mask (H, W) into `shape`.
 
-        The box keeps `margin` of its longer side around the skin and loses the film's border where that cuts the breast.
+        The box keeps `margin` of its longer side around the skin, and loses the film's border if the film cuts the breast.
         The breast is scaled, never stretched; spare columns go to the side away from the chest wall, spare rows to both.
         """
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-        spare = max(1, round(margin * max(bottom - top, right - left)))
+        top, left, bottom, right, spare = _bounding_box(mask, margin)
         middle = (left + right) // 2
         wall_left = mask[:, left:middle].sum() > mask[:, middle:right].sum()
         means = [np.where(mask, image, 0).sum(axis) / mask.sum(axis).clip(1) for axis in (1, 0)]
-        # the breast is cut off by the film where its mask ends in a wide straight edge: at the chest wall always
+        # a wide straight edge of the mask means that the film cuts the breast; at the chest wall it always does
         wide = 0.2 * (right - left)
         top_cut, bottom_cut = mask[top + 1].sum() > wide, mask[bottom - 2].sum() > wide
         top = top + _border(means[0][top:bottom], spare) if top_cut else max(0, top - spare)
@@ -63,11 +68,9 @@ class Grid:
     def native(cls, mask: np.ndarray, margin: float = 0.02) -> Grid:
         """The bounding box of a mask (H, W) on a grid of its own size, with `margin` of its longer side all around.
 
-        A film's border stays: restoring meets it too.
+        The film's border stays, as in restoring.
         """
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        top, bottom, left, right = (int(v) for v in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
-        spare = max(1, round(margin * max(bottom - top, right - left)))
+        top, left, bottom, right, spare = _bounding_box(mask, margin)
         top, left = max(0, top - spare), max(0, left - spare)
         bottom, right = min(mask.shape[0], bottom + spare), min(mask.shape[1], right + spare)
         size = bottom - top, right - left
@@ -96,7 +99,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image on the training grid; its planes in [0, 1], or as the cache holds them: see `intensities`."""
+    """An image on the training grid; its planes are in [0, 1], or grey values as the cache holds them: see `intensities`."""
 
     clean: Tensor  # (C, H, W)
     mask: Tensor  # (1, H, W) bool, True in the breast
@@ -109,12 +112,12 @@ class Prepared:
         return replace(self, clean=intensities(self.clean), degraded=degraded)
 
 
-def intensities(levels: Tensor) -> Tensor:
-    """Float32 images in [0, 1] from 16-bit ones of full scale `LEVELS`, the same bits on any device; floats stay.
+def intensities(images: Tensor) -> Tensor:
+    """Bring 16-bit grey values to float32 in [0, 1], the same bits on any device; images in [0, 1] stay as they are.
 
-    The bits are unsigned; their type is int16, which torch mirrors five times as fast as uint16.
+    Grey values are unsigned, but their type is int16: torch mirrors it five times as fast as uint16.
     """
-    if levels.is_floating_point():
-        return levels
-    images = levels.view(torch.uint16).float()
-    return images.div_(images.new_full((), LEVELS))  # CUDA would multiply by a number's reciprocal, rounded
+    if images.is_floating_point():
+        return images
+    images = images.view(torch.uint16).float()
+    return images.div_(images.new_full((), MAX_GREY_VALUE))  # CUDA would multiply by a number's reciprocal, rounded

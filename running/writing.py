@@ -6,22 +6,20 @@ import contextlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from helper import UserError
+from helper import explained
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path, flag: str = "--out") -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name when the block ends well and vanishes when it does not.
+    """A temporary path beside `path`, which takes its name if the block ends well and vanishes if it does not.
 
-    Raises UserError, naming the file and the `flag` that chose its folder, where the system refuses to write it.
+    Raises UserError, naming the file and the `flag` that chose its folder, if the system refuses to write it.
     """
-    try:
+    with explained(f"{path}: cannot be written", f"free space or choose another {flag}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         os.close(handle)
@@ -35,14 +33,10 @@ def atomic_path(path: Path, flag: str = "--out") -> Iterator[Path]:
             _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another {flag}"
-        ) from None
 
 
 def _sync_folder(folder: Path) -> None:
-    """See that the names in a folder outlive a power failure, where the system can."""
+    """Make the names in a folder outlive a power failure, if the system can."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -52,11 +46,12 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def remove_parts(*folders: Path) -> None:
-    """Remove what a killed process had begun to write in `folders`, which this one holds."""
-    for folder in folders:
-        for part in folder.glob(".*.part"):
-            part.unlink(missing_ok=True)
+def remove_parts(*folders: Path, seconds: float = 0) -> None:
+    """Remove half-written files in `folders` that a killed process left at least `seconds` ago."""
+    for part in (part for folder in folders for part in folder.glob(".*.part")):
+        with contextlib.suppress(FileNotFoundError):  # another process has finished or removed it
+            if not seconds or time.time() - part.stat().st_mtime > seconds:
+                part.unlink()
 
 
 def _umask() -> int:
@@ -73,12 +68,5 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically; floats that are not finite become null."""
-    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    write_text(path, json.dumps(finite, indent=1) + "\n")

@@ -156,10 +156,10 @@ def test_images_that_the_loader_computes_with_are_sent_as_floats(built, records,
     assert 0 < first.clean.mean() < 1
 
 
-def test_every_level_reads_as_numpy_divides_it():
-    levels = np.arange(2**16, dtype=np.uint16)
-    images = intensities(torch.from_numpy(levels.view(np.int16)))
-    assert np.array_equal(images.numpy(), levels.astype(np.float32) / np.float32(65535))
+def test_every_grey_value_reads_as_numpy_divides_it():
+    values = np.arange(2**16, dtype=np.uint16)
+    images = intensities(torch.from_numpy(values.view(np.int16)))
+    assert np.array_equal(images.numpy(), values.astype(np.float32) / np.float32(65535))
     assert intensities(images) is images
 
 
