@@ -5,39 +5,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import math
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from helper import UserError, get_device, half_precision, one_line, tracked
-from restoration.batch import RECORD, RESEARCH_USE, TABLES, load_calibration, report, restore_job
-from restoration.outputs import MAPS, make_folder, plan
+from restoration.batch import RESEARCH_USE, BatchRestorer, Listed, load_calibration
+from restoration.outputs import MAPS, RECORD, make_folder, plan
 from restoration.restorer import SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer
 from running.command_line import Parser, device_arguments, non_negative_int, positive_int
 from running.folders import record_run
 from running.scripts import finish_batch, run_script
 
-LEVELS = 1e-6, 1000.0  # least and greatest noise level: beyond them single precision, and the quanta, run out
+LEVEL_RANGE = 1e-6, 1000.0  # of noise levels: beyond it single precision, and the quanta, run out
 
 
-def noise_level(text: str) -> float:
-    """An argparse type: a noise level, 0 for none."""
-    try:
-        level = float(text)
-    except ValueError:
-        level = math.nan
-    if level == 0 or LEVELS[0] <= level <= LEVELS[1]:
-        return level
-    raise argparse.ArgumentTypeError(f"must be 0 or a number from {LEVELS[0]:g} to {LEVELS[1]:g}, not {text!r}")
-
-
-def noise_level_or_word(text: str) -> float | str:
-    """An argparse type: a noise level, or one of two words."""
-    if text in ("auto", "trained"):
+def noise_level(text: str, words: Sequence[str] = ()) -> float | str:
+    """An argparse type: a noise level, 0 for none, or one of some words."""
+    if text in words:
         return text
-    try:
-        return noise_level(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(str(error).replace("must be", "must be auto, trained,")) from None
+    least, most = LEVEL_RANGE
+    with contextlib.suppress(ValueError):
+        level = float(text)
+        if level == 0 or least <= level <= most:
+            return level
+    known = "".join(f"{word}, " for word in words)
+    raise argparse.ArgumentTypeError(f"must be {known}0 or a number from {least:g} to {most:g}, not {text!r}")
 
 
 def sample_count(text: str) -> int:
@@ -60,46 +53,33 @@ def parse_arguments() -> argparse.Namespace:
         "--sample", action="store_true", help="one posterior sample (default: the posterior mean, which is smoother)"
     )
     product.add_argument(
-        "--samples",
-        type=sample_count,
-        metavar="N",
+        "--samples", type=sample_count, metavar="N", default=0,
         help="the mean of N posterior samples, each of them, their expected error and a 90 %% interval beside each image",
-    )
+    )  # fmt: skip
     add(
-        "--sampler",
-        choices=("ddim", "dpm++"),
+        "--sampler", choices=("ddim", "dpm++"),
         help="of samples: DDIM or DPM-Solver++ (default: ddim with --sample, dpm++ with --samples)",
-    )
+    )  # fmt: skip
     add(
-        "--steps",
-        type=positive_int,
-        metavar="N",
+        "--steps", type=positive_int, metavar="N",
         help="network evaluations a sample (default: the checkpoint's ddim_steps or, with dpm++, fast_steps)",
-    )
+    )  # fmt: skip
     add(
-        "--calibration",
-        type=Path,
-        metavar="FILE",
+        "--calibration", type=Path, metavar="FILE",
         help="uncertainty.json of an evaluation of the model, for --samples (default: that beside --load-path)",
-    )
+    )  # fmt: skip
     add(
-        "--noise-level",
-        type=noise_level_or_word,
+        "--noise-level", type=functools.partial(noise_level, words=("auto", "trained")),
         help="noise of the inputs: a level; auto: estimated from each image (default, or that of --degrade); "
         "trained: as the model was trained, whatever it is",
-    )
+    )  # fmt: skip
     add(
-        "--degrade",
-        type=noise_level,
-        metavar="NOISE_LEVEL",
+        "--degrade", type=noise_level, metavar="NOISE_LEVEL",
         help="simulate a low dose of full-dose inputs first, and report PSNR and SSIM against them",
-    )
+    )  # fmt: skip
     add("--resize", action="store_true", help="work on the training grid, not at the image's own pixels")
-    add(
-        "--tile",
-        type=positive_int,
-        help="side of tiles in pixels (default: seven training crops, or the training grid)",
-    )
+    tile_help = "side of tiles in pixels (default: seven training crops, or the training grid)"
+    add("--tile", type=positive_int, default=0, help=tile_help)
     add("--seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
     add("--half", action="store_true", help="on CUDA: the UNets in half precision")
     add("--compare", action="store_true", help="write a side-by-side PNG beside each restored image")
@@ -122,6 +102,8 @@ def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpar
         if value and not (args.sample or args.samples):
             parser.error(f"{flag} goes with --sample or --samples; the posterior mean is not sampled")
     args.sampler = args.sampler or ("dpm++" if args.samples else "ddim")
+    if args.noise_level is None:
+        args.noise_level = "auto" if args.degrade is None else args.degrade
     return args
 
 
@@ -129,38 +111,35 @@ def main() -> None:
     args = parse_arguments()
     print(RESEARCH_USE)
     calibration = load_calibration(args) if args.samples else None
+    kinds = ("compare",) * args.compare + MAPS * bool(args.samples)
     try:
-        kinds = ("compare",) * args.compare + MAPS * bool(args.samples)
-        jobs = plan(args.inputs, args.out, kinds=kinds, samples=args.samples or 0)
+        jobs = plan(args.inputs, args.out, kinds=kinds, samples=args.samples)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be looked at ({error.strerror}); leave it out") from None
-    foreign = [name for name in TABLES if (args.out / name).exists() and not (args.out / RECORD).exists()]
-    if foreign:
-        raise UserError(f"--out: {args.out / foreign[0]} is not of this script's making; choose another folder")
     device = get_device(args.cpu, args.cuda)
     restorer = Restorer.load(
         args.vqvae_path, args.load_path, device, samples=args.samples or int(args.sample), sampler=args.sampler,
         steps=args.steps, seed=args.seed, amp=half_precision(device, args.half),
     )  # fmt: skip
-    made = make_folder(args.out)
-    rows: list[dict] = []
+    batch, made = BatchRestorer(restorer, calibration, args), make_folder(args.out)
+    done: list[Listed] = []
     failures: list[str] = []
     for job in tracked(jobs, "restore", "image", not args.no_tqdm):
         try:
-            rows += restore_job(job, restorer, calibration, args)
+            done.append(batch.restore(job))
         except UserError as error:
             failures.append(one_line(error))
-    if rows:
+    if done:
         sampling = dataclasses.asdict(restorer.sampling) if restorer.samples else None
         what = {"model": restorer.name, "product": restorer.product, "sampling": sampling}
         record_run(args.out, restorer.hps, args.seed, RECORD, **what, failures=failures)
-        report(rows, args, restorer.levels if restorer.stabilized else (0.0, math.inf))
-        print(f"{len({row['path'] for row in rows})} images restored into {args.out}: {restorer.product}")
+        batch.report(done)
+        print(f"{len(done)} images restored into {args.out}: {restorer.product}")
     else:
         with contextlib.suppress(OSError):  # something is in one of them
             for folder in made:
                 folder.rmdir()
-    finish_batch(failures, done=len(rows))
+    finish_batch(failures, done=len(done))
 
 
 if __name__ == "__main__":

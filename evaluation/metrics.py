@@ -11,8 +11,8 @@ from torch import Tensor
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
     peak_signal_noise_ratio,
-    structural_similarity_index_measure,
 )
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from preprocessing.phantom import Calcification
 
@@ -21,6 +21,7 @@ BAND_PIXELS = 2**17  # of an image whose SSIM is computed at once
 MS_SSIM_SIDE = 176  # pixels; the least side whose fifth scale holds a window
 DARKEST = 0.01  # pixels whose clean intensity is less are left out of normalised errors, which they would make up alone
 INTENSITY_BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # edges
+PARTS = ("mnse", "residual_noise", "bias_squared")  # of an `ErrorSplit`
 BANDS = (0.02, 0.1, 0.2, 0.3, 0.5)  # cycles a pixel; edges of the bands of `band_power`
 HALF_DIAGONAL = 0.71  # pixels; every point is that near to some pixel's centre
 RING_GAP, RING_WIDTH = 1.5, 2.5  # pixels; of the background around a calcification
@@ -32,12 +33,10 @@ def _ssim_map(image: Tensor, reference: Tensor) -> Tensor:
     rows = max(SSIM_REACH, BAND_PIXELS // width)
     bands = []
     for top in range(0, height, rows):
-        # a band takes along what its windows reach, and more where it would be lower than a window
+        # a band takes along what its windows reach, and more if it would be lower than a window
         first = max(0, top - 2 * SSIM_REACH)
         part = ..., slice(first, top + rows + 2 * SSIM_REACH), slice(None)
-        _, full = structural_similarity_index_measure(
-            image[part], reference[part], data_range=1.0, return_full_image=True
-        )
+        _, full = ssim(image[part], reference[part], data_range=1.0, return_full_image=True)
         bands.append(full[..., top - first : top - first + rows, :])
     return torch.cat(bands, dim=-2)
 
@@ -59,18 +58,15 @@ def image_metrics(image: Tensor, reference: Tensor, mask: Tensor) -> ImageMetric
     breast it is the mean of the SSIM map over the mask. A side under 11 pixels is too small for SSIM, which is then nan.
     An exact match has an infinite PSNR.
     """
-    image, reference = image[None].double().cpu(), reference[None].double().cpu()
-    mask = mask[None].cpu()
-    if min(image.shape[-2:]) >= 11:
-        ssim_map = _ssim_map(image, reference)
-        ssim, ssim_breast = float(ssim_map.mean()), float(ssim_map[mask.expand_as(ssim_map)].mean())
-    else:
-        ssim = ssim_breast = float("nan")
+    image, reference, mask = image[None].double().cpu(), reference[None].double().cpu(), mask[None].cpu()
+    similar = torch.full_like(image, torch.nan)
+    if min(image.shape[-2:]) > 2 * SSIM_REACH:
+        similar = _ssim_map(image, reference)
     return ImageMetrics(
         psnr=float(peak_signal_noise_ratio(image, reference, data_range=1.0)),
-        ssim=ssim,
+        ssim=float(similar.mean()),
         psnr_breast=float(peak_signal_noise_ratio(image[mask], reference[mask], data_range=1.0)),
-        ssim_breast=ssim_breast,
+        ssim_breast=float(similar[mask].mean()),
     )
 
 
@@ -90,7 +86,7 @@ def ms_ssim(image: Tensor, reference: Tensor) -> float:
 class ErrorSplit:
     """Mean normalised squared error of an estimator and its parts, mnse = residual_noise + bias_squared.
 
-    Of each intensity bin, in the order of the bins; nan where a bin holds no pixel.
+    Of each intensity bin, in the order of the bins; nan if a bin holds no pixel.
     """
 
     edges: tuple[float, ...]  # of the bins of clean intensity; the last bin holds its upper edge
@@ -101,25 +97,18 @@ class ErrorSplit:
 
     def overall(self) -> dict[str, float]:
         """The three figures over all pixels."""
-        return {
-            name: float(np.nansum(getattr(self, name) * self.counts) / self.counts.sum())
-            if self.counts.any()
-            else np.nan
-            for name in ("mnse", "residual_noise", "bias_squared")
-        }
+        total = self.counts.sum() or np.nan
+        return {name: float(np.nansum(getattr(self, name) * self.counts) / total) for name in PARTS}
 
     @classmethod
     def pooled(cls, splits: Sequence[ErrorSplit]) -> ErrorSplit:
-        """The split over the pixels of several images together; raises ValueError where their bins differ."""
+        """The split over the pixels of several images together. Raises ValueError if their bins differ."""
         if len({split.edges for split in splits}) != 1:
             raise ValueError("splits of different bins cannot be pooled")
         counts = np.sum([split.counts for split in splits], axis=0)
         with np.errstate(invalid="ignore"):
-            means = (
-                np.nansum([getattr(split, name) * split.counts for split in splits], axis=0) / counts
-                for name in ("mnse", "residual_noise", "bias_squared")
-            )
-            return cls(splits[0].edges, counts, *means)
+            sums = (np.nansum([getattr(split, name) * split.counts for split in splits], axis=0) for name in PARTS)
+            return cls(splits[0].edges, counts, *(total / counts for total in sums))
 
 
 def mnse_decomposition(
@@ -213,16 +202,13 @@ def calcification_contrast(
     """Contrast of each of some calcifications in an `image` (H, W) and in the `clean` one (H, W).
 
     The core is the pixels within half a diameter of the centre, and at least one. The background is a ring of 2.5 pixels
-    that begins 1.5 pixels beyond a whole diameter, without what lies as near to another of `calcifications`. None where
+    that begins 1.5 pixels beyond a whole diameter, without what lies as near to another of `calcifications`. None if
     the ring leaves the image or keeps fewer than 8 pixels.
     """
     rows, columns = np.ogrid[: clean.shape[0], : clean.shape[1]]
-    taken = np.zeros(clean.shape, dtype=bool)
-    distances = []
-    for c in calcifications:
-        distance = np.hypot(rows - c.row, columns - c.column)
-        distances.append(distance)
-        taken |= distance <= c.diameter + RING_GAP
+    distances = [np.hypot(rows - c.row, columns - c.column) for c in calcifications]
+    near = (distance <= c.diameter + RING_GAP for c, distance in zip(calcifications, distances, strict=True))
+    taken = np.any([*near], axis=0)
     figures: list[CalcificationContrast | None] = []
     for c, distance in zip(calcifications, distances, strict=True):
         outer = c.diameter + RING_GAP + RING_WIDTH
@@ -234,7 +220,6 @@ def calcification_contrast(
         core = distance <= max(c.diameter / 2, HALF_DIAGONAL)
         contrast, clean_contrast = (float(v[core].mean() - v[ring].mean()) for v in (image, clean))
         deviation = max(float(clean[ring].std()), np.finfo(np.float32).tiny)
-        figures.append(
-            CalcificationContrast(contrast, contrast / deviation, clean_contrast, clean_contrast / deviation)
-        )
+        cnr, clean_cnr = contrast / deviation, clean_contrast / deviation
+        figures.append(CalcificationContrast(contrast, cnr, clean_contrast, clean_cnr))
     return figures

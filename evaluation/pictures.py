@@ -24,8 +24,7 @@ ERROR_RANGE = 0.05  # errors are drawn from black (-0.05) over grey (0) to white
 
 
 def _close_up(clean: Tensor, mask: Tensor, largest: int) -> tuple[int, int, int]:
-    """Row, column and side of the square inside the breast with the most fine structure, a quarter of the shorter side, at
-    most `largest`."""
+    """Row, column and side, at most `largest`, of the square inside the breast with the most fine structure."""
     height, width = clean.shape[-2:]
     side = min(max(16, min(height, width) // 4), height, width, largest)
     stride = max(1, side // 8)
@@ -33,7 +32,7 @@ def _close_up(clean: Tensor, mask: Tensor, largest: int) -> tuple[int, int, int]
     detail = (image - F.avg_pool2d(image, 9, 1, 4, count_include_pad=False)).square()
     structure = F.avg_pool2d(detail, side, stride)
     coverage = F.avg_pool2d(inside, side, stride)
-    # a square that leaves the breast, with the skin line or a label in it, counts only where there is no other
+    # a square that leaves the breast, with the skin line or a label in it, counts only if there is no other
     best = int(torch.where(coverage >= min(1.0, float(coverage.max())), structure, -1.0).argmax())
     columns = structure.shape[-1]
     return best // columns * stride, best % columns * stride, side
@@ -114,8 +113,11 @@ def spread_picture(clean: np.ndarray | None, own: Interval, sample: np.ndarray) 
     of the expected errors stay below; large images are reduced.
     """
     limit = max(1.5 * float(np.quantile(own.std, 0.99)), 1e-6)
-    columns = [("mean of the samples", "", to_grey(own.mean)), ("posterior sample", "the first", to_grey(sample))]
-    columns.append(("expected error", "standard deviation", to_magma(own.std / limit)))
+    columns = [
+        ("mean of the samples", "", to_grey(own.mean)),
+        ("posterior sample", "the first", to_grey(sample)),
+        ("expected error", "standard deviation", to_magma(own.std / limit)),
+    ]
     if clean is not None:
         covered = f"{own.holds(clean).mean():.1%} in the interval"
         columns.append(("absolute error", covered, to_magma(np.abs(clean - own.mean) / limit)))

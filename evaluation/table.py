@@ -26,6 +26,7 @@ INPUT = "low dose"
 BM3D = "VST-BM3D"  # the classical method that a restoration has to beat
 PICTURES = 4  # images, evenly spaced, that pictures are written of
 METRICS = tuple(field.name for field in dataclasses.fields(ImageMetrics))
+DIGITS = {"psnr_breast": 2, "ssim_breast": 4, "psnr": 2, "ssim": 4}  # of the metrics in the table
 # A method maps a batch of images to (N, C, H, W) images to be compared with `batch.clean`.
 Method = Callable[[Batch], Tensor]
 
@@ -50,21 +51,12 @@ class Evaluation:
 
     def table(self) -> str:
         """The summary as text: every row carries the low-dose input's own figure beside the method's."""
+        names = [f"{metric[:4].upper()} {metric[5:]}".strip() for metric in DIGITS]
         rows = []
         for method, row in self.summary().items():
-            cells = [method]
-            for metric, digits in (("psnr_breast", 2), ("ssim_breast", 4), ("psnr", 2), ("ssim", 4)):
-                cells.append(f"{row[metric]:.{digits}f} ({row[f'{metric}_low_dose']:.{digits}f})")
-            rows.append([*cells, f"{row['psnr_breast_gain']:+.2f}"])
-        header = [
-            "",
-            "PSNR breast (input)",
-            "SSIM breast (input)",
-            "PSNR (input)",
-            "SSIM (input)",
-            "gain in breast, dB",
-        ]
-        return format_table(header, rows)
+            cells = [f"{row[m]:.{digits}f} ({row[f'{m}_low_dose']:.{digits}f})" for m, digits in DIGITS.items()]
+            rows.append([method, *cells, f"{row['psnr_breast_gain']:+.2f}"])
+        return format_table(["", *(f"{name} (input)" for name in names), "gain in breast, dB"], rows)
 
 
 def run_evaluation(

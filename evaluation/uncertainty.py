@@ -155,7 +155,7 @@ class Coverage:
     bin_upper: list[float]  # greatest clean intensity of each bin; the bins hold about as many pixels
     bin_coverage: list[float]
     width: float  # mean width of the intervals
-    spread_over_error: float  # rms expected error over the rms error of the samples' mean: 1 where the spread is right
+    spread_over_error: float  # rms expected error over the rms error of the samples' mean: 1 if the spread is right
     regions: dict[str, float]  # side of a square in pixels to the share of their means that lie in their intervals
 
     def __str__(self) -> str:

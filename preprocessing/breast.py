@@ -28,17 +28,15 @@ def breast_mask(image: Tensor) -> Tensor:
 
     The image is brought to at most 512 pixels a side and smoothed (Gaussian, sigma 2); pixels above a quarter of Otsu's
     threshold, at least 0.02 over the darkest percentile, are kept; after an opening that cuts thin bridges to labels and
-    film borders, the largest connected component with its holes filled is the breast. An image without any gives all True.
+    film borders, the largest connected component with its holes filled is the breast. If there is none, all is True.
     """
     height, width = image.shape[-2:]
     factor = min(1.0, MASK_SIDE / max(height, width))
     size = max(1, round(height * factor)), max(1, round(width * factor))
     small = F.interpolate(image[None].float(), size=size, mode="area")[0, 0].numpy()
     smooth = ndimage.gaussian_filter(small, 2.0, mode="nearest")
-    dark = float(np.percentile(smooth, 1))
-    threshold = max(dark + 0.02, otsu_threshold(smooth) / 4)
-    # the chest wall lies on the image border: pad by repetition so that the opening does not eat it
-    margin = 6
+    threshold = max(float(np.percentile(smooth, 1)) + 0.02, otsu_threshold(smooth) / 4)
+    margin = 6  # the chest wall lies on the image border: repeated, it survives the opening
     padded = np.pad(smooth > threshold, margin, mode="edge")
     opened = ndimage.binary_opening(padded, iterations=margin)[margin:-margin, margin:-margin]
     labels, count = ndimage.label(opened)

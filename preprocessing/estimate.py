@@ -12,7 +12,7 @@ from preprocessing.breast import breast_mask
 from preprocessing.degrade import ELECTRONIC_SIGMA_AT_LEVEL_ONE, QUANTA_AT_LEVEL_ONE, NoiseModel
 
 SIDE = 8  # of a block, in pixels
-BLOCKS = 16384  # about as many are looked at in a large image
+BLOCKS = 16384  # about so many are looked at in a large image
 MIN_STRIDE = 2  # blocks overlap in small images, which narrows the estimate
 MAX_CLAMPED = SIDE * SIDE // 4  # pixels of a block: with more it is background or saturation
 CLASSES = 10  # of intensity, with equally many blocks
@@ -43,14 +43,14 @@ def estimate_noise(image: np.ndarray, mask: np.ndarray | None = None) -> NoiseMo
     over blocks give the spectra, and a non-negative weighted least-squares fit the model. Of the slopes that explain the
     spectra about equally well the steepest is taken, so that doubt ends in more noise, not in less.
 
-    Film grain and detector noise as white as that count as noise. Noise that is not white is under-estimated, down to
-    none: enlarging and JPEG compression take the high frequencies from it. Noise so strong that much of it is clamped is
-    under-estimated too, by a fifth at level 5. Pixels at the extremes of the image, background and saturation, are left
-    out as clamped. Where no block of pixels is left, as in a constant image, there is no noise.
+    White film grain and detector noise count as noise. Noise that is not white is under-estimated, down to none: enlarging
+    and JPEG compression take the high frequencies from it. Noise so strong that much of it is clamped is under-estimated
+    too, by a fifth at level 5. Pixels at the extremes of the image, background and saturation, are left out as clamped. If
+    no block of pixels is left, as in a constant image, there is no noise.
 
     Source: the noise model is Foi et al. (2008), eq. 1-3, who fit it to local variances too, those of wavelet details;
     the median as a robust scale is Donoho & Johnstone, "Ideal spatial adaptation by wavelet shrinkage", Biometrika 1994.
-    Raises: ValueError where the mask is not as large as the image.
+    Raises: ValueError if the mask is not as large as the image.
     """
     image = np.asarray(image, dtype=np.float32)
     if mask is None:
@@ -78,7 +78,7 @@ def level_at(model: NoiseModel, intensity: float) -> float:
 def _blocks(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float]:
     """Blocks (N, 8, 8) of an image inside its mask that are hardly clamped, and the image's maximum."""
     none = np.empty((0, SIDE, SIDE), np.float32)
-    if min(image.shape) < SIDE or not mask.any() or not image.max() > 0:
+    if min(image.shape) < SIDE or not image.max() > 0:
         return none, 1.0
     stride = max(MIN_STRIDE, int(np.sqrt(mask.sum() / BLOCKS)))
 
@@ -86,9 +86,9 @@ def _blocks(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float]:
         return np.lib.stride_tricks.sliding_window_view(values, (SIDE, SIDE))[::stride, ::stride]
 
     inside = windows(mask).all((2, 3))
-    clamped = windows((image <= image.min()) | (image >= image.max()))[inside].sum((1, 2))
-    if len(clamped) == 0:
+    if not inside.any():
         return none, 1.0
+    clamped = windows((image <= image.min()) | (image >= image.max()))[inside].sum((1, 2))
     # any clamped pixel rules a block out, unless noise is so strong that few blocks are without
     keep = clamped <= min(np.quantile(clamped, 0.25), MAX_CLAMPED)
     return windows(image)[inside][keep], float(image.max())

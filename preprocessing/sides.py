@@ -11,9 +11,7 @@ from scipy import ndimage
 from preprocessing.degrade import NoiseModel
 from preprocessing.stabilize import stabilize
 
-EDGE_SHARE = (
-    0.25  # of full scale in units of the noise: a step across 5 pixels from which on an edge is taken apart ...
-)
+EDGE_SHARE = 0.25  # of full scale in units of the noise: least step across 5 pixels of an edge that is taken apart ...
 EDGE_RANGE = 7.0, 20.0  # ... within these: below is noise and texture, above every filter fails
 SMALL = 9  # pixels: what is narrower, such as a calcification, is no edge
 EDGE_REACH = 24  # pixels around such an edge in which its two sides are told apart: what local means reach
@@ -21,7 +19,7 @@ EDGE_REACH = 24  # pixels around such an edge in which its two sides are told ap
 
 @dataclass(frozen=True)
 class Sides:
-    """Where an image (H, W) has edges to take apart, and what each side goes on as where the other one is.
+    """Where an image (H, W) has edges to take apart, and what each side goes on as in place of the other.
 
     Out of reach of edges both sides are the image itself.
     """
@@ -37,12 +35,12 @@ class Sides:
 
 
 def least_step(noise: NoiseModel) -> float:
-    """The step, in units of the noise, from which on an edge is taken apart."""
+    """The least step, in units of the noise, of an edge that is taken apart."""
     return float(np.clip(EDGE_SHARE * stabilize(torch.ones(()), noise), *EDGE_RANGE))
 
 
 def part_sides(values: np.ndarray, step: float) -> Sides | None:
-    """Take an image (H, W) in units of its noise apart at edges of more than `step`; None where there are none.
+    """Take an image (H, W) in units of its noise apart at edges of more than `step`; None if it has none.
 
     Next to a film's border or a lead label every filter that reaches across sees that step and no noise. Within `EDGE_REACH`
     pixels of such a step, pixels are told apart by the middle of the range around them, and what is missing of a side is

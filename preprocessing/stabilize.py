@@ -15,7 +15,7 @@ def _dark_variance(noise: NoiseModel) -> Tensor | float:
 def stabilize(image: Tensor, noise: NoiseModel) -> Tensor:
     """Images in [0, 1] to units of their noise's standard deviation, 0 staying 0.
 
-    2 sqrt(N x + 3/8 + (N sigma)^2) less its value at x = 0, in a form that loses no digits where N is large: without quantum
+    2 sqrt(N x + 3/8 + (N sigma)^2) less its value at x = 0, in a form that loses no digits if N is large: without quantum
     noise it is x / sigma. `noise` holds floats, or tensors that broadcast against the image, and some noise: at noise level
     0 there is no unit.
 

@@ -19,7 +19,7 @@ TABLE_STEP = 0.1  # of the inverse's table, in standard deviations of the noise
 TABLE_ENTRIES = (65, 10_001)  # their least and greatest number
 EXACT_QUANTA = 100  # expected quanta up to which the Poisson distribution is summed count by count
 REACH = 8.0  # standard deviations on either side of the mean that an expectation covers
-SMALLEST = 16  # side in pixels that BM3D is given at least
+SMALLEST = 16  # pixels; least side of an image that BM3D is given
 NODES_PER_SIGMA = 20  # of the Gaussian; the trapezoidal rule meets a kink where the clamp is
 
 
@@ -28,15 +28,11 @@ def _stabilized(values: np.ndarray, noise: NoiseModel) -> np.ndarray:
 
 
 def _quanta(mean: float) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and their probabilities under the Poisson distribution of `mean`.
-
-    Above `EXACT_QUANTA` every fourth of a standard deviation stands for what lies around it: the distribution is smooth on
-    that scale, so that such a sum is as good as the full one, its skewness included.
-    """
+    """Counts and their probabilities under the Poisson distribution of `mean`."""
     deviation = math.sqrt(mean)
     if mean <= EXACT_QUANTA:
         counts = np.arange(0.0, math.ceil(mean + REACH * deviation) + 10)
-    else:
+    else:  # so smooth that every fourth of a standard deviation may stand for what lies around it
         counts = mean + deviation * np.arange(-REACH, REACH + 0.125, 0.25)
     logarithm = xlogy(counts, mean) - mean - gammaln(counts + 1)
     weights = np.exp(logarithm - logarithm.max())
@@ -102,8 +98,7 @@ def vst_bm3d(image: np.ndarray, noise: NoiseModel) -> np.ndarray:
     profile = bm3d.BM3DProfile()
     profile.num_threads = 1  # more of them add in an order that varies
     height, width = image.shape
-    # the package crashes on images as small as its blocks
-    padding = [(0, max(0, SMALLEST - side)) for side in (height, width)]
+    padding = [(0, max(0, SMALLEST - side)) for side in image.shape]  # it crashes on images as small as its blocks
     padded = np.pad(image.astype(np.float64), padding, mode="symmetric")
     denoised = bm3d.bm3d(_stabilized(padded, noise), 1.0, profile)[:height, :width]
     return unbiased_inverse(denoised, noise).astype(np.float32)

@@ -12,7 +12,7 @@ from preprocessing.degrade import NoiseModel
 
 @dataclass(frozen=True)
 class Restoration:
-    """A restored image, and how it was come by."""
+    """A restored image, and how it was made."""
 
     products: np.ndarray  # (K, H, W) float32 in [0, 1]: one estimate of the clean image, or K posterior samples
     factor: float = 1.0  # what the input was multiplied by to have the noise that the model knows

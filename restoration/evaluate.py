@@ -37,6 +37,7 @@ from hps import HParams
 from loading.batches import Batch
 from loading.mammograms import MammogramDataset
 from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.phantom import Calcification
 from preprocessing.stabilize import stabilize
 from restoration.classical import bm3d_is_there, restore_by_bm3d
 from restoration.denoiser import Denoiser
@@ -98,12 +99,14 @@ class LowDosePair:
     low: np.ndarray  # (H, W) in [0, 1]
     mask: np.ndarray  # (H, W) bool, the breast
     level: float  # noise level of the low dose
+    calcifications: Sequence[Calcification] = ()  # of a phantom
 
     @classmethod
     def of(cls, batch: Batch) -> LowDosePair:
         """That of a batch of one."""
         planes = (v[0, 0].cpu().numpy() for v in (batch.clean, batch.degraded, batch.mask))
-        return cls(batch.meta[0].path, *planes, float(batch.level[0]))
+        meta = batch.meta[0]
+        return cls(meta.path, *planes, float(batch.level[0]), meta.info.get("calcifications", ()))
 
     @property
     def noise(self) -> NoiseModel:
@@ -148,7 +151,7 @@ def calibrate(sampler: Restorer, validation: MammogramDataset, *, progress: bool
             samples = restore_image(sampler, degraded, NoiseModel.from_level(level), name).products
             sampled.append(SampledImage(part.clean, samples, part.mask, level))
     calibration = fit(sampled)
-    images = len(spread(len(validation), CALIBRATION_IMAGES))
+    images = min(len(validation), CALIBRATION_IMAGES)
     about = {"images": images, "samples": sampler.samples, "sampler": str(sampler.sampling)}
     return dataclasses.replace(calibration, about=calibration.about | about)
 
@@ -162,7 +165,7 @@ def count_coverage(
         part = pair.crop(middle_window(pair.mask, COVERAGE_SIDE))
         samples = restore_image(sampler, part.low, part.noise, f"coverage {part.name}").products
         tally.add(SampledImage(part.clean, samples, part.mask, part.level), calibration.factor(part.level))
-    images = len(spread(len(test_set), COVERAGE_IMAGES))
+    images = min(len(test_set), COVERAGE_IMAGES)
     counted = f"{sampler.samples} samples, {sampler.sampling}, of each of {images} test images"
     return tally.coverage(), f"{counted}, squares of at most {COVERAGE_SIDE} pixels"
 
@@ -205,7 +208,6 @@ class Shown:
     """A test image to look at, and what was made of it."""
 
     pair: LowDosePair
-    calcifications: Sequence[Any]
     images: dict[str, np.ndarray]  # by method, (H, W), the low dose first
     std: np.ndarray | None = None  # expected error, (H, W)
 
@@ -218,7 +220,7 @@ class Shown:
             name: f"{f.psnr_breast:.2f} dB, SSIM {f.ssim_breast:.4f} in the breast" for name, f in figures.items()
         }
         rows, columns = breast_window(mask, TEXTURE_SIDE)
-        close_ups = choose_close_ups(clean, mask, self.calcifications)
+        close_ups = choose_close_ups(clean, mask, self.pair.calcifications)
         close_ups.append((rows.start, columns.start, rows.stop - rows.start))
         return PageCase(self.pair.name, clean, self.images, estimate, self.std, labels, close_ups)
 
@@ -246,11 +248,10 @@ class Gallery:
         """A denoiser as a method of that name for a table."""
 
         def method(batch: Batch) -> Tensor:
-            pair, meta = LowDosePair.of(batch), batch.meta[0]
+            pair, index = LowDosePair.of(batch), batch.meta[0].key.index
             made = denoise(pair.low, pair.noise, pair.name)
-            if meta.key.index in self.indices:
-                new = Shown(pair, meta.info.get("calcifications", ()), {INPUT: pair.low})
-                shown = self.shown.setdefault(meta.key.index, new)
+            if index in self.indices:
+                shown = self.shown.setdefault(index, Shown(pair, {INPUT: pair.low}))
                 if name in self.names:
                     shown.images[name] = made.pixels
                 if len(made.products) > 1 and self.calibration is not None:
@@ -305,31 +306,20 @@ def signature_text(evaluation: Evaluation, power: Mapping[str, Power], samples: 
 # --- the whole of it -------------------------------------------------------------------------------------------------
 
 
-def restorers_of(
-    args: argparse.Namespace,
-    hps: HParams,
-    model: LatentDiffusion,
-    first_stage: VQVAE2Wrapper,
-    checkpoint: Checkpoint,
-    device: torch.device,
-) -> list[Restorer]:
-    """What the model makes: its posterior mean, a posterior sample, and the mean of some; prints which of them it lacks."""
-    # what the network has seen does not change with the task that it is evaluated on
-    seen = {key: checkpoint.hps[key] for key in ("noise_levels", "windowing")}
-    amp = half_precision(device, args.half)
-    mean = Restorer(first_stage.to(device), model.to(device), hps.updated(**seen), seed=args.seed, amp=amp)
-    if not model.has_samples:
+def products_of(mean: Restorer) -> list[Restorer]:
+    """What a model makes: its posterior `mean`, a posterior sample, and the mean of some; prints which of them it lacks."""
+    if not mean.model.has_samples:
         print("no posterior samples: the model's training ended before the diffusion")
         return [mean]
-    sample = dataclasses.replace(mean, samples=1, sampling=sampling_of(hps, "ddim"))
-    samples = dataclasses.replace(mean, samples=MEAN_OF, sampling=sampling_of(hps, "dpm++"))
-    if not model.has_mean:
+    sample = dataclasses.replace(mean, samples=1, sampling=sampling_of(mean.hps, "ddim"))
+    samples = dataclasses.replace(mean, samples=MEAN_OF, sampling=sampling_of(mean.hps, "dpm++"))
+    if not mean.model.has_mean:
         print("no posterior mean: the model is a plain diffusion (precondition=none)")
         return [sample, samples]
     return [mean, sample, samples]
 
 
-def table_methods(gallery: Gallery, restorers: Sequence[Restorer], *, bm3d: bool, progress: bool) -> dict[str, Method]:
+def table_methods(args: argparse.Namespace, gallery: Gallery, restorers: Sequence[Restorer]) -> dict[str, Method]:
     """The methods of the table, by name; `gallery` looks at what they make."""
     first_stage = restorers[0].first_stage
 
@@ -337,42 +327,15 @@ def table_methods(gallery: Gallery, restorers: Sequence[Restorer], *, bm3d: bool
         latent = first_stage.encode(batch.degraded, batch.noise)
         return first_stage.decode(latent, shape=batch.clean.shape[-2:], noise=batch.noise)
 
-    methods = {BM3D: gallery.method(BM3D, restore_by_bm3d)} if bm3d else {}
+    methods = {BM3D: gallery.method(BM3D, restore_by_bm3d)} if args.bm3d else {}
     methods[PASS] = passed
     for restorer in restorers:
         # a stabilised model as in main-restore.py: borders mirrored, edges taken apart
-        stabilized = functools.partial(restore_image, restorer)
-        denoise = stabilized if restorer.stabilized else restorer.restore_in_one_piece
-        methods[restorer.product] = gallery.method(restorer.product, functools.partial(denoise, progress=progress))
+        of_any_size = functools.partial(restore_image, restorer)
+        denoise = of_any_size if restorer.stabilized else restorer.restore_in_one_piece
+        denoise = functools.partial(denoise, progress=not args.no_tqdm)
+        methods[restorer.product] = gallery.method(restorer.product, denoise)
     return methods
-
-
-def compare(
-    args: argparse.Namespace,
-    hps: HParams,
-    test_set: MammogramDataset,
-    restorers: Sequence[Restorer],
-    gallery: Gallery,
-    checkpoints: tuple[Checkpoint, Checkpoint],
-) -> tuple[Evaluation, dict[str, Power]]:
-    """Measure what restorers make of the test set, print table and signature, and write the table's files."""
-    power: dict[str, Power] = {}
-
-    def note() -> dict:
-        if gallery.folder is not None and bm3d_is_there():
-            gallery.add_bm3d()
-        power.update(gallery.power() if has_known_noise(hps, test_set) else {})
-        settings = {key: hps[key] for key in ("ddim_steps", "ddim_eta", "ddim_spacing", "fast_steps")}
-        bands = {name: own.bands.tolist() for name, own in power.items()}
-        return {"vqvae": str(args.vqvae_path), "settings": settings, POWER: bands}
-
-    result = run_evaluation(
-        args, hps, test_set, table_methods(gallery, restorers, bm3d=args.bm3d, progress=not args.no_tqdm),
-        restorers[0].device, checkpoints, title=f"stage 2 (EMA weights, eta {hps.ddim_eta})",
-        pictured=[name for name in gallery.names if name != BM3D], note=note,
-    )  # fmt: skip
-    print(signature_text(result, power, {r.product: r.samples for r in restorers if r.samples}))
-    return result, power
 
 
 def write_page(folder: Path, args: argparse.Namespace, hps: HParams, evaluation: Evaluation, **parts: Any) -> None:
@@ -394,11 +357,6 @@ def write_page(folder: Path, args: argparse.Namespace, hps: HParams, evaluation:
     print(f"the page to look at: {folder / 'report.html'}")
 
 
-def has_known_noise(hps: HParams, test_set: MammogramDataset) -> bool:
-    """Whether there is noise, and it is known: nobody has told that of real pairs."""
-    return hps.noise_level > 0 and "real" not in test_set.noise
-
-
 def restore_test_set(
     args: argparse.Namespace,
     hps: HParams,
@@ -413,21 +371,37 @@ def restore_test_set(
     """
     validation_set, test_set = load_datasets(args, hps, "validation", "test")
     progress, folder = not args.no_tqdm, evaluation_folder(args, args.load_path)
-    restorers = restorers_of(args, hps, model, first_stage, checkpoints[1], device)
+    # what the network has seen does not change with the task that it is evaluated on
+    seen = hps.updated(**{key: checkpoints[1].hps[key] for key in ("noise_levels", "windowing")})
+    amp = half_precision(device, args.half)
+    mean = Restorer(first_stage.to(device), model.to(device), seen, seed=args.seed, amp=amp)
+    restorers = products_of(mean)
     estimate = restorers[0] if model.has_mean else restorers[-1]
-    known = has_known_noise(hps, test_set)
+    known = hps.noise_level > 0 and "real" not in test_set.noise  # nobody has told the noise of real pairs
     calibration, parts = None, {}
     if known and model.has_samples:
         sampler = dataclasses.replace(restorers[-1], samples=SPREAD_SAMPLES)
         calibration = calibrate(sampler, validation_set, progress=progress)
-    names = [BM3D, *(r.product for r in restorers if r.samples == 1), estimate.product]
+    names = [*(r.product for r in restorers if r.samples == 1), estimate.product]
     suffix = ".jpg" if args.save_jpg else ".png"
-    gallery = Gallery(spread(len(test_set), CASES), names, calibration, folder, suffix)
-    result, parts["power"] = compare(args, hps, test_set, restorers, gallery, checkpoints)
+    gallery = Gallery(spread(len(test_set), CASES), [BM3D, *names], calibration, folder, suffix)
+
+    def note() -> dict:
+        if folder is not None and bm3d_is_there():
+            gallery.add_bm3d()
+        parts["power"] = gallery.power() if known else {}
+        settings = {key: hps[key] for key in ("ddim_steps", "ddim_eta", "ddim_spacing", "fast_steps")}
+        bands = {name: power.bands.tolist() for name, power in parts["power"].items()}
+        return {"vqvae": str(args.vqvae_path), "settings": settings, POWER: bands}
+
+    methods, title = table_methods(args, gallery, restorers), f"stage 2 (EMA weights, eta {hps.ddim_eta})"
+    evaluated = args, hps, test_set, methods, device, checkpoints
+    result = run_evaluation(*evaluated, title=title, pictured=names, note=note)
+    print(signature_text(result, parts["power"], {r.product: r.samples for r in restorers if r.samples}))
     if calibration is not None:
         coverage, counted = count_coverage(sampler, test_set, calibration, progress=progress)
-        print(f"{coverage or 'no breast to count the coverage in'} ({counted})")
         parts |= {"coverage": coverage, "coverage_note": counted}
+        print(f"{coverage or 'no breast to count the coverage in'} ({counted})")
         if folder is not None:
             calibration.to_json(folder / "uncertainty.json")
             figures = {} if coverage is None else dataclasses.asdict(coverage)

@@ -31,6 +31,8 @@ LEGENDS = {  # of the maps that --samples writes beside an image
 MAPS = (*LEGENDS, "uncertainty")  # kinds of pictures that --samples writes beside an image
 STD_SCALE = 10.0  # the expected error is written so many times as bright, for 16 bits to hold it
 SAMPLE_MARK = "; posterior sample number "  # in the description of each of --samples
+RECORD = "restore.json"  # in the output folder: how its images were made
+TABLES = ("restore.csv", "metrics.csv", "metrics.json", "table.txt")  # what else is written there
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Job:
         return self.target.with_name(f"{self.target.stem}.sample-{number:02d}{self.target.suffix}")
 
 
-def find_sources(inputs: list[Path], out: Path) -> tuple[dict[Path, Path], dict[Path, str]]:
+def find_sources(inputs: Sequence[Path], out: Path) -> dict[Path, tuple[Path, str]]:
     """The images of files and folders, each once: by the place it lies at, its path as given and its name below the inputs'
     common folder.
 
@@ -61,15 +63,14 @@ def find_sources(inputs: list[Path], out: Path) -> tuple[dict[Path, Path], dict[
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
     roots = [(path if path.is_dir() else path.parent).resolve() for path in inputs]
-    base = os.path.commonpath(roots)
-    sources: dict[Path, Path] = {}
-    names: dict[Path, str] = {}
+    base, own = os.path.commonpath(roots), out.resolve()
+    sources: dict[Path, tuple[Path, str]] = {}
     for path, root in zip(inputs, roots, strict=True):
         found = [path]
         if path.is_dir():
-            if root.is_relative_to(out.resolve()):
+            if root.is_relative_to(own):
                 raise UserError(f"--out {out}: holds the input folder {path}; choose another folder")
-            inside = [p for p in find_images(path) if not p.resolve().is_relative_to(out.resolve())]
+            inside = [p for p in find_images(path) if not p.resolve().is_relative_to(own)]
             # a link does not take the place of the file it leads to
             found = sorted((p for p in inside if not is_restored(p)), key=Path.is_symlink)
             if earlier := len(inside) - len(found):
@@ -79,30 +80,28 @@ def find_sources(inputs: list[Path], out: Path) -> tuple[dict[Path, Path], dict[
         for source in found:
             # the name that a link has here, not that of what it leads to
             name = root / (source.relative_to(path) if path.is_dir() else source.name)
-            names.setdefault(source.resolve(), name.relative_to(base).as_posix())
-            sources.setdefault(source.resolve(), source)
-    return sources, names
+            sources.setdefault(source.resolve(), (source, name.relative_to(base).as_posix()))
+    return sources
 
 
-def plan(inputs: list[Path], out: Path, *, kinds: Sequence[str] = (), samples: int = 0) -> list[Job]:
+def plan(inputs: Sequence[Path], out: Path, *, kinds: Sequence[str] = (), samples: int = 0) -> list[Job]:
     """The images of files and folders, and where they go: the tree below the inputs' common folder is kept.
 
-    Pictures become PNG, DICOM stays DICOM; where two would come to the same name, what changes keeps its suffix too. Raises
-    UserError where `find_sources` does, and for a target, pictures of the `kinds` and samples beside it too, that is an input
-    or not of this script's making.
+    Pictures become PNG, DICOM stays DICOM; if two would come to the same name, what changes keeps its suffix too. Raises
+    UserError as `find_sources` does, and if a target, or a picture of the `kinds` or a sample beside it, is an input or not
+    of this script's making.
     """
-    sources, names = find_sources(inputs, out)
+    sources = find_sources(inputs, out)
     suffixes = {place: ".dcm" if is_dicom(place) else ".png" for place in sources}
-    plain = {place: _stem(name) + suffixes[place] for place, name in names.items()}
+    plain = {place: _stem(name) + suffixes[place] for place, (_, name) in sources.items()}
     taken = Counter(plain.values())
     jobs, writers = [], dict[Path, Path]()
-    for place, source in sources.items():
+    for place, (source, name) in sources.items():
         below = plain[place]
-        if taken[below] > 1 and below != names[place]:
-            below = names[place] + suffixes[place]
-        job = Job(source, names[place], out / below)
-        beside = [*map(job.beside, kinds), *map(job.sample, range(1, samples + 1))]
-        for target in (job.target, *beside):
+        if taken[below] > 1 and below != name:
+            below = name + suffixes[place]
+        job = Job(source, name, out / below)
+        for target in (job.target, *map(job.beside, kinds), *map(job.sample, range(1, samples + 1))):
             other = writers.setdefault(target, source)
             if other is not source:
                 raise UserError(f"{source}: would be written to {target}, as {other}; restore them into two folders")
@@ -111,6 +110,9 @@ def plan(inputs: list[Path], out: Path, *, kinds: Sequence[str] = (), samples: i
             if target.exists() and not is_restored(target):
                 raise UserError(f"--out: {target} is no restored image and is not overwritten; choose another folder")
         jobs.append(job)
+    for name in TABLES:
+        if (out / name).exists() and not (out / RECORD).exists():
+            raise UserError(f"--out: {out / name} is not of this script's making; choose another folder")
     return jobs
 
 
@@ -120,13 +122,12 @@ def _stem(name: str) -> str:
     return name if not suffix or suffix.isdigit() else str(Path(name).with_suffix(""))
 
 
-def is_beside_an_image(path: Path, kind: str) -> bool:
-    """Whether a file is what this script writes as `kind` (or `sample`) beside an image, and not a restored image that is
-    called so."""
+def _is_beside_an_image(path: Path, kind: str) -> bool:
+    """Whether a file is what this script writes as `kind` beside an image, and not a restored image of such a name."""
     if not is_restored(path):
         return False
     if is_dicom(path):
-        return kind == "sample" and SAMPLE_MARK in dicom_tag(path, "DerivationDescription")
+        return SAMPLE_MARK in dicom_tag(path, "DerivationDescription")
     with Image.open(path) as picture:
         said = picture.info.get("Description", "")
         if kind == "sample":
@@ -138,19 +139,19 @@ def remove_stale(job: Job) -> None:
     """Remove what an earlier run wrote beside an image: it would speak of another restoration than the one beside it."""
     samples = job.target.parent.glob(f"{glob.escape(job.target.stem)}.sample-*{job.target.suffix}")
     for path, kind in [(path, "sample") for path in samples] + [(job.beside(k), k) for k in ("compare", *MAPS)]:
-        if is_beside_an_image(path, kind):
+        if _is_beside_an_image(path, kind):
             path.unlink()
 
 
 def make_folder(out: Path) -> list[Path]:
-    """Make the output folder; returns those that were not there. Raises UserError where it cannot be written to."""
+    """Make the output folder; returns those that were not there. Raises UserError if it cannot be written to."""
     try:
         made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise UserError(f"--out {out}: may not be written to; choose another folder")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be made ({error.strerror}); choose another folder") from None
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out}: may not be written to; choose another folder")
     return made
 
 
@@ -162,10 +163,10 @@ def write_maps(
     description: str,
     clean: np.ndarray | None = None,
 ) -> None:
-    """Write what the spread of samples (K, H, W) of a mammogram says, and a picture of it, of the error too with `clean` (H, W).
+    """Write what the spread of samples (K, H, W) of a mammogram says, and a picture of it; with `clean` (H, W) of the error too.
 
-    The spread is `factor` times as wide; None: it is not calibrated. Samples of another size than the mammogram, on the
-    training grid, keep theirs. Raises UserError where a file cannot be written.
+    The spread is `factor` times as wide; None: it is not calibrated. Maps of samples on the training grid stay on that grid.
+    Raises UserError if a file cannot be written.
     """
     own = interval(samples, factor or 1.0)
     maps = {"std": own.std * STD_SCALE, "low": own.low, "high": own.high}

@@ -42,7 +42,7 @@ def tile_spans(size: int, tile: int, overlap: int, multiple: int) -> list[Span]:
     starts = [0, size]
     while max(b - a for a, b in itertools.pairwise(starts)) > tile - overlap:  # rounding can cost some of an overlap
         count += 1
-        starts = [round_down(i * (size - tile) / (count - 1), multiple) for i in range(count)]
+        starts = [i * (size - tile) // (count - 1) // multiple * multiple for i in range(count)]
     weights = torch.zeros(count, size, dtype=torch.float64)
     weights[0, : starts[0] + tile] = 1
     for i in range(1, count):
@@ -59,11 +59,6 @@ def tile_spans(size: int, tile: int, overlap: int, multiple: int) -> list[Span]:
     return [Span(start, weights[i, start : start + tile].float()) for i, start in enumerate(starts)]
 
 
-def round_down(value: float, multiple: int) -> int:
-    """The greatest multiple of `multiple` that is not above `value`."""
-    return int(value // multiple) * multiple
-
-
 # Restores a tile (1, C, h, w), to (1, K, h, w), whose first pixel is at (row, column) of the image, or before its beginning.
 TileFunction = Callable[[Tensor, tuple[int, int]], Tensor]
 
@@ -73,8 +68,8 @@ def restore_in_tiles(
 ) -> Tensor:
     """Apply `function` to overlapping tiles of an image (1, C, H, W) and blend what it returns, (1, K, H, W), without seams.
 
-    Where `function` at a pixel depends on less than a quarter of the overlap around it, the result is that of the whole
-    image. The overlap is a quarter of the tile. The image is mirrored at its borders, by `MARGIN` and up to a multiple of
+    If `function` at a pixel depends on less than a quarter of the overlap around it, the result is that of the whole image.
+    The overlap is a quarter of the tile. The image is mirrored at its borders, by `MARGIN` and up to a multiple of
     `multiple`: convolutions that ran into its end would draw lines along it.
     """
     height, width = image.shape[-2:]
@@ -100,7 +95,7 @@ def restore_in_tiles(
 
 def changed_box(a: Tensor, b: Tensor, margin: int, multiple: int) -> tuple[slice, slice] | None:
     """Rows and columns around all pixels in which images (H, W) differ, and `margin` more; they start and, inside the
-    image, stop at multiples of `multiple`. None where nothing differs."""
+    image, stop at multiples of `multiple`. None if nothing differs."""
     differs = a != b
     if not differs.any():
         return None
