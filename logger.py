@@ -3,51 +3,49 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from helper import UserError
+from helper import UserError, explained
 from running.writing import write_text
 
 
 class Logger:
-    """Logs scalars and pictures of a run; `folder=None` logs to the console alone.
+    """Logs scalars and pictures of a run; with `folder=None` only to the console.
 
-    `log.csv` has one row a call: step, epoch, split, then a column for every name seen. Rows written after `step` and, of
-    validations, after `epoch` (a run that is resumed from an older checkpoint) are dropped, so that nothing stands in it
-    twice. Raises UserError where it cannot be read or written.
+    `log.csv` has one row a call: step, epoch, split, then a column for every name seen. A run that resumes from an older
+    checkpoint drops the rows after its `step` and, of validations, after its `epoch`. Raises UserError if the file cannot be
+    read or written.
     """
 
     def __init__(self, folder: Path | None, step: int = 0, epoch: int = 0):
-        self.start = step, epoch
-        self.stale = True  # rows on disk may go beyond `start`
+        self.step, self.epoch = step, epoch
         self.path = folder / "log.csv" if folder else None
-        self.columns = ["step", "epoch", "split"]
-        if self.path:
-            self._rows()  # what cannot be read is said now
-        self.writer = (
-            SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None) if folder else None
-        )
+        self.columns: list[str] = []  # of the file, as soon as this run has written to it
+        self.writer = None
+        if folder:
+            self._rows()  # an unreadable file is an error now
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def _rows(self) -> list[dict[str, str]]:
-        """What is on disk and not stale; nothing is kept in memory, for a run may be long."""
-        if self.start[0] == 0 and self.stale or not self.path.is_file():
+        """The rows on disk that this run continues; they are not kept in memory, because a run may be long."""
+        if not self.path.is_file() or not (self.columns or self.step):
             return []
         try:
-            with self.path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                rows = [row for row in reader if not self.stale or _is_before(row, *self.start)]
-                if self.stale:
-                    self.columns = list(reader.fieldnames or self.columns)
-        except (ValueError, csv.Error):
+            table = pd.read_csv(self.path, dtype=str, keep_default_na=False)
+            validations = table["split"] == "validation"
+            place = pd.to_numeric(table["epoch"].where(validations, table["step"]), errors="coerce")
+            earlier = place <= np.where(validations, self.epoch, self.step)
+        except (ValueError, KeyError):  # pandas' parser errors are ValueErrors
             raise UserError(f"{self.path}: not a readable log; remove it to go on without the figures so far") from None
-        return rows
+        return (table if self.columns else table[earlier]).to_dict("records")
 
     def log(self, split: str, step: int, epoch: int, values: Mapping[str, float], echo: bool = True) -> None:
         """Log named scalars of a split at a step; `echo` prints them too."""
@@ -56,28 +54,17 @@ class Logger:
             tqdm.write(f"epoch {epoch:3d}  step {step:6d}  {split:10s}  {numbers}")
         if self.path is None:
             return
-        row = {"step": str(step), "epoch": str(epoch), "split": split} | {k: repr(float(v)) for k, v in values.items()}
-        new = [name for name in row if name not in self.columns]
-        try:
-            if self.stale or new or not self.path.is_file():
-                rows = [*self._rows(), row]
-                self.columns += new
-                write_text(self.path, self._lines([dict(zip(self.columns, self.columns, strict=True)), *rows]))
-                self.stale = False
-            else:
+        row = {"step": step, "epoch": epoch, "split": split} | {name: repr(float(v)) for name, v in values.items()}
+        with explained(f"{self.path.parent}: the log cannot be written", "free space"):
+            if set(row) <= set(self.columns) and self.path.is_file():
                 with self.path.open("a", newline="", encoding="utf-8") as file:
-                    file.write(self._lines([row]))
+                    csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(row)
+            else:  # the first row of this run, or a new column
+                table = pd.DataFrame([*self._rows(), row])
+                write_text(self.path, table.to_csv(index=False, lineterminator="\n"))
+                self.columns = list(table.columns)
             for name, value in values.items():
                 self.writer.add_scalar(f"{split}/{name}", value, step)
-        except OSError as error:
-            raise UserError(
-                f"{self.path.parent}: the log cannot be written ({error.strerror or error}); free space"
-            ) from None
-
-    def _lines(self, rows: list[dict[str, str]]) -> str:
-        text = io.StringIO()
-        csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerows(rows)
-        return text.getvalue()
 
     def picture(self, name: str, image: Tensor, step: int) -> None:
         """Show a picture (3, H, W) uint8 in TensorBoard."""
@@ -85,12 +72,6 @@ class Logger:
             self.writer.add_image(name, image.to(torch.uint8), step)
 
     def close(self) -> None:
-        """Flush what is still held back."""
+        """Write what is still buffered."""
         if self.writer:
             self.writer.close()
-
-
-def _is_before(row: dict[str, str], step: int, epoch: int) -> bool:
-    """Whether a run that stands at `step`, after `epoch` epochs, has written a row of its log."""
-    name, end = ("epoch", epoch) if row.get("split") == "validation" else ("step", step)
-    return (row.get(name) or "").isdigit() and int(row[name]) <= end

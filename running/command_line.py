@@ -14,21 +14,23 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> None:
-        """A wrong call: one line on stderr and exit status 2, without the usage block."""
+        """End the script with one line on stderr and exit status 2, without the usage block."""
         fail(f"error: {message} (see {self.prog} --help)", 2)
 
 
 def positive_int(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
+    return _whole_number(text, 1)
 
 
 def non_negative_int(text: str) -> int:
     """An argparse type: a whole number of at least 0."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
     if int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"must be below 2**63, not {text}")
     return int(text)
@@ -37,24 +39,21 @@ def non_negative_int(text: str) -> int:
 def base_parser(description: str, tasks: Sequence[str]) -> argparse.ArgumentParser:
     """A parser with the flags that all scripts take."""
     parser = Parser(description=description, allow_abbrev=False)
-    parser.add_argument("--task", choices=tasks, help="settings and data set (default: the checkpoint's, else phantom)")
-    parser.add_argument("--data-root", type=Path, help="folder of the data set (default for cbis-ddsm: data/cbis-ddsm)")
-    parser.add_argument("--strict", action="store_true", help="an image that is missing or cannot be read is an error")
-    parser.add_argument("--out", type=Path, help="output folder (default: a new one under runs/)")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
-    parser.add_argument("--epochs", type=positive_int, help="override max_epochs from hps.py")
-    parser.add_argument("--batch-size", type=positive_int, help="override batch size from hps.py")
-    parser.add_argument("--num-workers", type=non_negative_int, help="override nb_workers from hps.py")
-    parser.add_argument("--hps", action="append", default=[], metavar="KEY=VALUE", help="override any entry of hps.py")
+    add = parser.add_argument
+    add("--task", choices=tasks, help="settings and data set (default: the checkpoint's, else phantom)")
+    add("--data-root", type=Path, help="folder of the data set (default for cbis-ddsm: data/cbis-ddsm)")
+    add("--strict", action="store_true", help="an image that is missing or cannot be read is an error")
+    add("--out", type=Path, help="output folder (default: a new one under runs/)")
+    add("--seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
+    add("--epochs", type=positive_int, help="override max_epochs from hps.py")
+    add("--batch-size", type=positive_int, help="override batch size from hps.py")
+    add("--num-workers", type=non_negative_int, help="override nb_workers from hps.py")
+    add("--hps", action="append", default=[], metavar="KEY=VALUE", help="override any entry of hps.py")
     device_arguments(parser)
-    parser.add_argument("--no-save", action="store_true", help="disable saving checkpoints and images")
+    add("--no-save", action="store_true", help="disable saving checkpoints and images")
     cache = parser.add_mutually_exclusive_group()
-    cache.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="folder of prepared images, for tasks that read from disk (default: cache)",
-    )
+    kept = "folder of prepared images, for tasks that read from disk (default: cache)"
+    cache.add_argument("--cache", type=Path, metavar="DIR", help=kept)
     cache.add_argument("--no-cache", action="store_true", help="decode the sources anew each time")
     amp = parser.add_mutually_exclusive_group()
     amp.add_argument("--no-amp", action="store_true", help="disable Automatic Mixed Precision")
@@ -67,8 +66,6 @@ def device_arguments(parser: argparse.ArgumentParser) -> None:
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--cpu", action="store_true", help="disable GPU, run on CPU")
     device.add_argument("--cuda", action="store_true", help="no CUDA device is an error (default: run on the CPU then)")
-    # of several processes one shows its progress
-    silent = not distributed.is_main()
-    parser.add_argument(
-        "--no-tqdm", action="store_true", default=silent, help="disable progress bars: at most a line a minute"
-    )
+    silent = not distributed.is_main()  # only the main process shows its progress
+    said = "disable progress bars: at most a line a minute"
+    parser.add_argument("--no-tqdm", action="store_true", default=silent, help=said)

@@ -1,7 +1,7 @@
-"""The processes of one run: which of them this is, and what they tell each other.
+"""The processes of one run: which of them this is, and what they send each other.
 
-`torchrun` starts them; a script that was started without it is a run of one, and here nothing happens: every function then
-returns what it was given. Device tensors travel by NCCL, host tensors and objects by Gloo.
+`torchrun` starts them. Without it a run has one process, and the functions return what they are given. Device tensors
+travel by NCCL, host tensors and objects by Gloo.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import datetime
 import inspect
 import os
 import sys
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 Value = TypeVar("Value")
 
-# How long a process waits for one that lives but does not come: a picture, a checkpoint or a slow disk may keep it.
-# One that dies is noticed at once, by its closed connection or by torchrun.
+# How long a process waits for a slow one, which may be writing a picture or a checkpoint. A dead one is noticed at once.
 TIMEOUT = datetime.timedelta(minutes=30)
 
 _store: dist.Store | None = None  # torchrun's, which outlives the processes
@@ -51,7 +50,7 @@ def local_size() -> int:
 
 
 def start() -> None:
-    """Join the run that torchrun started this process for. All but the main process fall silent on stdout."""
+    """Join the run, if torchrun started this process. Only the main process prints to stdout from now on."""
     global _store
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
@@ -60,19 +59,18 @@ def start() -> None:
     store = dist.PrefixStore("collectives", _store)
     dist.init_process_group(backend, store=store, rank=number, world_size=processes, timeout=TIMEOUT)
     if number > 0:
-        sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: PTH123, SIM115  for as long as the process lives
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: PTH123, SIM115  never closed
 
 
 def end() -> None:
-    """Leave the run, when all is done. Of several processes each then ends: raises SystemExit."""
+    """Leave the run when all is done; raises SystemExit if it has several processes."""
     if size() > 1:
         dist.destroy_process_group()
         sys.exit()
 
 
 def leave(status: int | str | None) -> NoReturn:
-    """End this process. One of several goes at once: its connections, and so the others, must not wait for a tidy end, in
-    which a thread of Gloo's that still wants the interpreter would abort."""
+    """End this process. One of several ends at once, so that the others notice; in a tidy end a thread of Gloo would abort."""
     if _store is None:
         sys.exit(status)
     sys.stdout.flush()
@@ -81,17 +79,17 @@ def leave(status: int | str | None) -> NoReturn:
 
 
 def is_first_to_fail() -> bool:
-    """Whether no process of the run has asked this before: the one that fails first says why, the others follow it."""
+    """Whether no process of the run has asked this before: only the first to fail says why."""
     if _store is None or size() == 1:
         return True
     try:
         return dist.PrefixStore("failures", _store).add("count", 1) == 1
-    except RuntimeError:  # the machine that holds the store is gone: then nobody has said anything here
+    except RuntimeError:  # the machine that holds the store is gone, so nobody has said anything here
         return True
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Whether an error says that another process is gone."""
+    """Whether an error means that another process is gone."""
     if size() == 1 or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
@@ -101,7 +99,7 @@ def is_lost_connection(error: Exception) -> bool:
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum a tensor over the processes, in place; the same bits on all of them."""
+    """Sum a tensor over the processes, in place; all get the same bits."""
     if size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -115,20 +113,18 @@ def broadcast(tensor: Tensor) -> Tensor:
 
 
 def stack(tensor: Tensor) -> Tensor:
-    """Tensors (...) of equal shape of all processes, by number: (size, ...)."""
-    if size() == 1:
-        return tensor[None]
-    parts = [torch.empty_like(tensor) for _ in range(size())]
-    dist.all_gather(parts, tensor.contiguous())
+    """Tensors (...) of equal shape of all processes, by rank: (size, ...)."""
+    parts = [tensor] if size() == 1 else [torch.empty_like(tensor) for _ in range(size())]
+    if size() > 1:
+        dist.all_gather(parts, tensor.contiguous())
     return torch.stack(parts)
 
 
 def gather(value: Value) -> list[Value]:
-    """The values of all processes, by number; anything that pickles. Waits for the last of them."""
-    if size() == 1:
-        return [value]
-    values: list[Any] = [None] * size()
-    dist.all_gather_object(values, value)
+    """The values of all processes, by rank, of any type that pickles. Waits for the last process."""
+    values = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -138,7 +134,7 @@ def join(values: list[Value]) -> list[Value]:
 
 
 def largest(value: int) -> int:
-    """The largest of the processes' numbers. Waits for the last of them."""
+    """The largest of the processes' numbers. Waits for the last process."""
     if size() == 1:
         return value
     tensor = torch.tensor(value)
@@ -148,8 +144,6 @@ def largest(value: int) -> int:
 
 def sum_scalars(values: dict[str, Tensor]) -> dict[str, float]:
     """Named scalars summed over the processes, on the host."""
-    if size() == 1:
-        return {name: float(value) for name, value in values.items()}
     return dict(zip(values, all_reduce(torch.stack([v.double() for v in values.values()])).tolist(), strict=True))
 
 
@@ -157,23 +151,23 @@ def sum_scalars(values: dict[str, Tensor]) -> dict[str, float]:
 
 
 def parallel(module: nn.Module) -> nn.Module:
-    """A module whose gradients are averaged over the processes in the backward pass; its state is the main process's."""
+    """A module whose gradients are averaged over the processes in the backward pass, with the main process's state."""
     if size() == 1:
         return module
     for buffer in module.buffers():
         broadcast(buffer)
-    # what changes buffers in training keeps them equal itself; torch has renamed the option
+    # layers that change buffers keep them equal themselves; torch has renamed the option
     options = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
     return DistributedDataParallel(module, **{option: False})
 
 
 def synchronised(module: nn.Module, now: bool) -> contextlib.AbstractContextManager:
-    """A block around forward and backward pass in which gradients are averaged, or, unless `now`, only accumulated."""
+    """A block around forward and backward pass: gradients are averaged over the processes if `now`, else accumulated."""
     return contextlib.nullcontext() if now or size() == 1 else module.no_sync()
 
 
 def worker_count(wanted: int) -> int:
-    """Of `wanted` worker processes, as many as there are cores for; the run's processes on a machine share its cores."""
+    """At most `wanted` worker processes, one a core; the run's processes on a machine share its cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(wanted, max(1, cores // local_size()))

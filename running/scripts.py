@@ -9,32 +9,28 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TextIO
 
-from helper import UserError, one_line
+from helper import UserError, one_line, reason_of
 from running import distributed, stopping
 
-HELD = contextlib.ExitStack()  # locks, which a script keeps until it ends
+LOCKS = contextlib.ExitStack()  # kept until the script ends
 
 
 def run_script(main: Callable[[], None], *, parallel: bool = False) -> None:
-    """Run a script's `main`: what the user can mend becomes one line on stderr and exit status 2, a signal 128 and its number.
+    """Run a script's `main`. A user's error becomes one line on stderr and exit status 2, a signal status 128 + its number.
 
-    Of several processes the first to fail says why. Scripts that are not `parallel` refuse to be one of several.
+    If several processes fail, only the first says why. Scripts that are not `parallel` refuse to be one of several.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # file names need not be Unicode; lines reach a file or a pipe when they are said
+            # file names need not be Unicode; lines reach a file or a pipe at once
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        with stopping.obeyed():
+        with contextlib.closing(LOCKS), stopping.obeyed():
             _run(main, parallel)
     except SystemExit as stop:
-        HELD.close()
         distributed.leave(stop.code)
-    except stopping.Stopped as stop:  # it came while an error was dealt with
-        HELD.close()
+    except stopping.Stopped as stop:  # the signal came while an error was dealt with
         distributed.leave(stop.status)
-    finally:
-        HELD.close()
 
 
 def _run(main: Callable[[], None], parallel: bool) -> None:
@@ -47,25 +43,22 @@ def _run(main: Callable[[], None], parallel: bool) -> None:
     except UserError as error:
         fail(f"error: {one_line(error)}", 2)
     except BrokenPipeError:
-        _to_nowhere(sys.stdout)
+        _discard(sys.stdout)
         fail("error: standard output was closed while the script ran; send it to a file, or to /dev/null", 2)
     except OSError as error:
-        sentence = f"{error.filename or 'a file'}: {error.strerror or error}; free space, or see that it can be used"
+        sentence = f"{error.filename or 'a file'}: {reason_of(error)}; free space, or check that it can be used"
         fail(f"error: {one_line(sentence)}", 2)
     except stopping.Stopped as stop:
         fail(stop.line, stop.status)
     except Exception as error:
         if str(error).startswith("DataLoader worker"):
-            # the cause, where there is one, knows the signal or the status
+            # the cause, if there is one, names the signal or the status
             known = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error
             reason = str(known).split("\n")[0].strip().rstrip(".")
             fail(f"error: {reason}; if memory was short, pass a smaller --num-workers", 2)
         if distributed.is_lost_connection(error):
-            fail(
-                "error: a process of this run ended without a reason (killed, or out of memory?); start again, a training "
-                "with --load-path",
-                1,
-            )
+            lost = "a process of this run ended without a reason (killed, or out of memory?)"
+            fail(f"error: {lost}; start again, a training with --load-path", 1)
         if distributed.size() == 1:
             raise
         distributed.is_first_to_fail()  # the traceback is the reason
@@ -73,8 +66,8 @@ def _run(main: Callable[[], None], parallel: bool) -> None:
         sys.exit(1)
 
 
-def _to_nowhere(stream: TextIO) -> None:
-    """Nobody listens: what is left to say must not fail again when the interpreter ends, and change the status."""
+def _discard(stream: TextIO) -> None:
+    """Send a closed stream to nowhere, so that flushing it at the end does not change the exit status."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -84,15 +77,12 @@ def fail(line: str, status: int) -> NoReturn:
         try:
             print(line, file=sys.stderr)
         except BrokenPipeError:
-            _to_nowhere(sys.stderr)
+            _discard(sys.stderr)
     sys.exit(status)
 
 
 def finish_batch(failures: Sequence[str], done: int = 1) -> None:
-    """End a script that went on past `failures`: their sentences on stderr and exit status 1, or 2 where nothing was `done`.
-
-    Does nothing without failures.
-    """
+    """If there are `failures`, print them to stderr and end the script with exit status 1, or 2 if nothing was `done`."""
     if distributed.is_main():
         for failure in failures:
             print(f"error: {failure}", file=sys.stderr)
@@ -101,6 +91,6 @@ def finish_batch(failures: Sequence[str], done: int = 1) -> None:
 
 
 def refuse_torchrun(what: str) -> None:
-    """Raises UserError where this process is one of several."""
+    """Raise UserError if this process is one of several."""
     if distributed.size() > 1:
         raise UserError(f"{what} runs in one process; call it with python, not torchrun")

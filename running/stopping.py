@@ -1,4 +1,4 @@
-"""Signals that ask a script to stop: obeyed at once, or by a training after its step and its checkpoint."""
+"""Signals that ask a script to stop. A script obeys at once; a training finishes its step and writes a checkpoint first."""
 
 from __future__ import annotations
 
@@ -8,32 +8,27 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import NoReturn
 
-# SLURM asks by SIGTERM, and where `--signal` says so by SIGUSR1 some time before.
+# SLURM sends SIGTERM and, if `--signal` says so, SIGUSR1 some time before.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Stopped(BaseException):
-    """A signal asks the script to stop; no exception of the work, so that nothing goes on past it."""
+    """A signal asks the script to stop. No `except Exception` catches it."""
 
     def __init__(self, number: int, sentence: str = ""):
         super().__init__(number, sentence)
         self.number = number
         name = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
         self.line = f"{name}{sentence}"
-
-    @property
-    def status(self) -> int:
-        """Exit status of the script: 130 of SIGINT, 143 of SIGTERM, 138 of SIGUSR1."""
-        return 128 + self.number
+        self.status = 128 + number  # exit status of the script: SIGINT 130, SIGTERM 143, SIGUSR1 138
 
 
 @contextlib.contextmanager
-def _handled(handler: object) -> Iterator[None]:
-    """Inside the block `handler` answers the signals; threads other than the main one have no say in it."""
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let `handler` answer the signals inside the block; only the main thread can ask for that."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -46,17 +41,17 @@ def _handled(handler: object) -> Iterator[None]:
 
 
 def obeyed() -> contextlib.AbstractContextManager[None]:
-    """Inside the block a signal raises `Stopped`, so that what is half-written is taken away."""
-    return _handled(_obey)
+    """A block in which a signal raises `Stopped`, so that half-written files are removed."""
 
+    def obey(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
 
-def _obey(number: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped(number)
+    return _handled(obey)
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[list[int]]:
-    """Inside the block a signal is added to the list that this gives; the next one then ends the process at once."""
+    """A block in which a signal is added to the yielded list; a second signal ends the process at once."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -69,16 +64,16 @@ def noted() -> Iterator[list[int]]:
 
 
 def left_to_the_main_process(worker: int) -> None:
-    """In a loader's worker: a signal to all processes of a job must not take the samples of the step that is finished.
+    """Make a loader's worker ignore signals: the main process still needs its samples to finish the step.
 
-    A worker stops when its main process does, or sends it SIGTERM.
+    The worker stops if its main process ends, or sends it SIGTERM.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    sys.excepthook = _lost_connections_are_silent
+    sys.excepthook = _ignore_lost_connections
     main = multiprocessing.parent_process()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if main is None or not hasattr(signal, "sigwaitinfo"):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return
 
     def wait_for_main() -> None:
@@ -86,12 +81,11 @@ def left_to_the_main_process(worker: int) -> None:
             pass
         os._exit(0)
 
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=wait_for_main, daemon=True).start()
 
 
-def _lost_connections_are_silent(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What a worker's threads say when the main process has just ended is no news."""
+def _ignore_lost_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A worker's threads lose their connections when the main process ends: that is not worth a traceback."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)

@@ -217,8 +217,15 @@ def test_state_of_the_global_generators_is_restored():
     assert torch.equal(first[0], again[0]) and (first[1] == again[1]).all() and first[2] == again[2]
 
 
+def with_cuda():
+    """A machine with one GPU."""
+    return mock.patch.multiple(
+        "torch.cuda", is_available=lambda: True, device_count=lambda: 1, set_device=lambda device: None
+    )
+
+
 def test_cpu_is_taken_where_asked_for_and_announced_where_there_is_nothing_else(capsys):
-    with mock.patch("torch.cuda.is_available", return_value=True):
+    with with_cuda():
         assert get_device(cpu=True).type == "cpu" and get_device().type == "cuda"
     assert capsys.readouterr().out == ""
     with mock.patch("torch.cuda.is_available", return_value=False):
@@ -229,7 +236,7 @@ def test_cpu_is_taken_where_asked_for_and_announced_where_there_is_nothing_else(
 def test_a_device_that_is_asked_for_and_not_there_is_an_error():
     with mock.patch("torch.cuda.is_available", return_value=False), pytest.raises(UserError, match="--cuda: no CUDA"):
         get_device(cuda=True)
-    with mock.patch("torch.cuda.is_available", return_value=True):
+    with with_cuda():
         assert get_device(cuda=True).type == "cuda"
 
 
