@@ -15,24 +15,26 @@ from hps import HParams
 from loading.latents import LatentDataset as LatentDataset
 from loading.mammograms import MammogramDataset, PhantomDataset, RecordDataset
 
+# A task whose images lie on disk, to its default data root and to what finds the records of its splits there:
+# (root, settings, strict) to records by split. A new data set takes one line here, and its settings in hps.py.
+_FOLDER = None, lambda root, hps, strict: folder_records(root, hps)
+ON_DISK = {
+    "cbis-ddsm": (Path("data/cbis-ddsm"), cbis_records),
+    "folder": _FOLDER,
+    "folder-small": _FOLDER,
+    "mammogram": _FOLDER,
+}
+
 
 def get_datasets(
-    task: str,
-    hps: HParams,
-    splits: Sequence[str],
-    data_root: Path | None = None,
-    seed: int = 0,
-    *,
-    strict: bool = False,
-    cache: Path | None = None,
-    progress: bool = True,
-) -> list[MammogramDataset]:
+    task: str, hps: HParams, splits: Sequence[str], data_root: Path | None = None, seed: int = 0, *,
+    strict: bool = False, cache: Path | None = None, progress: bool = True,
+) -> list[MammogramDataset]:  # fmt: skip
     """The images of some of a task's splits: "train", "validation", "test"; the disk is looked through once.
 
-    Validation and test images are looked through first, and left out where they cannot be read. With `strict` an image that
-    cannot be read, or that cbis-ddsm misses, is an error. With a `cache` folder, images on disk are prepared there first,
-    with a bar where `progress` says so. Raises UserError where the data root is missing, or holds no images for a split,
-    or the cache cannot be built.
+    Validation and test images are read first, and left out if they are unreadable. With `strict` an image that is unreadable,
+    or that cbis-ddsm misses, is an error. With a `cache` folder, images on disk are prepared there first, with a bar if
+    `progress`. Raises UserError if the data root is missing or holds no images for a split, or the cache cannot be built.
     """
     if hps.image_shape[0] != 1:
         raise UserError(f"--hps image_shape={hps.image_shape}: mammograms have one channel")
@@ -40,11 +42,11 @@ def get_datasets(
         if min(hps.image_shape[1:]) < 32:
             raise UserError(f"--hps image_shape={hps.image_shape}: phantoms need sides of at least 32")
         return [PhantomDataset(hps, split, seed) for split in splits]
-    if task == "cbis-ddsm":
-        data_root = data_root or Path("data/cbis-ddsm")
-        records = cbis_records(data_root, hps, strict)
-    else:
-        records = folder_records(check_root(data_root, task), hps)
+    default_root, find_records = ON_DISK[task]
+    if default_root is None:
+        check_root(data_root, task)
+    data_root = data_root or default_root
+    records = find_records(data_root, hps, strict)
     for split in splits:
         if not records[split]:
             raise UserError(f"{data_root}: no images for {split}; see split_csv and the fractions in hps.py")
@@ -53,9 +55,8 @@ def get_datasets(
         images = PreparedCache(cache, hps.image_shape)
         every = [record for split in splits for record in records[split]]
         images.build(every, hps.nb_workers, progress, strict=strict)
-    datasets = [RecordDataset(records[split], hps, split, seed, images) for split in splits]
+    datasets = [RecordDataset(records[split], hps, split, seed, images, strict) for split in splits]
     for dataset in datasets:
-        dataset.strict = strict
         if not dataset.train:
             dataset.leave_out_unreadable(progress)
     return datasets
@@ -71,7 +72,7 @@ def get_dataset(
 def load_datasets(args: argparse.Namespace, hps: HParams, *splits: str) -> list[MammogramDataset]:
     """The splits that a script needs of the data that its flags name; see `get_datasets`.
 
-    Prepared images are kept in --cache; by default not under --no-save, nor where `cache_images` keeps them in memory.
+    Prepared images are kept in --cache. By default they are not, if nothing is saved or `cache_images` keeps them in memory.
     """
     cache = args.cache
     if cache is not None and hps.native:
@@ -80,7 +81,5 @@ def load_datasets(args: argparse.Namespace, hps: HParams, *splits: str) -> list[
         )
     if cache is None and not (args.no_cache or args.no_save or hps.cache_images or hps.native):
         cache = Path("cache")
-    return get_datasets(
-        args.task, hps, splits, args.data_root, args.seed,
-        strict=args.strict, cache=cache, progress=not args.no_tqdm,
-    )  # fmt: skip
+    options = dict(strict=args.strict, cache=cache, progress=not args.no_tqdm)
+    return get_datasets(args.task, hps, splits, args.data_root, args.seed, **options)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from files.cache import PreparedCache
@@ -16,19 +15,8 @@ from files.prepared import Record, prepare_record
 from files.splits import SPLITS
 from helper import ImageError, one_line, seeded_generator, tracked
 from hps import HParams
-from loading.batches import Batch, Meta, PendingNoise, SampleKey
-from preprocessing.augment import (
-    CHANGES_OF_INTENSITIES,
-    bordered,
-    calcified,
-    draw_crop,
-    enhanced,
-    log_uniform,
-    oriented,
-    resized,
-    switched_on,
-    windowed,
-)
+from loading.batches import Batch, Meta, PackedBatch, PendingNoise, SampleKey
+from preprocessing.augment import CHANGES_OF_INTENSITIES, augment, log_uniform, switched_on
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.grid import Prepared
 from preprocessing.phantom import generate_phantom
@@ -43,19 +31,26 @@ class MammogramDataset(Dataset):
 
     Training samples are crops with fresh noise, keyed by (seed, epoch, index); validation and test images are whole and
     always carry the same noise, seeded by their path. A training image that cannot be read is replaced by another
-    (`Meta.failure`), unless `strict`. Subclasses say what the images are.
+    (`Meta.failure`); with `strict` it is an error. Subclasses say what the images are.
     """
 
-    def __init__(self, hps: HParams, split: str, seed: int = 0):
+    def __init__(self, hps: HParams, split: str, seed: int = 0, strict: bool = False):
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-        self.hps, self.split, self.seed = hps, split, seed
+        self.hps, self.split, self.seed, self.strict = hps, split, seed, strict
         self.train = split == "train"
-        self.strict = False  # an image that cannot be read is an error
         self.left_out: list[str] = []  # what was wrong with images that are left out
         self.degrade_on_device = hps.degrade_on_device
         self.unaltered = hps.updated(scale_range=[1.0, 1.0], gamma_range=[1.0, 1.0], windowing=0.0, enhancement=0.0)
         self._cache: dict[int, Prepared] = {}
+
+    def without_noise(self) -> None:
+        """Leave the low dose of training samples to the device, and undrawn if no step asks for it."""
+        self.degrade_on_device = True
+
+    def reseed(self, seed: int) -> None:
+        """Key training samples by another seed, as a resumed training does."""
+        self.seed = seed
 
     def image_count(self) -> int:
         """Number of images."""
@@ -83,7 +78,7 @@ class MammogramDataset(Dataset):
         return f"{name}: {self.image_count()} images of {len(self.patients())} patients"
 
     def prepared(self, index: int) -> Prepared:
-        """Image `index` on the training grid, from memory where `cache_images` keeps it."""
+        """Image `index` on the training grid, from memory if `cache_images` keeps it."""
         if index in self._cache:
             return self._cache[index]
         image = self.prepare(index)
@@ -105,14 +100,14 @@ class MammogramDataset(Dataset):
         image, meta = self._image_or_another(key)
         generator = seeded_generator("sample", self.seed, key.epoch, key.index)
         hps = self.unaltered if 0 < self.hps.altered_epochs <= key.epoch else self.hps
-        sample = self._sample(self._augment(image, hps, generator), meta, generator, self.degrade_on_device)
+        sample = self._sample(augment(image, hps, generator), meta, generator, self.degrade_on_device)
         return one_side(sample, generator) if self.hps.part_edges else sample
 
     def _image_or_another(self, key: SampleKey) -> tuple[Prepared, Meta]:
-        """The training image of a key or, where it cannot be read and not `strict`, another, drawn by the key.
+        """The training image of a key or, if it cannot be read, another, drawn by the key.
 
-        So batches keep their size, and epochs and processes stay in step. Raises ImageError where `STAND_INS` others cannot
-        be read either.
+        So batches keep their size, and epochs and processes stay in step. Raises ImageError if `STAND_INS` others cannot
+        be read either, or with `strict`.
         """
         index = key.index // self.hps.crops_per_image
         try:
@@ -140,60 +135,24 @@ class MammogramDataset(Dataset):
             if self.train and self.hps.noise_levels:
                 level = log_uniform(*self.hps.noise_levels, generator)
             if on_device:
-                degraded, pending = image.clean, [PendingNoise(level, generator.get_state().numpy().tobytes())]
+                pending = [PendingNoise(level, generator.get_state().numpy().tobytes())]
             else:
                 degraded = simulate_low_dose(image.clean, level, generator)
-        level = torch.tensor([float(level)])
+        images = [None if each is None else each[None] for each in (image.clean, degraded)]
         mask = None if on_device else image.mask[None]  # no training step looks at it
-        return Batch(image.clean[None], degraded[None], [meta], level, mask, pending)
-
-    def _augment(self, image: Prepared, hps: HParams, generator: torch.Generator) -> Prepared:
-        """A random crop, resized, turned, of another contrast and drawn on as the settings say; its noise is drawn after it."""
-        parts = [part for part in (image.clean, image.mask, image.degraded) if part is not None]
-        if size := hps.crop_size:
-            side = size
-            if image.degraded is None and hps.scale_range != [1, 1]:
-                # half of the crops keep their pixels; a measured low dose would lose its noise
-                factor = log_uniform(*hps.scale_range, generator)
-                side = size if torch.rand((), generator=generator) < 0.5 else round(size / factor)
-            short = [max(0, side - length) for length in image.mask.shape[-2:]]
-            if any(short):  # padding by nothing would copy the whole image
-                parts = [F.pad(part, (0, short[1], 0, short[0])) for part in parts]
-            row, column = draw_crop(parts[1][0], side, 1, hps.breast_fraction, generator)
-            parts = [part[:, row : row + side, column : column + side] for part in parts]
-            if side != size:
-                parts = [resized(part, size) for part in parts]
-        if image.degraded is None:  # a measured low dose has the intensities it has
-            if hps.gamma_range != [1, 1]:
-                gamma = log_uniform(*hps.gamma_range, generator)
-                if torch.rand((), generator=generator) < 0.5:
-                    parts[0] = parts[0] ** gamma
-            if hps.enhancement and torch.rand((), generator=generator) < hps.enhancement:
-                parts[0] = enhanced(parts[0], generator)
-            if hps.windowing and torch.rand((), generator=generator) < hps.windowing:
-                parts[0] = windowed(parts[0], parts[1], generator)
-        if hps.dihedral:
-            orientation = int(torch.randint(8, (), generator=generator))
-            parts = [oriented(part, orientation) for part in parts]
-        elif hps.flip and torch.rand((), generator=generator) < 0.5:
-            parts = [part.flip(-1) for part in parts]
-        clean, mask, *degraded = parts
-        if image.degraded is None:  # a measured low dose would show neither; their contrast is the same in any window
-            if hps.calcifications and torch.rand((), generator=generator) < hps.calcifications:
-                clean = calcified(clean, mask, generator)
-            if hps.borders and torch.rand((), generator=generator) < hps.borders:
-                clean = bordered(clean, generator)
-        return Prepared(clean, mask, *degraded)
+        kind = Batch if image.clean.is_floating_point() else PackedBatch
+        return kind(*images, [meta], torch.tensor([float(level)]), mask, pending)
 
 
 def one_side(sample: Batch, generator: torch.Generator) -> Batch:
-    """A sample (1, 1, H, W) with the bright or the dark side alone of edges far above its noise, as restoring has them.
+    """A sample (1, 1, H, W) with only the bright or the dark side of edges far above its noise, as in restoring.
 
-    The other side's pixels go on from this one's, with noise in the degraded image and without in the clean one. What has
-    no such edge stays as it is.
+    The pixels of this side continue on the other one, with noise in the degraded image and without in the clean one. If no
+    such edge is found, the sample stays as it is; edges are looked for in the clean image if noise is pending.
     """
     noise = NoiseModel.from_level(float(sample.level))
-    clean, degraded = (stabilize(image[0, 0], noise).numpy() for image in (sample.clean, sample.degraded))
+    images = sample.clean, sample.clean if sample.degraded is None else sample.degraded
+    clean, degraded = (stabilize(image[0, 0], noise).numpy() for image in images)
     sides = part_sides(degraded, least_step(noise))
     if sides is None:
         return sample
@@ -204,7 +163,7 @@ def one_side(sample: Batch, generator: torch.Generator) -> Batch:
         unstabilize(torch.from_numpy(image), noise)[None, None]
         for image in (sides.side(clean, bright), sides.side(degraded, bright, drawn))
     )
-    return replace(sample, clean=clean, degraded=degraded)
+    return replace(sample, clean=clean, degraded=None if sample.pending else degraded)
 
 
 class PhantomDataset(MammogramDataset):
@@ -223,21 +182,18 @@ class PhantomDataset(MammogramDataset):
 
 
 class RecordDataset(MammogramDataset):
-    """Images on disk, each brought onto the training grid by its breast mask; from `cache` where one is given."""
+    """Images on disk, each brought onto the training grid by its breast mask; from `cache` if one is given.
+
+    Training adds `hps.phantoms` phantoms to them.
+    """
 
     def __init__(
-        self,
-        records: Sequence[Record],
-        hps: HParams,
-        split: str,
-        seed: int = 0,
-        cache: PreparedCache | None = None,
-    ):
-        super().__init__(hps, split, seed)
+        self, records: Sequence[Record], hps: HParams, split: str, seed: int = 0, cache: PreparedCache | None = None,
+        strict: bool = False,
+    ):  # fmt: skip
+        super().__init__(hps, split, seed, strict)
         self.records, self.cache = list(records), cache
-        self.phantoms = (
-            PhantomDataset(hps.updated(phantom_counts=[hps.phantoms] * 3), split, seed) if self.train else None
-        )
+        self.phantoms = PhantomDataset(hps.updated(phantom_counts=[hps.phantoms if self.train else 0] * 3), split)
 
     @property
     def noise(self) -> str:
@@ -246,13 +202,13 @@ class RecordDataset(MammogramDataset):
         return "real low-dose pairs" if real else super().noise
 
     @property
-    def sends_levels(self) -> bool:
-        """Whether training images go to the device as the cache keeps them, half the bytes: where nothing is computed here."""
+    def sends_grey_values(self) -> bool:
+        """Whether training images go to the device as the cache keeps them, half the bytes: if nothing is computed here."""
         computes = switched_on(self.hps, ("crop_size", "phantoms", *CHANGES_OF_INTENSITIES))
         return self.train and self.degrade_on_device and not computes
 
     def image_count(self) -> int:
-        return len(self.records) + (self.phantoms.image_count() if self.train else 0)
+        return len(self.records) + self.phantoms.image_count()
 
     def prepare(self, index: int) -> Prepared:
         if index >= len(self.records):
@@ -260,12 +216,12 @@ class RecordDataset(MammogramDataset):
         record = self.records[index]
         if self.cache is None:
             return prepare_record(record, self.hps.image_shape, self.hps.native)
-        return self.cache.load(record, as_grey_values=self.sends_levels)
+        return self.cache.load(record, as_grey_values=self.sends_grey_values)
 
     def leave_out_unreadable(self, progress: bool = True) -> None:
         """Read every image; leave out what cannot be read, with a line on stderr each.
 
-        Raises ImageError where nothing is left or, with `strict`, for the first of them.
+        Raises ImageError if nothing is left or, with `strict`, for the first of them.
         """
         kept = []
         for i, record in enumerate(tracked(self.records, f"checking {self.split}", "image", progress)):

@@ -10,16 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FILTER_TAPS = 5  # side, in latents, of the neighbourhood that the linear estimate looks at
-LEVEL_KNOTS = 5  # noise levels, between the least and the greatest, at which statistics are measured
-LOCAL_RADIUS = 4  # latents; radius of the box whose mean, taken twice, is the local mean
-OUTLIER = 16.0  # mean square, in units of the noise's, from which on what the linear estimate takes away is no noise
-
 
 def local_mean(x: Tensor) -> Tensor:
-    """Mean of (N, C, H, W) around every position: a box of radius `LOCAL_RADIUS`, twice, borders repeated."""
+    """Mean of (N, C, H, W) around every position: a box of 9 x 9 latents, twice, borders repeated."""
     for _ in range(2):
-        x = F.avg_pool2d(F.pad(x, (LOCAL_RADIUS,) * 4, mode="replicate"), 2 * LOCAL_RADIUS + 1, stride=1)
+        x = F.avg_pool2d(F.pad(x, (4, 4, 4, 4), mode="replicate"), 9, stride=1)
     return x
 
 
@@ -34,7 +29,7 @@ def mixed(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def level_shares(level: Tensor, knots: Tensor) -> Tensor:
-    """Shares (N, K) of noise levels in levels (N,), `knots` (K,) being their logarithms: linear between the two nearest."""
+    """Shares (N, K) of the levels at the `knots` (K,), their log2, in noise levels (N,): linear between the two nearest."""
     if len(knots) == 1:
         return torch.ones(len(level), 1, device=knots.device)
     place = (level.to(knots).log2() - knots[0]) / (knots[1] - knots[0])
@@ -53,21 +48,23 @@ class LinearView:
 
 
 class LinearEstimate(nn.Module):
-    """A Wiener filter of normalised latents, fitted by least squares at several noise levels.
+    """A Wiener filter of normalised latents, fitted by least squares at 5 noise levels from the least to the greatest.
 
-    It looks at what the degraded latent deviates from its local mean. Where it would take away far more than the noise, as
-    on an edge, the degraded latent stands.
+    It looks at the deviations of 5 x 5 latents from their local mean. If it would take away far more than the noise, as on an
+    edge, the degraded latent stands.
     """
+
+    taps = 5  # side of the neighbourhood, in latents
 
     def __init__(self, channels: int, levels: tuple[float, float]):
         super().__init__()
         low, high = levels
-        knots = LEVEL_KNOTS if high > low else 1
+        knots = 5 if high > low else 1
         self.register_buffer("log_levels", torch.linspace(math.log2(low), math.log2(high), knots))
         self.register_buffer("degradation_scale", torch.ones(()))  # rms of degraded - clean
         self.register_buffer("whitening", torch.eye(channels))  # of degraded latents
         self.register_buffer("local_whitening", torch.eye(channels))  # of deviations from the local mean
-        self.register_buffer("noise_filter", torch.zeros(knots, channels, FILTER_TAPS**2 * channels))
+        self.register_buffer("noise_filter", torch.zeros(knots, channels, self.taps**2 * channels))
         self.register_buffer("error", torch.ones(knots))  # rms error of the estimate
 
     def forward(self, cond: Tensor, level: Tensor) -> LinearView:
@@ -75,7 +72,8 @@ class LinearEstimate(nn.Module):
         mean, share = local_mean(cond), level_shares(level, self.log_levels)
         noise = self._noise(cond - mean, share)
         fine, coarse = mixed(cond - mean, self.local_whitening), mixed(mean, self.whitening)
-        excess = noise.square().mean(1, keepdim=True) / (OUTLIER * self.degradation_scale**2)
+        # what the filter takes away is no noise if its mean square is 16 times the noise's
+        excess = noise.square().mean(1, keepdim=True) / (16 * self.degradation_scale**2)
         return LinearView(
             # next to an edge deviations are too large to show noise
             degraded=_compressed(fine) + coarse,
@@ -87,8 +85,8 @@ class LinearEstimate(nn.Module):
     def _noise(self, deviations: Tensor, share: Tensor) -> Tensor:
         n, c, h, w = deviations.shape
         filters = torch.einsum("nk,kct->nct", share, self.noise_filter)
-        filters = filters.unflatten(2, (c, FILTER_TAPS, FILTER_TAPS)).flatten(0, 1)
-        padded = F.pad(deviations, (FILTER_TAPS // 2,) * 4, mode="replicate")
+        filters = filters.unflatten(2, (c, self.taps, self.taps)).flatten(0, 1)
+        padded = F.pad(deviations, (self.taps // 2,) * 4, mode="replicate")
         return F.conv2d(padded.flatten(0, 1)[None], filters, groups=n).view(n, c, h, w)
 
     def fit(self, pairs: list[tuple[Tensor, Tensor]], levels: Sequence[Tensor]) -> None:
@@ -104,7 +102,7 @@ class LinearEstimate(nn.Module):
         floor = self.degradation_scale**2
         for (clean, degraded), level in zip(pairs, levels, strict=True):
             deviations = degraded - local_mean(degraded)
-            rows = F.unfold(deviations, FILTER_TAPS, padding=FILTER_TAPS // 2)
+            rows = F.unfold(deviations, self.taps, padding=self.taps // 2)
             noise = (degraded - clean).flatten(2)
             weight = floor / (floor + rows.square().mean(1, keepdim=True))
             share = level_shares(level, self.log_levels)

@@ -1,4 +1,4 @@
-"""What training crops are changed by: size, orientation, contrast, borders, calcifications."""
+"""Changes of training crops: size, orientation, contrast, borders, calcifications."""
 
 from __future__ import annotations
 
@@ -11,19 +11,62 @@ from scipy import ndimage
 from torch import Tensor
 
 from hps import HParams
+from preprocessing.grid import Prepared
 from preprocessing.phantom import Calcification, add_calcifications
 
-FAINTEST, BRIGHTEST = 0.01, 0.6  # contrast of calcifications drawn on training crops
-FAINT_POWER = 1.5  # 1: uniform in the logarithm of the contrast; above it more are faint
-TILT = 0.1  # radians: how far a border drawn on a training crop is at most off the rows or columns
-BLACK, WHITE = 0.6, 0.2  # shares of these borders beyond which there is nothing, and a film's whitest; else a grey
-CUT = 0.4  # share of a training crop's breast that a window drawn on it cuts off at either end at most
-DIMMEST = 0.03  # intensity that the end of a window becomes at least
-MOST_GAIN = 8.0  # of a window, and of an enhancement before it: more would make an 8 bit image's steps the picture
-ENHANCED_SIGMA = (2.0, 24.0)  # pixels: what is finer has its contrast raised
 # Settings that change the values of training images, and all that change the images before they are encoded.
 CHANGES_OF_INTENSITIES = ("gamma_range", "part_edges", "calcifications", "borders", "windowing", "enhancement")
 CHANGES_OF_IMAGES = ("flip", "dihedral", "scale_range", *CHANGES_OF_INTENSITIES)
+
+
+def augment(image: Prepared, hps: HParams, generator: torch.Generator) -> Prepared:
+    """A random crop of a training image in [0, 1], resized, turned, of another contrast and drawn on as the settings say.
+
+    A measured low dose is only cropped and turned: its noise and intensities stay. A simulated one is drawn afterwards.
+    """
+    simulated = image.degraded is None
+    parts = [image.clean, image.mask] if simulated else [image.clean, image.mask, image.degraded]
+    if hps.crop_size:
+        parts = _cropped(parts, hps, simulated, generator)
+    if simulated:
+        if hps.gamma_range != [1, 1]:
+            gamma = log_uniform(*hps.gamma_range, generator)
+            if _toss(0.5, generator):
+                parts[0] = parts[0] ** gamma
+        if _toss(hps.enhancement, generator):
+            parts[0] = enhanced(parts[0], hps.enhancement_sigma, hps.most_gain, generator)
+        if _toss(hps.windowing, generator):
+            parts[0] = windowed(*parts, hps.most_gain, generator)
+    if hps.dihedral:
+        orientation = int(torch.randint(8, (), generator=generator))
+        parts = [oriented(part, orientation) for part in parts]
+    elif hps.flip and _toss(0.5, generator):
+        parts = [part.flip(-1) for part in parts]
+    if simulated:  # drawn last: their contrast is the same in any window
+        if _toss(hps.calcifications, generator):
+            parts[0] = calcified(*parts, hps.calcification_contrast, generator)
+        if _toss(hps.borders, generator):
+            parts[0] = bordered(parts[0], generator)
+    return Prepared(*parts)
+
+
+def _toss(share: float, generator: torch.Generator) -> bool:
+    """True with a probability of `share`; if it is 0, nothing is drawn."""
+    return share > 0 and bool(torch.rand((), generator=generator) < share)
+
+
+def _cropped(parts: list[Tensor], hps: HParams, resizes: bool, generator: torch.Generator) -> list[Tensor]:
+    """The same random crop of all parts (., H, W), the second of which is the mask; `resizes` allows `scale_range`."""
+    side = hps.crop_size
+    if resizes and hps.scale_range != [1, 1]:
+        factor = log_uniform(*hps.scale_range, generator)
+        side = side if _toss(0.5, generator) else round(side / factor)
+    short = [max(0, side - length) for length in parts[1].shape[-2:]]
+    if any(short):  # padding by nothing would copy the whole image
+        parts = [F.pad(part, (0, short[1], 0, short[0])) for part in parts]
+    row, column = draw_crop(parts[1][0], side, 1, hps.breast_fraction, generator)
+    parts = [part[:, row : row + side, column : column + side] for part in parts]
+    return parts if side == hps.crop_size else [resized(part, hps.crop_size) for part in parts]
 
 
 def switched_on(hps: HParams, names: Iterable[str]) -> list[str]:
@@ -36,12 +79,12 @@ def log_uniform(low: float, high: float, generator: torch.Generator) -> float:
     return low * (high / low) ** float(torch.rand((), generator=generator))
 
 
-def windowed(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+def windowed(clean: Tensor, mask: Tensor, most_gain: float, generator: torch.Generator) -> Tensor:
     """An image (1, H, W) in [0, 1] through a random window, as displays and detectors have them.
 
-    Three coins are tossed: it begins at black, or at a quantile, up to `CUT`, of the intensities within the mask; it cuts up
-    to `CUT` of them off at white, or ends at their maximum; and where it does, this may become a darker grey, log-uniform from
-    `DIMMEST`, instead of full scale. The image is multiplied by `MOST_GAIN` at most.
+    Of the intensities within the mask up to 40 % are cut off at black, half of the time, and up to 40 % at white, half of the
+    time. Otherwise they end at their maximum, which becomes full scale or, half of the time, a darker grey, log-uniform from
+    0.03. No intensity is multiplied by more than `most_gain`.
 
     Source: linear windowing, DICOM PS3.3, C.11.2.1.2.
     """
@@ -50,36 +93,38 @@ def windowed(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         return clean
     low, high, dim, *halves = torch.rand(6, generator=generator, dtype=torch.float64).tolist()
     begins, cuts, dims = (half < 0.5 for half in halves)
-    quantiles = inside.quantile(torch.tensor([CUT * low, 1 - CUT * high if cuts else 1.0])).tolist()
+    quantiles = inside.quantile(torch.tensor([0.4 * low, 1 - 0.4 * high if cuts else 1.0])).tolist()
     floor, end = quantiles[0] if begins else 0.0, quantiles[1]
-    top = DIMMEST**dim if dims and not cuts else 1.0
-    return ((clean - floor) / max(end - floor, 1 / MOST_GAIN)).clamp(0, 1) * top
+    top = 0.03**dim if dims and not cuts else 1.0
+    return ((clean - floor) / max(end - floor, 1 / most_gain)).clamp(0, 1) * top
 
 
-def enhanced(clean: Tensor, generator: torch.Generator) -> Tensor:
+def enhanced(clean: Tensor, sigmas: list[float], most_gain: float, generator: torch.Generator) -> Tensor:
     """An image (1, H, W) in [0, 1] whose local contrast is raised, as processing for display does.
 
-    What differs from a Gaussian mean, of a sigma log-uniform in `ENHANCED_SIGMA` pixels, is multiplied by a gain log-uniform
-    from 1 to `MOST_GAIN`.
+    The difference from a Gaussian mean, of a sigma log-uniform between the two `sigmas` in pixels, is multiplied by a gain
+    log-uniform from 1 to `most_gain`.
 
     Source: unsharp masking, Gonzalez & Woods, Digital Image Processing, 4th ed., equations 3-55 and 3-56.
     """
-    sigma, gain = log_uniform(*ENHANCED_SIGMA, generator), log_uniform(1, MOST_GAIN, generator)
+    sigma, gain = log_uniform(*sigmas, generator), log_uniform(1, most_gain, generator)
     mean = torch.from_numpy(ndimage.gaussian_filter(clean[0].numpy(), sigma, mode="nearest", truncate=3.0))
     return (mean + gain * (clean - mean)).clamp(0, 1)
 
 
-def calcified(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-    """A copy of an image (1, H, W) with 4 to 40 calcifications of 1 to 3 pixels, most of them faint, within the mask."""
+def calcified(clean: Tensor, mask: Tensor, contrasts: list[float], generator: torch.Generator) -> Tensor:
+    """A copy of an image (1, H, W) with 4 to 40 calcifications of 1 to 3 pixels within the mask.
+
+    Their contrasts lie between the two `contrasts`; more of them are faint than if the logarithm was uniform.
+    """
     count = int(torch.randint(4, 41, (), generator=generator))
-    height, width = mask.shape[-2:]
+    (height, width), (faintest, strongest) = mask.shape[-2:], contrasts
     drawn = []
     for row, column, size, strength in torch.rand(count, 4, generator=generator, dtype=torch.float64).tolist():
         row, column = row * height, column * width
         if mask[0, int(row), int(column)]:
-            drawn.append(
-                Calcification(row, column, 1 + 2 * size, FAINTEST * (BRIGHTEST / FAINTEST) ** strength**FAINT_POWER)
-            )
+            contrast = faintest * (strongest / faintest) ** strength**1.5
+            drawn.append(Calcification(row, column, 1 + 2 * size, contrast))
     image = clean[0].numpy().copy()
     add_calcifications(image, drawn, 1.0)
     return torch.from_numpy(image)[None]
@@ -88,16 +133,16 @@ def calcified(clean: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor
 def bordered(clean: Tensor, generator: torch.Generator) -> Tensor:
     """An image (1, H, W) up to a straight line across it, beyond which there is one intensity, as at the border of a film.
 
-    Half of the lines run along rows or columns, the others up to `TILT` off to either side; pixels on the line hold their
-    share of both.
+    Half of the lines run along rows or columns, the others are up to 0.1 radians off. Beyond the line it is black with a
+    probability of 0.6, white with 0.2, else grey; pixels on the line hold their share of both.
     """
     quarter, tilt, place, which, grey = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-    angle = int(4 * quarter) * math.pi / 2 + (4 * tilt - 3 if tilt > 0.5 else 0.0) * TILT
+    angle = int(4 * quarter) * math.pi / 2 + (4 * tilt - 3 if tilt > 0.5 else 0.0) * 0.1
     rows, columns = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2 for side in clean.shape[-2:])
     reach = (0.1 + 0.35 * place) * min(clean.shape[-2:])
     distance = math.sin(angle) * rows[:, None] + math.cos(angle) * columns + reach
     share = (distance + 0.5).clamp(0, 1).float()
-    beyond = 0.0 if which < BLACK else 1.0 if which < BLACK + WHITE else grey
+    beyond = 0.0 if which < 0.6 else 1.0 if which < 0.6 + 0.2 else grey
     return clean * share + beyond * (1 - share)
 
 

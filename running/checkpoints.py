@@ -16,30 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from helper import UserError
-from hps import (
-    ARCHITECTURE_DIFFUSION,
-    ARCHITECTURE_VQVAE,
-    HPS_DIFFUSION,
-    HPS_VQVAE,
-    TASKS,
-    HParams,
-    check,
-)
+from hps import ARCHITECTURE_DIFFUSION, ARCHITECTURE_VQVAE, HPS_DIFFUSION, HPS_VQVAE, TASKS, HParams, check
 from running import distributed
 from running.writing import atomic_path
 
-# Settings that came after the first checkpoints, at what those were trained with.
+# Settings that came after the first checkpoints, at the values that those were trained with.
 SETTINGS_ADDED = {
     "noise_levels": [], "stabilize": False, "dihedral": False, "native": False, "scale_range": [1.0, 1.0], "phantoms": 0,
-    "noise_conditioning": False, "part_edges": False, "calcifications": 0.0,
-    "borders": 0.0, "altered_epochs": 0, "gamma_range": [1.0, 1.0], "windowing": 0.0, "enhancement": 0.0,
-    "degrade_on_device": False, "checkpoint_minutes": 10.0,
+    "noise_conditioning": False, "part_edges": False, "calcifications": 0.0, "calcification_contrast": [0.01, 0.6],
+    "borders": 0.0, "altered_epochs": 0, "gamma_range": [1.0, 1.0], "windowing": 0.0, "most_gain": 8.0, "enhancement": 0.0,
+    "enhancement_sigma": [2.0, 24.0], "degrade_on_device": False, "checkpoint_minutes": 10.0,
 }  # fmt: skip
 CHECKPOINT_FORMAT = {"vqvae": 1, "diffusion": 2}  # raised when the layout of a kind of checkpoint changes
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint file that is not whole, where the one before it may be."""
+    """A checkpoint file that is not whole; the one before it may be."""
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -79,7 +71,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save(payload, file)
-        except RuntimeError as error:  # torch's own complaint when a write fails; what the system said stands behind it
+        except RuntimeError as error:  # torch hides what the system said when a write fails
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else OSError(str(error).split("\n")[0]) from None
         if path.name == LAST and path.exists():
@@ -87,7 +79,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _keep_as(path: Path, name: Path) -> None:
-    """Give a file a second name, or where the file system has no hard links that name alone."""
+    """Give a file a second name; it loses the first one if the file system has no hard links."""
     second = name.with_name(f".{name.name}.part")
     second.unlink(missing_ok=True)
     try:
@@ -109,7 +101,7 @@ def checkpoints_in(run: Path) -> list[Path]:
 def load_checkpoint(path: Path, kind: str, *, lazily: bool = False) -> Checkpoint:
     """Read a checkpoint of the given kind onto the CPU; `lazily` leaves on disk what nobody looks at.
 
-    A run folder stands for its newest whole checkpoint. Raises UserError, naming the file, where it is missing, unreadable, of
+    A run folder stands for its newest whole checkpoint. Raises UserError, naming the file, if it is missing, unreadable, of
     another kind or of another format version.
     """
     if not path.is_dir():
@@ -128,9 +120,9 @@ def load_checkpoint(path: Path, kind: str, *, lazily: bool = False) -> Checkpoin
 
 
 def checkpoint_to_resume(args: argparse.Namespace, kind: str) -> Checkpoint | None:
-    """The checkpoint that --load-path names; None where a training starts anew.
+    """The checkpoint that --load-path names; None if the training starts anew.
 
-    It does without --load-path, and where that is a run folder of this call (--out) or of an earlier one that ended before its
+    It does without --load-path, and if that is a run folder of this call (--out) or of an earlier one that ended before its
     first checkpoint. Raises UserError as `load_checkpoint` does.
     """
     path = args.load_path
@@ -183,35 +175,29 @@ def _load_checkpoint(path: Path, kind: str, lazily: bool) -> Checkpoint:
 
 
 def _wrong_part(checkpoint: Checkpoint, size: int) -> str:
-    """The first part of a checkpoint, in a file of `size` bytes, that is not what it should be; empty where all are."""
-    table = HPS_VQVAE if checkpoint.kind == "vqvae" else HPS_DIFFUSION
+    """The first part of a checkpoint, in a file of `size` bytes, that is not as it should be; empty if all are."""
     if checkpoint.task not in TASKS:
         return f"task {str(checkpoint.task)[:40]!r}"
+    defaults = (HPS_VQVAE if checkpoint.kind == "vqvae" else HPS_DIFFUSION)[checkpoint.task]
     for key, value in checkpoint.hps.items():
-        if not isinstance(key, str):
-            return "settings"
-        if key in table[checkpoint.task] and not _is_like(value, table[checkpoint.task][key]):
+        if key in defaults and not _is_like(value, defaults[key]):
             return f"setting {key}"
-    for key in (*ARCHITECTURE_VQVAE, *ARCHITECTURE_DIFFUSION):
-        values = checkpoint.hps.get(key)
         # no width or count is greater than the weights have bytes: to build such a model would take all memory
-        if any(isinstance(v, int) and v > size for v in (values if isinstance(values, list) else [values])):
-            return f"setting {key}={values}"
-    for name in ("epoch", "step", "seen"):
-        if type(getattr(checkpoint, name)) is not int or getattr(checkpoint, name) < 0:
-            return name
-    if not isinstance(checkpoint.best, (int, float)):
-        return "best"
-    for name in ("model", "training", "extra"):
-        if not isinstance(getattr(checkpoint, name), dict):
-            return name
-    for name, value in checkpoint.model.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            return "model"
-    patients = checkpoint.extra.get("patients", [])
-    if not isinstance(patients, list) or not all(isinstance(patient, str) for patient in patients):
-        return "patients"
-    return ""
+        values = value if isinstance(value, list) else [value]
+        if key in (*ARCHITECTURE_VQVAE, *ARCHITECTURE_DIFFUSION) and any(type(v) is int and v > size for v in values):
+            return f"setting {key}={value}"
+    state, extra = checkpoint.model, checkpoint.extra
+    patients = extra.get("patients", []) if isinstance(extra, dict) else []
+    counts = {name: getattr(checkpoint, name) for name in ("epoch", "step", "seen")}
+    sound = {name: type(count) is int and count >= 0 for name, count in counts.items()} | {
+        "best": isinstance(checkpoint.best, (int, float)),
+        "model": isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()),
+        "training": isinstance(checkpoint.training, dict),
+        "extra": isinstance(extra, dict),
+        "patients": isinstance(patients, list) and all(isinstance(patient, str) for patient in patients),
+        "settings": all(isinstance(key, str) for key in checkpoint.hps),
+    }
+    return next((name for name, is_sound in sound.items() if not is_sound), "")
 
 
 def _is_like(value: object, default: object) -> bool:
@@ -222,7 +208,7 @@ def _is_like(value: object, default: object) -> bool:
 
 
 def build_model(make: Callable[[HParams], nn.Module], checkpoint: Checkpoint, path: Path) -> nn.Module:
-    """What `make` builds of a checkpoint's settings; raises UserError where these make no model."""
+    """The model that `make` builds from a checkpoint's settings; raises UserError if they make none."""
     try:
         check(checkpoint.hps)
         return make(checkpoint.hps)
@@ -232,7 +218,7 @@ def build_model(make: Callable[[HParams], nn.Module], checkpoint: Checkpoint, pa
 
 
 def warn_of_shared_patients(patients: list[str], task: str, *checkpoints: Checkpoint) -> list[str]:
-    """The patients of a test set that a model of the same task was trained on; a line on stderr where there are any."""
+    """The patients of a test set that a model of the same task was trained on; a line on stderr if there are any."""
     seen = {p for checkpoint in checkpoints if checkpoint.task == task for p in checkpoint.extra.get("patients", [])}
     shared = sorted(seen & set(patients))
     if shared:

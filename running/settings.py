@@ -6,18 +6,14 @@ import argparse
 from collections.abc import Sequence
 
 from helper import UserError
-from hps import (
-    HParams,
-    apply_overrides,
-)
+from hps import HParams, apply_overrides
 from running.checkpoints import Checkpoint
 
 # Entries that say which images there are and which split they are in: stage 2 takes them from its first stage's checkpoint,
 # so that no image tested on was trained on by either.
 DATA_IDENTITY = (
     "image_shape", "noise_level", "native", "stabilize", "split", "abnormality", "split_csv", "patient_pattern",
-    "validation_fraction",
-    "test_fraction", "phantom_counts",
+    "validation_fraction", "test_fraction", "phantom_counts",
 )  # fmt: skip
 
 
@@ -32,7 +28,7 @@ def resolve_settings(
     """The settings of a call: the task's, then the checkpoint's, then what the flags override.
 
     A checkpoint's `architecture` entries always hold; of another task's checkpoint nothing else does. Data entries follow
-    the first stage's checkpoint. Sets `args.task` where it was left out. Raises UserError naming the flag.
+    the first stage's checkpoint. Sets `args.task` if it was left out. Raises UserError naming the flag.
     """
     source = checkpoint or first_stage
     args.task = args.task or (source.task if source else "phantom")
@@ -55,10 +51,8 @@ def resolve_settings(
         hps, overridden = apply_overrides(hps.updated(**set_flags), args.hps)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if checkpoint is not None:
-        for key in overridden & set(architecture):
-            if hps[key] != checkpoint.hps.get(key, hps[key]):
-                raise UserError(
-                    f"--hps {key}={hps[key]}: the checkpoint was trained with {checkpoint.hps[key]}; leave it out"
-                )
+    trained = checkpoint.hps if checkpoint is not None else {}
+    for key in overridden & set(architecture) & set(trained):
+        if hps[key] != trained[key]:
+            raise UserError(f"--hps {key}={hps[key]}: the checkpoint was trained with {trained[key]}; leave it out")
     return hps

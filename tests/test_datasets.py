@@ -17,7 +17,7 @@ from files.images import find_images, read_image
 from files.splits import SPLITS, folder_records, patient_of, split_patients
 from helper import UserError, seeded_generator
 from hps import HPS_DIFFUSION, HPS_VQVAE
-from loading.batches import Batch, KeyedSampler, Meta, SampleKey, make_loader
+from loading.batches import Batch, KeyedSampler, Meta, PendingNoise, SampleKey, make_loader
 from loading.mammograms import one_side
 from preprocessing.augment import bordered, calcified, draw_crop, enhanced, oriented, windowed
 from preprocessing.breast import breast_mask
@@ -30,6 +30,7 @@ MINI_MIAS = Path(__file__).resolve().parents[1] / "preprocessing" / "splits" / "
 SETTINGS = HPS_VQVAE["phantom"].updated(
     image_shape=[1, 64, 48], crop_size=32, crops_per_image=3, phantom_counts=[3, 2, 2]
 )
+CONTRASTS, SIGMAS, MOST_GAIN = SETTINGS.calcification_contrast, SETTINGS.enhancement_sigma, SETTINGS.most_gain
 FOLDER = HPS_VQVAE["folder-small"].updated(image_shape=[1, 64, 48], crop_size=0)
 
 
@@ -524,8 +525,8 @@ def test_the_native_grid_is_the_breasts_box_and_its_margin_within_the_image():
 def test_calcifications_drawn_on_a_crop_are_faint_and_bright_specks_in_the_breast():
     clean, mask = torch.full((1, 96, 96), 0.3), torch.zeros(1, 96, 96, dtype=torch.bool)
     mask[..., :48] = True
-    added = [calcified(clean, mask, seeded_generator("test", i)) - clean for i in range(200)]
-    assert torch.equal(added[0], calcified(clean, mask, seeded_generator("test", 0)) - clean)
+    added = [calcified(clean, mask, CONTRASTS, seeded_generator("test", i)) - clean for i in range(200)]
+    assert torch.equal(added[0], calcified(clean, mask, CONTRASTS, seeded_generator("test", 0)) - clean)
     assert all(a.min() >= 0 and a[..., 56:].max() == 0 and a.max() <= 0.7 for a in added)
     peaks = torch.stack([a.max() for a in added])
     assert (
@@ -533,7 +534,7 @@ def test_calcifications_drawn_on_a_crop_are_faint_and_bright_specks_in_the_breas
         and torch.stack([(a > 0.005).float().mean() for a in added]).max() < 0.06
     )
     assert float(clean.max()) == pytest.approx(0.3)  # what was given stays
-    bright = calcified(torch.full((1, 96, 96), 0.95), mask, seeded_generator("test", 1))
+    bright = calcified(torch.full((1, 96, 96), 0.95), mask, CONTRASTS, seeded_generator("test", 1))
     assert 0.99 < bright.max() <= 1
 
 
@@ -580,8 +581,8 @@ def test_windows_drawn_on_a_crop_cut_off_either_end_or_dim_all_of_it():
     rows = torch.linspace(0.2, 0.6, 101)
     clean, mask = rows.expand(1, 101, 101).clone(), torch.ones(1, 101, 101, dtype=torch.bool)
     clean[:, :10], mask[:, :10] = 0, False  # the film beside the breast
-    drawn = [windowed(clean, mask, seeded_generator("window", i))[0] for i in range(400)]
-    assert torch.equal(drawn[0], windowed(clean, mask, seeded_generator("window", 0))[0])
+    drawn = [windowed(clean, mask, MOST_GAIN, seeded_generator("window", i))[0] for i in range(400)]
+    assert torch.equal(drawn[0], windowed(clean, mask, MOST_GAIN, seeded_generator("window", 0))[0])
     assert all((image[:10] == 0).all() and (image[10].diff() >= 0).all() and 0 <= image[10, -1] <= 1 for image in drawn)
     inside = torch.stack([image[10] for image in drawn])
     ends = inside[:, -1]
@@ -603,35 +604,37 @@ def test_windows_drawn_on_a_crop_cut_off_either_end_or_dim_all_of_it():
 
 def test_a_window_raises_no_intensity_by_more_than_its_gain():
     flat, mask = torch.rand(1, 96, 96, generator=seeded_generator("flat")) * 1e-3 + 0.5, torch.ones(1, 96, 96).bool()
-    drawn = torch.stack([windowed(flat, mask, seeded_generator("gain", i)) for i in range(40)])
+    drawn = torch.stack([windowed(flat, mask, MOST_GAIN, seeded_generator("gain", i)) for i in range(40)])
     assert drawn.std((-1, -2)).max() <= 8.001 * flat.std()
-    assert windowed(flat, ~mask, seeded_generator("gain", 0)) is flat
+    assert windowed(flat, ~mask, MOST_GAIN, seeded_generator("gain", 0)) is flat
 
 
 def test_enhancing_multiplies_what_is_finer_than_its_mean_and_keeps_what_is_coarser(monkeypatch):
     column = torch.arange(288)
     # at Nyquist, of which no mean of sigma 2 or more keeps anything
     fine = 0.01 * (1 - 2 * (column % 2)).expand(1, 96, 288)
-    drawn = [enhanced(0.5 + fine, seeded_generator("enhance", i)) for i in range(300)]
+    drawn = [enhanced(0.5 + fine, SIGMAS, MOST_GAIN, seeded_generator("enhance", i)) for i in range(300)]
     gains = torch.stack([(image - 0.5)[0, 48, 144] / fine[0, 48, 144] for image in drawn])
     assert 1 <= gains.min() < 1.05 and 7.6 < gains.max() <= 8.001
     assert gains.log().mean().item() == pytest.approx(math.log(8) / 2, abs=0.1)  # uniform in the logarithm
     for image, gain in zip(drawn[:5], gains, strict=False):
         torch.testing.assert_close(image[..., 96:192], 0.5 + gain * fine[..., 96:192], atol=2e-4, rtol=0)
     flat = torch.full((1, 96, 96), 0.3)
-    torch.testing.assert_close(enhanced(flat, seeded_generator("enhance")), flat)
+    torch.testing.assert_close(enhanced(flat, SIGMAS, MOST_GAIN, seeded_generator("enhance")), flat)
     # a wave of frequency f keeps exp(-2 (pi sigma f)^2) of itself in the mean, and the rest has the gain
     sigma, gain = 10.0, 4.0
     wave = 0.05 * torch.cos(2 * math.pi * column / 32).expand(1, 96, 288)
     draws = iter([sigma, gain])
-    monkeypatch.setattr("loading.mammograms.log_uniform", lambda low, high, generator: next(draws))
-    image = enhanced(0.5 + wave, seeded_generator("enhance"))
+    monkeypatch.setattr("preprocessing.augment.log_uniform", lambda low, high, generator: next(draws))
+    image = enhanced(0.5 + wave, SIGMAS, MOST_GAIN, seeded_generator("enhance"))
     monkeypatch.undo()
     kept = math.exp(-2 * (math.pi * sigma / 32) ** 2)
     torch.testing.assert_close(
         image[0, 48, 128:160], 0.5 + (gain - (gain - 1) * kept) * wave[0, 48, 128:160], atol=2e-3, rtol=0
     )
-    loud = enhanced(torch.rand(1, 96, 96, generator=seeded_generator("loud")), seeded_generator("enhance", 0))
+    loud = enhanced(
+        torch.rand(1, 96, 96, generator=seeded_generator("loud")), SIGMAS, MOST_GAIN, seeded_generator("enhance", 0)
+    )
     assert loud.min() >= 0 and loud.max() <= 1
 
 
@@ -689,7 +692,7 @@ def test_a_low_dose_drawn_in_the_step_equals_the_loaders_exactly_and_reads_the_s
     )
     keys = [SampleKey(epoch, i, i) for epoch in range(2) for i in range(4)]
     own, pending = (Batch.collate([data[key] for key in keys]) for data in (loaded, left))
-    assert torch.equal(pending.degraded, pending.clean) and len(pending.pending) == len(keys)
+    assert pending.degraded is None and len(pending.pending) == len(keys)
     drawn = pending.degrade()
     assert torch.equal(drawn.degraded, own.degraded) and torch.equal(drawn.level, own.level) and not drawn.pending
     assert torch.equal(drawn.clean, own.clean) and drawn.mask is None
@@ -708,3 +711,41 @@ def test_pending_noise_outlives_a_workers_queue():
     data = get_dataset("phantom", SETTINGS.updated(degrade_on_device=True), "train")
     here, there = (next(iter(make_loader(data, 2, workers=workers, limit=2))).degrade() for workers in (0, 1))
     assert torch.equal(here.degraded, there.degraded)
+
+
+def test_a_data_set_is_told_to_leave_its_noise_and_to_take_another_seed():
+    seeded, told = (get_dataset("phantom", SETTINGS, "train", seed=seed) for seed in (3, 0))
+    key = SampleKey(1, 0, 4)
+    assert not torch.equal(told[key].degraded, seeded[key].degraded)
+    told.reseed(3)
+    assert torch.equal(told[key].clean, seeded[key].clean) and torch.equal(told[key].degraded, seeded[key].degraded)
+    told.without_noise()
+    left = told[key]
+    assert left.degraded is None and torch.equal(left.degrade().degraded, seeded[key].degraded)
+
+
+def test_edges_are_taken_apart_in_the_clean_image_if_its_noise_is_pending():
+    clean = torch.full((1, 1, 96, 96), 0.6)
+    clean[..., :30] = 0
+    pending = [PendingNoise(0.2, seeded_generator("test").get_state().numpy().tobytes())]
+    sample = Batch(clean, None, [], torch.tensor([0.2]), None, pending)
+    sides = [one_side(sample, seeded_generator("side", i)) for i in range(10)]
+    bright = [side for side in sides if (side.clean[..., 24:30] - 0.6).abs().max() < 0.02]
+    assert 0 < len(bright) < 10 and all(side.degraded is None and side.pending == pending for side in sides)
+    assert (bright[0].degrade().degraded[..., 24:30] - 0.6).abs().max() < 0.2
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict(calcifications=1.0, calcification_contrast=[0.3, 0.3]),
+        dict(enhancement=1.0, enhancement_sigma=[4.0, 4.0]),
+        dict(enhancement=1.0, most_gain=1.5),
+        dict(windowing=1.0, most_gain=1.0),
+    ],
+    ids=str,
+)
+def test_details_of_the_changes_of_crops_are_settings(more):
+    usual = dict(list(more.items())[:1])
+    changed, plain = (get_dataset("phantom", SETTINGS.updated(**hps), "train") for hps in (more, usual))
+    assert any(not torch.equal(changed[i].clean, plain[i].clean) for i in range(9))

@@ -8,6 +8,7 @@ from hps import (
     ARCHITECTURE_VQVAE,
     HPS_DIFFUSION,
     HPS_VQVAE,
+    RANGES,
     TASKS,
     HParams,
     apply_overrides,
@@ -17,14 +18,14 @@ from vqvae import VQVAE
 
 SPECIFIED_VQVAE = dict(
     image_shape=[1, 1024, 768], in_channels=1, hidden_channels=128, res_channels=32, nb_res_layers=2, nb_levels=5,
-    scaling_rates=[4, 2, 2, 2, 2], embed_dim=64, nb_entries=512, codebook_decay=0.99, residual_type="rezero",
+    scaling_rates=[4, 2, 2, 2, 2], embed_dim=64, nb_entries=512, codebook_decay=0.99,
     learning_rate=1e-4, batch_size=4, beta=0.25, recon_loss="mse", amp=True, max_epochs=100, noise_level=0.2,
     nb_workers=4,
 )  # fmt: skip
 SPECIFIED_DIFFUSION = dict(
-    image_shape=[1, 1024, 768], timesteps=1000, beta_schedule="linear", linear_start=0.0015, linear_end=0.0195,
+    image_shape=[1, 1024, 768], timesteps=1000, linear_start=0.0015, linear_end=0.0195,
     in_channels=256, out_channels=128, model_channels=192, channel_mult=[1, 2, 4], num_res_blocks=2,
-    attention_levels=[1, 2], num_head_channels=64, dropout=0.0, use_checkpoint=True, conditioning="concat",
+    attention_levels=[1, 2], num_head_channels=64, dropout=0.0, use_checkpoint=True,
     learning_rate=2e-4, batch_size=4, max_epochs=200, grad_clip_norm=1.0, l_simple_weight=1.0, original_elbo_weight=0.0,
     parameterization="eps", ema_decay=0.9999, ddim_steps=50, ddim_eta=0.0, noise_level=0.2, nb_workers=4,
 )  # fmt: skip
@@ -62,6 +63,51 @@ def test_settings_of_the_model_in_the_box_that_clash_are_refused(changes, senten
     with pytest.raises(ValueError) as refusal:
         check(HPS_DIFFUSION["cbis-ddsm"].updated(**changes))
     assert sentence in str(refusal.value)
+
+
+LIMITS = {  # of a range: values just inside, and values just outside
+    "be greater than 0": ([1e-9, 7], [0, -1, float("nan")]),
+    "not be negative": ([0, 7], [-1e-9, float("nan")]),
+    "lie between 0 and 1": ([0, 1, 0.5], [-0.01, 1.01, float("nan")]),
+    "be two numbers greater than 0, the lesser first": (
+        [[1, 1], [0.1, 2]],
+        [[], [1], [2, 1], [0, 1], [1, float("inf")]],
+    ),
+    "be two numbers greater than 0, the lesser first, or empty": ([[], [0.1, 2]], [[1], [2, 1], [0, 1]]),
+    "be a list of numbers greater than 0": ([[1], [4, 2]], [[], [2, 0]]),
+    "be channels, height, width": ([[1, 1, 1]], [[1, 64], [1, 64, 0], [1, 1, 64, 48]]),
+    "be three counts: train, validation, test": ([[1, 1, 1]], [[3, 2], [3, 2, 0], [1, 1, 1, 1]]),
+}
+
+
+def test_every_entry_with_a_range_is_held_to_it():
+    for table in (HPS_VQVAE, HPS_DIFFUSION):
+        hps = table["phantom"]
+        for key in set(RANGES) & set(hps):
+            words = RANGES[key].words
+            inside, outside = LIMITS.get(words) or (words[len("be one of ") :].split(", "), ["", "other"])
+            assert all(RANGES[key].holds(value) for value in [*inside, hps[key]])
+            for value in outside:
+                with pytest.raises(ValueError) as refusal:
+                    check(hps.updated(**{key: value}))
+                assert str(refusal.value) == f"--hps {key}={value}: must {words}"
+    assert len(RANGES) > 60
+
+
+def test_numbers_without_a_range_must_be_finite():
+    assert "l_simple_weight" not in RANGES
+    with pytest.raises(ValueError, match="--hps l_simple_weight=inf: must be finite"):
+        check(HPS_DIFFUSION["phantom"].updated(l_simple_weight=float("inf")))
+    with pytest.raises(ValueError, match="--hps learning_rate=inf: must be finite"):
+        check(HPS_DIFFUSION["phantom"].updated(learning_rate=float("inf")))
+
+
+def test_settings_that_are_no_more_are_passed_over():
+    """Checkpoints hold them: they had one legal value."""
+    for table, gone in ((HPS_VQVAE, {"residual_type": "rezero"}), (HPS_DIFFUSION, {"beta_schedule": "linear"})):
+        hps = HParams(table["phantom"] | gone)
+        check(hps)
+        assert not set(gone) & set(hps.arguments(VQVAE) | hps.arguments(LatentDiffusion))
 
 
 def test_a_range_of_noise_levels_is_read_from_the_shell():
@@ -162,4 +208,4 @@ def test_arguments_are_the_entries_that_a_function_takes():
     assert hps.arguments(lambda a, c, d=0: None) == {"a": 1, "c": 3}
     taken = HPS_DIFFUSION["cbis-ddsm"].arguments(UNet) | HPS_DIFFUSION["cbis-ddsm"].arguments(LatentDiffusion)
     assert set(ARCHITECTURE_DIFFUSION) - {"mean_channels", "mean_res_blocks"} <= set(taken)
-    assert set(ARCHITECTURE_VQVAE) - {"residual_type"} <= set(HPS_VQVAE["cbis-ddsm"].arguments(VQVAE))
+    assert set(ARCHITECTURE_VQVAE) <= set(HPS_VQVAE["cbis-ddsm"].arguments(VQVAE))
