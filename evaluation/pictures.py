@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from evaluation.uncertainty import Interval
-from files.images import SOFTWARE
+from files.pictures import SOFTWARE
 from running.writing import atomic_path
 
 OVERVIEW = (1024, 768)  # height and width to which pictures of larger images are reduced

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from helper import UserError
+from helper import UserError, explained
 from running.writing import write_json
 
 FORMAT = 2  # raised when the layout of a calibration file, or the meaning of a factor, changes
@@ -65,10 +65,10 @@ class Calibration:
     def from_json(cls, path: Path) -> Calibration:
         """Read what `to_json` wrote. Raises UserError, naming the file, if it is missing, damaged or of another version."""
         advice = "main-diffusion.py --evaluate makes one"
+        with explained(f"{path}: cannot be read", "name a calibration file"):
+            written = path.read_bytes()
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); name a calibration file") from None
+            content = json.loads(written)
         except (ValueError, RecursionError):
             raise UserError(f"{path}: not a calibration, no JSON; {advice}") from None
         if not isinstance(content, dict) or content.pop("kind", None) != KIND:

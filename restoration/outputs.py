@@ -15,8 +15,9 @@ from PIL import Image
 
 from evaluation.pictures import save_picture, spread_picture
 from evaluation.uncertainty import REGIONS, interval, region_means
-from files.images import Mammogram, dicom_tag, find_images, is_dicom, is_restored
-from helper import UserError
+from files.dicom import dicom_tag, is_dicom
+from files.images import Mammogram, find_images, is_restored
+from helper import UserError, explained
 
 REGION_MAPS = {f"std-{side}x{side}": side for side in REGIONS}
 LEGENDS = {  # of the maps that --samples writes beside an image
@@ -145,11 +146,9 @@ def remove_stale(job: Job) -> None:
 
 def make_folder(out: Path) -> list[Path]:
     """Make the output folder; returns those that were not there. Raises UserError if it cannot be written to."""
-    try:
+    with explained(f"--out {out}: cannot be made"):
         made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made ({error.strerror}); choose another folder") from None
     if not os.access(out, os.W_OK):
         raise UserError(f"--out {out}: may not be written to; choose another folder")
     return made
