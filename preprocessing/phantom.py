@@ -1,7 +1,7 @@
 """Digital breast phantoms generated on the fly: mammogram-like images with exact ground truth.
 
-A phantom is a function of (seed, index). Anatomy is laid out in millimetres on a film 205 mm high, and random fields
-are drawn as Fourier coefficients from low to high frequency: one (seed, index) is the same breast at every pixel size.
+A phantom is a function of (seed, index). Anatomy is in millimetres on a film 205 mm high, and random fields are drawn as
+Fourier coefficients from low to high frequency, so one (seed, index) is the same breast at every pixel size.
 
 Sources: Burgess et al., "Human observer detection experiments with mammograms and power-law noise", Med. Phys. 28
 (2001) 419, for the 1/f^3 parenchyma; Bakic et al., "Mammogram synthesis using a 3D simulation. I", Med. Phys. 29 (2002)
@@ -31,9 +31,9 @@ CURVE_STEP_MM = 0.15
 
 @dataclass(frozen=True)
 class Calcification:
-    """One microcalcification: centre and diameter in pixels, contrast the most it adds to any pixel, linear intensity.
+    """One microcalcification: centre and diameter in pixels, with pixel centres at integers.
 
-    Pixel centres are at integers. The contrast includes the partial-volume loss at the image's own pixel size.
+    Its contrast is the most that it adds to a pixel, in linear intensity, at the image's own pixel size.
     """
 
     row: float
@@ -54,24 +54,19 @@ class Mass:
 
 @dataclass(frozen=True)
 class Phantom:
-    """A breast and its ground truth.
+    """A breast and its ground truth."""
 
-    image is (1, H, W) float32 in [0, 1], linear, exactly 0 outside the breast; mask is (1, H, W) bool, True on the
-    breast with skin and pectoral muscle; view is "CC" or "MLO"; side is "LEFT" or "RIGHT", the image edge at the
-    chest wall; density is the area-weighted fibroglandular fraction in [0, 1] of the breast without the muscle.
-    """
-
-    image: torch.Tensor
-    mask: torch.Tensor
+    image: torch.Tensor  # (1, H, W) float32 in [0, 1], linear, exactly 0 outside the breast
+    mask: torch.Tensor  # (1, H, W) bool, True on the breast with skin and pectoral muscle
     calcifications: tuple[Calcification, ...]
     masses: tuple[Mass, ...]
-    view: str
-    side: str
-    density: float
+    view: str  # "CC" or "MLO"
+    side: str  # "LEFT" or "RIGHT": the image edge at the chest wall
+    density: float  # area-weighted fibroglandular fraction in [0, 1] of the breast without the muscle
 
 
 class _Anatomy:
-    """What is drawn once per breast: lengths in mm, with y down from the top and x out from the chest wall."""
+    """The shape of one breast: lengths in mm, with y down from the top and x out from the chest wall."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         mlo = rng.random() < 0.5
@@ -96,14 +91,14 @@ class _Anatomy:
         self.muscle = self.fat + rng.uniform(0.16, 0.32)
         self.muscle_width = rng.uniform(36.0, 66.0)
         self.muscle_height = rng.uniform(75.0, 140.0)
-        # A negative width keeps the axilla and the fold below the breast out of view.
+        # a negative width keeps axilla and fold out of view
         self.axilla = self.muscle_width + rng.uniform(16.0, 42.0) if mlo else -90.0
         self.axilla_slope = (self.axilla - self.depth * rng.uniform(0.2, 0.5)) / self.centre if mlo else 0.0
         self.fold = rng.uniform(2.0, 16.0) if mlo and rng.random() < 0.3 else -90.0
 
 
 def _smooth_max(a: np.ndarray, b: np.ndarray, width: float) -> np.ndarray:
-    """Maximum with a fillet of the given width, so that joined outlines have no corner."""
+    """Maximum with a rounded corner of the given width."""
     h = np.clip(0.5 + 0.5 * (a - b) / width, 0.0, 1.0)
     return b + (a - b) * h + width * h * (1.0 - h)
 
@@ -113,7 +108,7 @@ def _skin_depth(anatomy: _Anatomy, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     p, reach = anatomy.roundness, anatomy.depth + anatomy.cut
     v = y - anatomy.centre - anatomy.sag * np.clip(x / anatomy.depth, 0.0, 1.2) ** 2
     half = np.where(v < 0.0, anatomy.upper, anatomy.lower)
-    # The small offset keeps the slope finite on the axes.
+    # the small offset keeps the slope finite on the axes
     u, w = np.abs(x + anatomy.cut) / reach + 1e-6, np.abs(v) / half + 1e-6
     rho = (u**p + w**p) ** (1.0 / p)
     slope = np.hypot((u / rho) ** (p - 1.0) / reach, (w / rho) ** (p - 1.0) / half)
@@ -135,7 +130,7 @@ def _muscle_depth(anatomy: _Anatomy, y: np.ndarray, x: np.ndarray) -> np.ndarray
 
 @lru_cache(maxsize=32)
 def _amplitude(half: int, beta: float, longest: float, shortest: float) -> np.ndarray:
-    """Fourier amplitudes of a 1/f^beta field of unit variance, wavelengths in mm between about shortest and longest."""
+    """Fourier amplitudes of a 1/f^beta field of unit variance, with wavelengths from shortest to longest in mm."""
     f0 = 1.0 / longest
 
     def power(f: np.ndarray) -> np.ndarray:
@@ -153,17 +148,15 @@ def power_law_field(
     """Periodic Gaussian random field whose two-dimensional power spectrum falls as 1/f^beta (Burgess et al. 2001).
 
     Coefficients are drawn in square shells of doubling frequency, so a larger size adds detail to the same field.
-    Returns (size, size) float32 over 205 mm squared, mean 0, variance about 1; longest and shortest, in mm, limit the
-    band. rng advances by one draw, whatever the size.
+    Returns (size, size) float32 over 205 mm squared, mean 0, variance about 1, wavelengths from shortest to longest in mm.
     """
-    # A generator of its own keeps what the caller draws next independent of the size.
+    # a generator of its own: rng advances by one draw, whatever the size
     rng = np.random.default_rng(rng.integers(2**63))
     half = size // 2 - 1
     edge = 8
     shells = rng.standard_normal((2 * edge + 1, edge + 1, 2), dtype=np.float32)
     while edge < half:
         outer = rng.standard_normal((4 * edge + 1, 2 * edge + 1, 2), dtype=np.float32)
-        # The inner shells stay, whatever the size asked for.
         outer[edge : 3 * edge + 1, : edge + 1] = shells
         shells, edge = outer, 2 * edge
     kept = shells[edge - half : edge + half + 1, : half + 1].copy().view(np.complex64)[..., 0]
@@ -200,19 +193,19 @@ def _gland(
     disc = 1.0 - np.hypot((y - cy) / spread, (x - cx) / (0.62 * reach))
     lobes = _sample(power_law_field(rng, 64, 3.5, 90.0, 8.0), y / 1.1, x / 1.6)
     envelope = 3.1 * np.minimum(disc + 0.1, 0.3) + 2.0 * np.clip((depth - 9.0) / 12.0, -1.0, 0.3) + 0.85 * lobes
-    level = 2.6 * (anatomy.density - 0.72)
+    offset = 2.6 * (anatomy.density - 0.72)
     roughness = rng.uniform(0.4, 1.2)
     total = np.zeros_like(x)
     sheets = int(rng.integers(3, 6))
     for _ in range(sheets):
         across, along = _fan(rng, anatomy, y, x)
         noise = _sample(power_law_field(rng, size, 2.85, 42.0), across, along / rng.uniform(1.2, 3.6))
-        total += expit(2.2 * (envelope + roughness * noise + level + rng.normal(0.0, 0.3)))
+        total += expit(2.2 * (envelope + roughness * noise + offset + rng.normal(0.0, 0.3)))
     return total / sheets
 
 
 def _strands(rng: np.random.Generator, anatomy: _Anatomy, y: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
-    """Cooper's ligaments and fibrous septa, about 0 to 2: thin bright level lines of fields drawn out along the fan."""
+    """Cooper's ligaments and fibrous septa, about 0 to 2: thin bright zero lines of fields stretched along the fan."""
     pixel = FILM_HEIGHT_MM / size
     total = np.zeros_like(x)
     for wavelength, width in ((34.0, 0.6), (24.0, 0.5), (18.0, 0.45), (13.0, 0.4)):
@@ -220,7 +213,7 @@ def _strands(rng: np.random.Generator, anatomy: _Anatomy, y: np.ndarray, x: np.n
         stretch = rng.uniform(3.0, 9.0)
         noise = _sample(power_law_field(rng, size, 4.0, wavelength, 7.0), across, along / stretch)
         presence = _sample(power_law_field(rng, 64, 3.0, 50.0), across, along / 2.0)
-        # A line thinner than a pixel is drawn wider and fainter, as pixel averaging would.
+        # a line thinner than a pixel is drawn wider and fainter, as if averaged over the pixel
         reach = math.hypot(width, 0.6 * pixel)
         line = np.exp(-np.abs(noise) * wavelength / (6.0 * reach))
         total += width / reach * line * expit(2.5 * presence - 0.6)
@@ -237,12 +230,11 @@ def _curve(
     return np.asarray(start) + CURVE_STEP_MM * np.stack([np.sin(angle), np.cos(angle)], axis=1).cumsum(axis=0)
 
 
-def _draw_curves(
-    curves: list[np.ndarray], weights: list[np.ndarray], sigma: float, shape: tuple[int, int]
-) -> np.ndarray:
-    """Curves in mm as an additive layer: a Gaussian profile of sigma mm, of peak weight where pixels resolve it."""
-    if not curves:
+def _draw_curves(drawn: list[tuple[np.ndarray, np.ndarray]], sigma: float, shape: tuple[int, int]) -> np.ndarray:
+    """Additive layer of curves in mm, each with its weights: a Gaussian profile of sigma mm whose peak is the weight."""
+    if not drawn:
         return np.zeros(shape, np.float32)
+    curves, weights = zip(*drawn, strict=True)
     pixel = FILM_HEIGHT_MM / shape[0]
     position = np.concatenate(curves) / pixel - 0.5
     corner = np.floor(position).astype(int)
@@ -260,16 +252,16 @@ def _draw_curves(
 def _ducts_and_vessels(rng: np.random.Generator, anatomy: _Anatomy, shape: tuple[int, int]) -> np.ndarray:
     """Additive layer of ducts fanning out from the nipple and a few veins, each fading along its length."""
     ny, nx = anatomy.nipple
-    ducts, duct_weights, veins, vein_weights = [], [], [], []
+    ducts, veins = [], []
     for _ in range(rng.integers(4, 10)):
-        ducts.append(_curve(rng, (ny, nx - 5.0), math.pi + rng.uniform(-0.9, 0.9), rng.uniform(20.0, 55.0), 0.2))
-        duct_weights.append(np.linspace(rng.uniform(0.02, 0.08), 0.0, len(ducts[-1])))
+        curve = _curve(rng, (ny, nx - 5.0), math.pi + rng.uniform(-0.9, 0.9), rng.uniform(20.0, 55.0), 0.2)
+        ducts.append((curve, np.linspace(rng.uniform(0.02, 0.08), 0.0, len(curve))))
     for _ in range(rng.integers(1, 5)):
         start = (ny + rng.uniform(-70.0, 70.0), rng.uniform(0.0, 40.0))
         heading = 0.8 * (ny - start[0]) / nx + rng.normal(0.0, 0.4)
-        veins.append(_curve(rng, start, heading, rng.uniform(30.0, 90.0), 0.3))
-        vein_weights.append(rng.uniform(0.02, 0.07) * np.sqrt(np.sin(np.linspace(0.0, math.pi, len(veins[-1])))))
-    return _draw_curves(ducts, duct_weights, 0.6, shape) + _draw_curves(veins, vein_weights, 0.9, shape)
+        curve = _curve(rng, start, heading, rng.uniform(30.0, 90.0), 0.3)
+        veins.append((curve, rng.uniform(0.02, 0.07) * np.sqrt(np.sin(np.linspace(0.0, math.pi, len(curve))))))
+    return _draw_curves(ducts, 0.6, shape) + _draw_curves(veins, 0.9, shape)
 
 
 def _clearance(anatomy: _Anatomy, y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -279,10 +271,10 @@ def _clearance(anatomy: _Anatomy, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _place(rng: np.random.Generator, anatomy: _Anatomy, margin: float) -> tuple[float, float]:
-    """A point (y, x) in mm near the gland, at least margin from skin, muscle and chest wall where the breast allows."""
+    """A point (y, x) in mm near the gland, at least margin from skin, muscle and chest wall if the breast has room."""
     ny, nx = anatomy.nipple
     y, x = ny + rng.normal(-4.0, 26.0, 64), nx * rng.uniform(0.1, 0.85, 64)
-    # Clipping at zero makes argmax the first candidate with enough clearance.
+    # clipping at zero makes argmax the first candidate with enough clearance
     first = int(np.argmax(np.minimum(_clearance(anatomy, y, x) - margin, 0.0)))
     return float(y[first]), float(x[first])
 
@@ -311,14 +303,14 @@ def _mass_layer(rng: np.random.Generator, masses: list[Mass], y: np.ndarray, x: 
 
 def _spicules(rng: np.random.Generator, masses: list[Mass], shape: tuple[int, int]) -> np.ndarray:
     """Additive layer of fine lines that leave the spiculated masses radially and fade out."""
-    curves, weights = [], []
+    spicules = []
     for mass in (m for m in masses if m.spiculated):
         for _ in range(rng.integers(12, 26)):
             angle = rng.uniform(0.0, 2.0 * math.pi)
             start = (mass.row + 0.6 * mass.radius * math.sin(angle), mass.column + 0.6 * mass.radius * math.cos(angle))
-            curves.append(_curve(rng, start, angle, mass.radius * rng.uniform(0.8, 2.2), 0.12))
-            weights.append(np.linspace(rng.uniform(0.01, 0.06), 0.0, len(curves[-1])))
-    return _draw_curves(curves, weights, 0.5, shape)
+            curve = _curve(rng, start, angle, mass.radius * rng.uniform(0.8, 2.2), 0.12)
+            spicules.append((curve, np.linspace(rng.uniform(0.01, 0.06), 0.0, len(curve))))
+    return _draw_curves(spicules, 0.5, shape)
 
 
 def _draw_calcifications(rng: np.random.Generator, anatomy: _Anatomy) -> list[Calcification]:
@@ -368,7 +360,7 @@ def add_calcifications(image: np.ndarray, drawn: list[Calcification], pixel: flo
         c0, c1 = max(0, round(column) - reach), min(width, round(column) + reach + 1)
         blob = c.contrast * np.outer(pixel_means(row, sigma, r0, r1), pixel_means(column, sigma, c0, c1))
         window, core = image[r0:r1, c0:c1], blob > 0.1 * blob.max()
-        # Film saturates at 1, so contrast is what headroom the surround leaves.
+        # film saturates at 1
         blob *= min(1.0, ((1.0 - window[core]) / blob[core]).min())
         window += blob
         found.append(Calcification(row, column, c.diameter / pixel, float(blob.max())))
@@ -376,16 +368,13 @@ def add_calcifications(image: np.ndarray, drawn: list[Calcification], pixel: flo
 
 
 def _tissue(
-    streams: list[np.random.Generator],
-    anatomy: _Anatomy,
-    masses: list[Mass],
-    depth: np.ndarray,
-    y: np.ndarray,
-    x: np.ndarray,
-    extra: np.ndarray,
-    size: int,
+    streams: list[np.random.Generator], anatomy: _Anatomy, masses: list[Mass], points: list[np.ndarray], size: int
 ) -> tuple[np.ndarray, float]:
-    """Linear intensity at the points of the breast before calcifications, and its fibroglandular fraction."""
+    """Linear intensity at the points of the breast before calcifications, and its fibroglandular fraction.
+
+    `points` are their depth, y and x in mm, and what ducts, vessels and spicules add to them.
+    """
+    depth, y, x, extra = points
     gland = _gland(streams[0], anatomy, depth, y, x, size)
     strands = _strands(streams[1], anatomy, y, x, size)
     across, along = _fan(streams[2], anatomy, y, x)
@@ -405,12 +394,11 @@ def _tissue(
 
 
 def generate_phantom(seed: int, index: int, image_shape: tuple[int, int, int] = (1, 256, 192)) -> Phantom:
-    """Generate breast number index of the series seed; see Phantom for the contents, shapes and value ranges.
+    """Generate breast number index of the series seed.
 
-    The height of image_shape (1, H, W) always stands for 205 mm, so it sets the pixel size; W = 3 H / 4 shows a large
-    breast whole. About half of the phantoms are MLO views, half have a mass and half have calcification clusters.
-    Composition of the tissue layers follows Bakic et al. 2002. Raises ValueError if image_shape is not (1, H, W) with H
-    and W at least 32, or if seed or index is negative.
+    The height of image_shape (1, H, W) is 205 mm, so it sets the pixel size; W = 3 H / 4 shows a large breast whole. Half
+    of the phantoms are MLO views, half have a mass and half have calcification clusters. The tissue layers follow Bakic et
+    al. 2002. Raises ValueError if image_shape is not (1, H, W) with H and W at least 32, or seed or index is negative.
     """
     if len(image_shape) != 3 or image_shape[0] != 1 or min(image_shape[1:]) < MIN_SIDE:
         raise ValueError(f"image_shape must be (1, H, W) with H and W at least {MIN_SIDE}, got {tuple(image_shape)}")
@@ -428,52 +416,40 @@ def generate_phantom(seed: int, index: int, image_shape: tuple[int, int, int] = 
     mask = depth > 0.0
     extra = _ducts_and_vessels(streams[4], anatomy, (height, width)) + _spicules(streams[4], masses, (height, width))
     image = np.zeros((height, width), np.float32)
-    image[mask], density = _tissue(streams[5:], anatomy, masses, depth[mask], y[mask], x[mask], extra[mask], height)
-    found = add_calcifications(image, calcifications, FILM_HEIGHT_MM / image.shape[0])
-
+    points = [values[mask] for values in (depth, y, x, extra)]
+    image[mask], density = _tissue(streams[5:], anatomy, masses, points, height)
+    found = [add_calcifications(image, calcifications, pixel)]
     sizes = [Mass(m.row / pixel - 0.5, m.column / pixel - 0.5, m.radius / pixel, m.spiculated) for m in masses]
-    sizes = [m for m in sizes if m.column <= width - 1]
+    found.append([m for m in sizes if m.column <= width - 1])
     if anatomy.side == "RIGHT":
         image, mask = image[:, ::-1].copy(), mask[:, ::-1].copy()
-        found = [replace(c, column=width - 1 - c.column) for c in found]
-        sizes = [replace(m, column=width - 1 - m.column) for m in sizes]
-    return Phantom(
-        torch.from_numpy(image[None]),
-        torch.from_numpy(mask[None]),
-        tuple(found),
-        tuple(sizes),
-        anatomy.view,
-        anatomy.side,
-        density,
-    )
-
-
-def _load_real(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """A real mammogram cropped to the columns that show tissue and to the sheet's tile shape, in [0, 1]."""
-    height, width = shape
-    film = np.asarray(Image.open(path).convert("L"))
-    columns = np.flatnonzero((film > 24).mean(axis=0) > 0.05)
-    film = film[:, columns[0] : columns[-1] + 1]
-    wanted = film.shape[0] * width // height
-    film = film if film[:, :40].mean() > film[:, -40:].mean() else film[:, ::-1]
-    film = np.pad(film, ((0, 0), (0, max(0, wanted - film.shape[1]))))[:, :wanted]
-    return np.asarray(Image.fromarray(film).resize((width, height), Image.Resampling.BOX)) / 255.0
+        found = [[replace(item, column=width - 1 - item.column) for item in items] for items in found]
+    tensors = torch.from_numpy(image[None]), torch.from_numpy(mask[None])
+    return Phantom(*tensors, *map(tuple, found), anatomy.view, anatomy.side, density)
 
 
 def draw_sheet(tiles: list[np.ndarray], columns: int = 8) -> np.ndarray:
     """Contact sheet, uint8, of equally large (H, W) images in [0, 1], filled row by row; ValueError without images."""
     if not tiles:
         raise ValueError("a contact sheet needs at least one image")
-    height, width = tiles[0].shape
-    sheet = np.zeros((-(-len(tiles) // columns) * height, columns * width))
-    for k, tile in enumerate(tiles):
-        row, column = k // columns * height, k % columns * width
-        sheet[row : row + height, column : column + width] = tile
-    return (255.0 * sheet).round().astype(np.uint8)
+    padded = np.array([*tiles, *[np.zeros_like(tiles[0])] * (-len(tiles) % columns)], np.float64)
+    rows = padded.reshape(-1, columns, *tiles[0].shape).swapaxes(1, 2)
+    return (255.0 * rows.reshape(-1, columns * tiles[0].shape[1])).round().astype(np.uint8)
+
+
+def _load_real(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """A real mammogram with the breast to the left, cropped to the shape of a tile, in [0, 1]."""
+    film = np.asarray(Image.open(path).convert("L"))
+    columns = np.flatnonzero((film > 24).mean(axis=0) > 0.05)
+    film = film[:, columns[0] : columns[-1] + 1]
+    film = film if film[:, :40].mean() > film[:, -40:].mean() else film[:, ::-1]
+    width = film.shape[0] * shape[1] // shape[0]
+    film = np.pad(film, ((0, 0), (0, max(0, width - film.shape[1]))))[:, :width]
+    return np.asarray(Image.fromarray(film).resize(shape[::-1], Image.Resampling.BOX)) / 255.0
 
 
 def main() -> None:
-    """Write a contact sheet of phantoms, with as many real mammograms below it if a folder of them is given."""
+    """Write a contact sheet of phantoms, and below it as many real mammograms if --real names a folder of them."""
     parser = Parser(description="Draw a contact sheet of digital breast phantoms.")
     parser.add_argument("--sheet", type=Path, required=True, help="PNG file to write")
     parser.add_argument("--seed", type=non_negative_int, default=0)
@@ -486,11 +462,8 @@ def main() -> None:
         paths = sorted(args.real.glob("*.[pP][gGnN][mMgG]"))
         if not paths:
             raise UserError(f"--real {args.real}: no PGM or PNG files there")
-        step = max(1, len(paths) // args.count)
-        sheets += [
-            np.full((8, sheets[0].shape[1]), 255, np.uint8),
-            draw_sheet([_load_real(path, tiles[0].shape) for path in paths[::step][: args.count]]),
-        ]
+        real = [_load_real(path, tiles[0].shape) for path in paths[:: max(1, len(paths) // args.count)][: args.count]]
+        sheets += [np.full((8, sheets[0].shape[1]), 255, np.uint8), draw_sheet(real)]
     with atomic_path(args.sheet) as temporary:
         Image.fromarray(np.concatenate(sheets)).save(temporary, format="PNG")
     print(f"sheet written to {args.sheet}")
