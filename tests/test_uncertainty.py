@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -93,6 +94,17 @@ def test_intervals_end_at_black_and_white():
     black = interval(np.zeros((4, 8, 8), np.float32))  # no spread at all: the interval is a point
     assert black.holds(np.zeros((8, 8))).all()
     assert not black.holds(np.full((8, 8), 1e-3)).any()
+
+
+def test_the_spread_of_many_samples_takes_no_copy_of_them_in_double_precision():
+    samples = np.random.default_rng(0).random((16, SIDE, SIDE), dtype=np.float32)
+    tracemalloc.start()
+    own = interval(samples)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 9 * 8 * SIDE**2
+    expected = math.sqrt(17 / 16) * samples.std(0, ddof=1, dtype=np.float64)
+    np.testing.assert_allclose(own.std, expected, rtol=1e-6)
 
 
 def test_too_few_samples_and_images_that_do_not_fit_are_refused():
