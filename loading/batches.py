@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,44 +42,31 @@ class Meta:
 
 @dataclass(frozen=True)
 class PendingNoise:
-    """A low dose that the loader leaves to the device to draw."""
+    """The noise of one image that is still to be drawn, on the device."""
 
     level: float
     state: bytes  # of the sample's generator, when it is the noise's turn
 
+    def low_dose(self, clean: Tensor) -> Tensor:
+        """The low dose of a clean image (C, H, W) in [0, 1].
+
+        On the CPU it is what the loader would have drawn. A GPU's generator draws other numbers, keyed by sample too.
+        """
+        if clean.device.type == "cpu":
+            generator = torch.Generator().set_state(torch.frombuffer(bytearray(self.state), dtype=torch.uint8))
+        else:
+            generator = seeded_generator("low dose", self.state, device=clean.device)
+        return simulate_low_dose(clean, self.level, generator)
+
 
 @dataclass
-class Batch:
-    """Clean and degraded images (N, C, H, W) in [0, 1], or latents of both; `mask` (N, 1, H, W) is True in the breast.
+class Samples:
+    """What batches of images and of latents share."""
 
-    `level` (N,) is the noise level of each degraded image. Images with `pending` noise are clean in `degraded` until
-    `degrade` is called. Training images on their way to the device may be in 16 bits until `to` is called: `intensities`.
-    """
-
-    clean: Tensor
-    degraded: Tensor
+    clean: Tensor  # (N, C, H, W)
+    degraded: Tensor | None  # like `clean`
     meta: list[Meta]
-    level: Tensor
-    mask: Tensor | None = None
-    pending: list[PendingNoise | None] = field(default_factory=list)  # by image; empty: nothing is left to draw
-
-    def degrade(self) -> Batch:
-        """The batch with the noise drawn that is pending, on the device where it is.
-
-        On the CPU it is what the loader would have drawn. A GPU's generator draws other numbers: keyed by sample too.
-        """
-        if not self.pending:
-            return self
-        device, images = self.clean.device, list(self.degraded)
-        for i, noise in enumerate(self.pending):
-            if noise is None:
-                continue
-            if device.type == "cpu":
-                generator = torch.Generator().set_state(torch.frombuffer(bytearray(noise.state), dtype=torch.uint8))
-            else:
-                generator = seeded_generator("low dose", noise.state, device=device)
-            images[i] = simulate_low_dose(self.clean[i], noise.level, generator)
-        return replace(self, degraded=torch.stack(images), pending=[])
+    level: Tensor  # (N,): noise level of every degraded sample
 
     @property
     def noise(self) -> NoiseModel:
@@ -85,52 +74,72 @@ class Batch:
         return NoiseModel.of_levels(self.level)
 
     def __len__(self) -> int:
-        return len(self.clean)
+        return len(self.meta)
 
     @property
     def counts(self) -> list[bool]:
         """Which of the samples count, by sample; see `SampleKey`."""
         return [meta.key.counts for meta in self.meta]
 
-    def to(self, device: torch.device) -> Batch:
-        """The batch on `device`, its images in [0, 1]; the copy does not block where the memory is pinned."""
+    def to(self, device: torch.device) -> Samples:
+        """The batch on `device`; the copy does not block if the memory is pinned."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return self._moved(move, lambda image: intensities(move(image)))
-
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> Samples:
         """The batch in pinned memory (called by DataLoader)."""
-        return self._moved(Tensor.pin_memory, Tensor.pin_memory)
+        return self._with(Tensor.pin_memory)
 
-    def _moved(self, move: Callable[[Tensor], Tensor], move_image: Callable[[Tensor], Tensor]) -> Batch:
-        clean = move_image(self.clean)
-        return replace(
-            self,
-            clean=clean,
-            degraded=clean if self.degraded is self.clean else move_image(self.degraded),  # pending: one copy will do
-            level=move(self.level),
-            mask=None if self.mask is None else move(self.mask),
-        )
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Samples:
+        return replace(self, **{name: change(v) for name, v in vars(self).items() if isinstance(v, Tensor)})
 
-    @classmethod
-    def collate(cls, items: Sequence[Batch]) -> Batch:
-        """Join batches of one sample each."""
+    @staticmethod
+    def collate(items: Sequence[Samples]) -> Samples:
+        """Join batches of one sample each, all of one kind."""
+        if isinstance(items[0], Batch) and any(item.pending for item in items):
+            items = [replace(item, degraded=None, pending=item.pending or [item.degraded[0]]) for item in items]
 
-        def join(tensors: Iterable[Tensor]) -> Tensor:
-            return default_collate([tensor[0] for tensor in tensors])  # in a worker, into the memory that is sent
+        def join(values: list) -> Any:
+            if isinstance(values[0], Tensor):
+                return default_collate([value[0] for value in values])  # in a worker, into the memory that is sent
+            return None if values[0] is None else list(itertools.chain(*values))
 
-        pending = [noise for item in items for noise in item.pending or [None]]
-        clean = join(item.clean for item in items)
-        return cls(
-            clean=clean,
-            degraded=clean if all(pending) else join(item.degraded for item in items),
-            meta=[meta for item in items for meta in item.meta],
-            level=join(item.level for item in items),
-            mask=None if items[0].mask is None else join(item.mask for item in items),
-            pending=pending if any(pending) else [],
-        )
+        return type(items[0])(**{name: join([getattr(item, name) for item in items]) for name in vars(items[0])})
+
+
+@dataclass
+class Batch(Samples):
+    """Clean and degraded images (N, C, H, W) in [0, 1]; `degraded` is None until all noise that is `pending` is drawn."""
+
+    mask: Tensor | None = None  # (N, 1, H, W): True in the breast
+    # by image: the noise that `degrade` is to draw, or a measured low dose (C, H, W) among such images; or empty
+    pending: list[PendingNoise | Tensor] = field(default_factory=list)
+
+    def degrade(self) -> Batch:
+        """The batch with the noise drawn that is pending, on the device where it is."""
+        if not self.pending:
+            return self
+        images = [
+            each.low_dose(clean) if isinstance(each, PendingNoise) else each
+            for each, clean in zip(self.pending, self.clean, strict=True)
+        ]
+        return replace(self, degraded=torch.stack(images), pending=[])
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Samples:
+        pending = [change(each) if isinstance(each, Tensor) else each for each in self.pending]
+        return replace(super()._with(change), pending=pending)
+
+
+@dataclass
+class PackedBatch(Batch):
+    """A `Batch` on its way to the device: its images are 16-bit grey values (`intensities`), half the bytes."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`, its images in [0, 1]."""
+        return Batch(**vars(super().to(device)._with(intensities)))
+
+
+class LatentBatch(Samples):
+    """Clean and degraded latents of the first stage, (N, C, H, W), not normalised."""
 
 
 class KeyedSampler(Sampler[SampleKey]):
@@ -142,16 +151,9 @@ class KeyedSampler(Sampler[SampleKey]):
     """
 
     def __init__(
-        self,
-        length: int,
-        seed: int = 0,
-        shuffle: bool = False,
-        limit: int | None = None,
-        *,
-        batch_size: int = 1,
-        rank: int = 0,
-        processes: int = 1,
-    ):
+        self, length: int, seed: int = 0, shuffle: bool = False, limit: int | None = None, *,
+        batch_size: int = 1, rank: int = 0, processes: int = 1,
+    ):  # fmt: skip
         self.length, self.seed, self.shuffle = length, seed, shuffle
         self.count = length if limit is None else min(limit, length)  # samples of an epoch, of all processes
         self.batch_size, self.rank, self.processes = batch_size, rank, processes
@@ -184,17 +186,10 @@ class KeyedSampler(Sampler[SampleKey]):
 
 
 def make_loader(
-    dataset: Dataset,
-    batch_size: int,
-    *,
-    seed: int = 0,
-    shuffle: bool = False,
-    workers: int = 0,
-    pin: bool = False,
-    limit: int | None = None,
-    shared: bool = False,
-) -> DataLoader:
-    """A DataLoader of `Batch` over a data set of this module; its sampler is a `KeyedSampler`.
+    dataset: Dataset, batch_size: int, *, seed: int = 0, shuffle: bool = False, workers: int = 0, pin: bool = False,
+    limit: int | None = None, shared: bool = False,
+) -> DataLoader:  # fmt: skip
+    """A DataLoader over a data set of single samples; its sampler is a `KeyedSampler`.
 
     With `limit` it is for one pass over the first so many samples; else its workers live on from epoch to epoch. `shared`
     batches, of a size that is a multiple of the number of processes, are dealt out to the processes of the run.

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from files.splits import refuse_escape
 from helper import UserError, seeded_generator, tracked
 from hps import HParams
-from loading.batches import Batch, Meta, SampleKey, make_loader
+from loading.batches import Batch, LatentBatch, Meta, SampleKey, make_loader
 from loading.mammograms import MammogramDataset
 from preprocessing.augment import CHANGES_OF_IMAGES, draw_crop, switched_on
 from running import distributed
 from running.checkpoints import SETTINGS_ADDED
+from running.folders import hold
 from running.settings import DATA_IDENTITY
+from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper
 
 LATENT_FORMAT = 1  # raised when the layout of a latent data set changes
 
 
 class LatentDataset(Dataset):
-    """Latents that `main-latents.py` wrote, memory-mapped, as a `Batch` of one (clean, degraded) pair in float32.
+    """Latents that `main-latents.py` wrote, memory-mapped: a `LatentBatch` of one (clean, degraded) pair in float32.
 
     Training samples are crops of `crop_size` pixels' worth of latent, of one of the noise realisations, keyed by (seed,
-    epoch, index). Raises UserError where the folder is no whole latent data set.
+    epoch, index). Raises UserError if the folder is no whole latent data set.
     """
 
     def __init__(self, root: Path, split: str, hps: HParams, seed: int = 0):
@@ -54,6 +61,10 @@ class LatentDataset(Dataset):
             raise UserError(
                 f"--hps crop_size={hps.crop_size}: must be a multiple of {self.index['scale']} that fits the latents of {root}"
             )
+
+    def reseed(self, seed: int) -> None:
+        """Take another seed, as a run that goes on does."""
+        self.seed = seed
 
     def patients(self) -> list[str]:
         """Whose images these are, each once, in order."""
@@ -100,28 +111,30 @@ class LatentDataset(Dataset):
     def __len__(self) -> int:
         return len(self.images) * (self.hps.crops_per_image if self.train else 1)
 
-    def __getitem__(self, key: SampleKey | int) -> Batch:
+    def __getitem__(self, key: SampleKey | int) -> LatentBatch:
         if isinstance(key, int):
             key = SampleKey(0, key, key)
         if not 0 <= key.index < len(self):
             raise IndexError(key.index)
         image = key.index // self.hps.crops_per_image if self.train else key.index
         meta = Meta(self.images[image]["path"], key, self.images[image]["patient"])
-        window, realisation = (slice(None), slice(None)), 0
+        window, realisation = (slice(None),), 0
         if self.train:
             generator = seeded_generator("latent sample", self.seed, key.epoch, key.index)
             realisation = int(torch.randint(self.realisations, (), generator=generator))
             if self.crop:
                 mask = torch.from_numpy(self.mask[image].copy())
                 row, column = draw_crop(mask, self.crop, 1, self.hps.breast_fraction, generator)
-                window = slice(row, row + self.crop), slice(column, column + self.crop)
-        clean = torch.from_numpy(self.clean[image][(slice(None), *window)].astype(np.float32))
-        degraded = torch.from_numpy(self.degraded[image, realisation][(slice(None), *window)].astype(np.float32))
-        return Batch(clean[None], degraded[None], [meta], torch.tensor([float(self.hps.noise_level)]))
+                window = slice(None), slice(row, row + self.crop), slice(column, column + self.crop)
+        clean, degraded = (
+            torch.from_numpy(latent[window].astype(np.float32))[None]
+            for latent in (self.clean[image], self.degraded[image, realisation])
+        )
+        return LatentBatch(clean, degraded, [meta], torch.tensor([float(self.hps.noise_level)]))
 
 
 def read_latent_index(root: Path) -> dict:
-    """The index of a latent data set; raises UserError where it is missing, damaged or of another format."""
+    """The index of a latent data set; raises UserError if it is missing, damaged or of another format."""
     path = Path(root) / "index.json"
     if not path.is_file():
         raise UserError(f"--latents {root}: no index.json there; extract latents with main-latents.py")
@@ -176,8 +189,7 @@ def split_layout(
         scale = math.prod(vqvae.scaling_rates[1 : level + 1])
         layout[f"codes_{level}"] = np.dtype(np.uint16), (latent[1] // scale, latent[2] // scale)
     if not codes_only:
-        layout["clean"] = dtype, latent
-        layout["degraded"] = dtype, (realisations, *latent)
+        layout |= {"clean": (dtype, latent), "degraded": (dtype, (realisations, *latent))}
         layout["mask"] = np.dtype(np.bool_), latent[1:]
     return layout
 
@@ -187,24 +199,65 @@ def entry_bytes(layout: Layout, prefix: str = "") -> int:
     return sum(dtype.itemsize * math.prod(shape) for name, (dtype, shape) in layout.items() if name.startswith(prefix))
 
 
+def total_bytes(images: Mapping[str, MammogramDataset], layouts: Mapping[str, Layout]) -> int:
+    """Bytes of all splits."""
+    return sum(data.image_count() * entry_bytes(layouts[split]) for split, data in images.items())
+
+
+def free_bytes(out: Path) -> int:
+    """Bytes that are free where a folder `out` is to be made."""
+    return shutil.disk_usage(next(path for path in out.absolute().parents if path.exists())).free
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path, size: int) -> Iterator[Path]:
+    """A folder that becomes `out` at the end of the block; if that fails, nothing of it is left.
+
+    Raises UserError if there is no room for `size` bytes, or it cannot be written.
+    """
+    if size > 0.98 * (free := free_bytes(out)):
+        raise UserError(
+            f"--out {out}: {size / 1e9:.3f} GB are needed and {free / 1e9:.3f} GB are free; try --codes-only"
+        )
+    partial = out.with_name(f".{out.name}.part")
+    hold(out.with_name(f".{out.name}.lock"), out)
+    try:
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        yield partial
+        if distributed.is_main():
+            partial.replace(out)
+    except BrokenPipeError:  # standard output, not the folder
+        raise
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: cannot be written ({error.strerror}); free space or choose another folder"
+        ) from None
+    finally:
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _create_arrays(folder: Path, layout: Layout, images: int) -> None:
+    folder.mkdir(parents=True)
+    for name, (dtype, shape) in layout.items():
+        path = folder / f"{name}.npy"
+        np.lib.format.open_memmap(path, "w+", dtype, (images, *shape))
+        if hasattr(os, "posix_fallocate"):
+            # a disk that is full is an error now, and a signal that ends the process when a page is written
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
 def write_split(
     images: MammogramDataset, first_stage: VQVAE2Wrapper, folder: Path, layout: Layout, device: torch.device,
     *, realisations: int, workers: int, progress: bool,
 ) -> dict:  # fmt: skip
     """Write one split's arrays below `folder`; returns its entry in the index. Several processes share the images."""
-    n = images.image_count()
     if distributed.is_main():
-        folder.mkdir(parents=True)
-        for name, (dtype, shape) in layout.items():
-            path = folder / f"{name}.npy"
-            np.lib.format.open_memmap(path, "w+", dtype, (n, *shape))
-            if hasattr(os, "posix_fallocate"):
-                # a disk that is full is an error now, and a signal that ends the process when a page is written
-                with path.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        _create_arrays(folder, layout, images.image_count())
     distributed.gather(None)  # the files are there
     arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+") for name in layout}
-
     entries: list[tuple[int, dict]] = []
     loader = make_loader(_Realisations(images, realisations), distributed.size(), workers=workers, shared=True)
     pairs = zip(loader.sampler, loader, strict=True)
@@ -214,22 +267,22 @@ def write_split(
         index, realisation = divmod(key.index, realisations)
         batch = batch.to(device)
         if realisation == 0:
-            meta = batch.meta[0]
-            entries.append((index, {"path": meta.path, "patient": meta.patient}))
+            entries.append((index, {"path": batch.meta[0].path, "patient": batch.meta[0].patient}))
             clean = first_stage.encode(batch.clean, batch.noise)
-            for level, codes in enumerate(first_stage.codes(clean)):
-                arrays[f"codes_{level}"][index] = codes[0].cpu().numpy()
-            if "clean" in arrays:
-                arrays["clean"][index] = clean[0].cpu().numpy()
-                rate = first_stage.vqvae.scaling_rates[0]
-                padded = torch.zeros(1, clean.shape[2] * rate, clean.shape[3] * rate, dtype=torch.bool)
-                padded[:, : batch.mask.shape[2], : batch.mask.shape[3]] = batch.mask[0].cpu()
-                mask = padded.view(clean.shape[2], rate, clean.shape[3], rate).any(3).any(1)
-                arrays["mask"][index] = mask.numpy()
+            found = {f"codes_{level}": codes for level, codes in enumerate(first_stage.codes(clean))}
+            found |= {"clean": clean, "mask": _breast_latents(batch.mask, first_stage.vqvae)}
+            for name in found.keys() & arrays.keys():
+                arrays[name][index] = found[name][0].cpu().numpy()
         if "degraded" in arrays:
-            degraded = first_stage.encode(batch.degraded, batch.noise)[0].cpu().numpy()
-            arrays["degraded"][index, realisation] = degraded
+            arrays["degraded"][index, realisation] = first_stage.encode(batch.degraded, batch.noise)[0].cpu().numpy()
     for written in arrays.values():
         written.flush()
     entries = sorted(distributed.join(entries), key=lambda entry: entry[0])
     return {"images": [image for _, image in entries], "realisations": realisations}
+
+
+def _breast_latents(mask: Tensor, vqvae: VQVAE) -> Tensor:
+    """Which latents see a pixel of the mask (1, 1, H, W): (1, H', W') bool."""
+    height, width = mask.shape[2:]
+    padded = F.pad(mask[0].float(), (0, -width % vqvae.scale, 0, -height % vqvae.scale))
+    return F.max_pool2d(padded, vqvae.scaling_rates[0]).bool()
