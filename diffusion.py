@@ -1,4 +1,4 @@
-"""Stage 2: `UNet`, `LatentDiffusion`, `DDIMSampler`, `DPMSolverSampler` and `LitEma`.
+"""Stage 2: `UNet`, `LatentDiffusion`, `LatentEncoder`, `DDIMSampler`, `DPMSolverSampler` and `LitEma`.
 
 `LatentDiffusion` diffuses what a first network, the posterior mean, leaves unknown of the clean latent. The `UNet` of both,
 the linear estimate that the mean starts from, and the samplers stand in `models/`.
@@ -20,14 +20,14 @@ from hps import HParams
 from models.linear import LinearEstimate, LinearView, by_level, level_shares, mixed
 from models.samplers import ConditioningView, DDIMSampler, DPMSolverSampler, NoiseField, Prediction, Sampling
 from models.unet import UNet
+from preprocessing.degrade import NoiseModel
+from vqvae2_wrapper import VQVAE2Wrapper
 
 LEAST_DEVIATION = 1e-2  # of the largest: principal components of the residual below it are not diffused
 
 
-def make_betas(schedule: str, timesteps: int, linear_start: float, linear_end: float) -> Tensor:
-    """Noise variances beta_t, (timesteps,) float64. "linear" is LDM's: linear in sqrt(beta). Raises ValueError otherwise."""
-    if schedule != "linear":
-        raise ValueError(f"beta_schedule must be linear, not {schedule!r}")
+def make_betas(timesteps: int, linear_start: float, linear_end: float) -> Tensor:
+    """Noise variances beta_t, (timesteps,) float64, by LDM's linear schedule, which is linear in sqrt(beta)."""
     return torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2
 
 
@@ -84,8 +84,8 @@ class Residual(nn.Module):
         """The posterior mean (N, C, H, W) of degraded latents of noise levels (N,), and the linear view it adds to."""
         with torch.autocast(cond.device.type, enabled=False):
             linear = self.linear(cond.float(), level)
-        seen = torch.cat([linear.degraded, linear.noise], dim=1)
-        output = self.mean_model(seen, torch.zeros_like(level), level.log2()).float()
+        seen = torch.cat([linear.degraded, linear.noise], dim=1)  # (N, 2 C, H, W)
+        output = self.mean_model(seen, torch.zeros_like(level), level.log2()).float()  # (N, C, H, W)
         return linear.estimate - linear.error * output, linear
 
     def mean_loss(self, clean: Tensor, cond: Tensor, level: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Residual(nn.Module):
     def view(self, cond: Tensor, level: Tensor) -> ConditioningView:
         """The network sees the degraded latent (N, C, H, W) whitened."""
         mean, linear = self.mean(cond, level)
-        scale = (level_shares(level, self.linear.log_levels) @ self.deviations)[:, :, None, None]
+        scale = (level_shares(level, self.linear.log_levels) @ self.deviations)[:, :, None, None]  # (N, C, 1, 1)
         return ConditioningView(linear.degraded, level, mean, scale)
 
     def diffused(self, clean: Tensor, view: ConditioningView) -> Tensor:
@@ -112,8 +112,8 @@ class Residual(nn.Module):
         """Measure U and s on (clean, degraded) normalised latents, each (N, C, H, W), of noise levels (N,)."""
         covariances, seen = [], []
         for (clean, cond), level in zip(pairs, levels, strict=True):
-            residual = (clean - self.mean(cond, level)[0]).flatten(2).double()
-            covariances.append(residual @ residual.transpose(1, 2) / residual.shape[2])
+            residual = (clean - self.mean(cond, level)[0]).flatten(2).double()  # (N, C, H W)
+            covariances.append(residual @ residual.transpose(1, 2) / residual.shape[2])  # (N, C, C)
             seen.append(level)
         second = by_level(covariances, seen, self.linear.log_levels).double()
         # what is left at strong noise must not decide alone: every level counts by its own variance
@@ -142,7 +142,6 @@ class LatentDiffusion(nn.Module):
         model: nn.Module,
         mean_model: nn.Module | None = None,
         timesteps: int = 1000,
-        beta_schedule: str = "linear",
         linear_start: float = 0.0015,
         linear_end: float = 0.0195,
         parameterization: str = "eps",
@@ -165,7 +164,7 @@ class LatentDiffusion(nn.Module):
         self.model = model
         self.parameterization = parameterization
         self.l_simple_weight, self.original_elbo_weight = l_simple_weight, original_elbo_weight
-        betas = make_betas(beta_schedule, timesteps, linear_start, linear_end)
+        betas = make_betas(timesteps, linear_start, linear_end)
         alphas_cumprod = (1 - betas).cumprod(0)
         previous = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
         posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
@@ -184,7 +183,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def unets(self) -> list[nn.Module]:
-        """The networks: of the diffusion and, where there is one, of the posterior mean."""
+        """The networks: of the diffusion and, if there is one, of the posterior mean."""
         return [self.model, self.variable.mean_model] if self.has_mean else [self.model]
 
     @property
@@ -211,8 +210,8 @@ class LatentDiffusion(nn.Module):
     ) -> None:
         """Set shift and scale, and fit the linear estimate, from (clean, degraded) first-stage latents, each (N, C, H, W).
 
-        `levels` (N,) are the noise levels of each pair; None: all are `noise_level`. Raises ValueError where there are no
-        pairs or the latents are constant.
+        `levels` (N,) are the noise levels of each pair; None: all are `noise_level`. Raises ValueError if there are no pairs
+        or the latents are constant.
         """
         count, total, square, noise = 0, 0.0, 0.0, 0.0
         pairs = list(pairs)  # what is fitted is normalised by all of them
@@ -253,13 +252,13 @@ class LatentDiffusion(nn.Module):
         return self.variable.view(cond.float(), level.float())
 
     def _network(self, z: Tensor, t: Tensor, view: ConditioningView) -> Tensor:
-        output = self.model(torch.cat([z, view.seen], dim=1), t, view.level.log2())
+        output = self.model(torch.cat([z, view.seen], dim=1), t, view.level.log2())  # (N, 2 C, H, W) to (N, C, H, W)
         return output.float() * (view.scale > 0)
 
     def predict(self, z: Tensor, t: Tensor, view: ConditioningView) -> Prediction:
         """z_0 and the noise predicted from z_t (N, C, H, W), t (N,) and what is known of the degraded latents."""
         z = z.float()
-        output, abar = self._network(z, t, view), _at(self.alphas_cumprod, t)
+        output, abar = self._network(z, t, view), _at(self.alphas_cumprod, t)  # (N, C, H, W), (N, 1, 1, 1)
         if self.parameterization == "eps":
             return Prediction((z - (1 - abar).sqrt() * output) / abar.sqrt(), output)
         # v: Salimans and Ho (2022), appendix D
@@ -274,10 +273,10 @@ class LatentDiffusion(nn.Module):
         """
         z, active = self.variable.diffused(clean, view), (view.scale > 0).float()
         noise = noise * active
-        output = self._network(self.q_sample(z, t, noise), t, view)
+        output = self._network(self.q_sample(z, t, noise), t, view)  # (N, C, H, W)
         root = _at(self.alphas_cumprod, t)
         targets = {"eps": noise, "x0": z, "v": root.sqrt() * noise - (1 - root).sqrt() * z}
-        simple = (output - targets[self.parameterization]).square().mean((1, 2, 3)) / active.mean()
+        simple = (output - targets[self.parameterization]).square().mean((1, 2, 3)) / active.mean()  # (N,)
         loss = self.l_simple_weight * simple.mean()
         if self.original_elbo_weight:
             # the bound weighs the error of eps, whatever the network predicts
@@ -326,6 +325,22 @@ def sample_latents(
     else:
         z = DPMSolverSampler(model).sample(view, draw(), sampling.steps, progress)
     return model.variable.restored(z, view)
+
+
+@dataclass(frozen=True)
+class LatentEncoder:
+    """Images in [0, 1] to the normalised latents that are diffused, and back: what surrounds every pass of the networks."""
+
+    first_stage: VQVAE2Wrapper
+    model: LatentDiffusion  # which keeps the normalisation
+
+    def encode(self, images: Tensor, noise: NoiseModel | None = None) -> Tensor:
+        """Normalised latents (N, hidden_channels, H', W') of images (N, C, H, W); see `VQVAE2Wrapper.encode`."""
+        return self.model.normalize(self.first_stage.encode(images, noise))
+
+    def decode(self, x: Tensor, shape: tuple[int, int] | None = None, noise: NoiseModel | None = None) -> Tensor:
+        """Inverse of `encode`: images (N, C, H, W), of `shape` (H, W) if it is given; see `VQVAE2Wrapper.decode`."""
+        return self.first_stage.decode(self.model.denormalize(x), shape=shape, noise=noise)
 
 
 class LitEma(nn.Module):

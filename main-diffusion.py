@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from torch.utils.data import Dataset
+
 from datasets import load_datasets
 from diffusion import make_diffusion
 from helper import UserError, get_device, seed_everything
-from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS
+from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS, HParams
 from loading.latents import LatentDataset
 from models.samplers import dpm_timesteps
 from restoration.classical import bm3d_is_there
@@ -39,28 +41,53 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_arguments()
-    if args.bm3d and not args.evaluate:
-        raise UserError("--bm3d goes with --evaluate")
-    if args.half and not args.evaluate:
-        raise UserError("--half goes with --evaluate; training has half precision by itself, unless --no-amp is given")
-    if args.bm3d and not bm3d_is_there():
-        raise UserError(
-            "--bm3d: not installed; pip install -r requirements-benchmarks.txt (free for non-commercial use only)"
-        )
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError if flags do not go together, or need what is not installed."""
     if args.evaluate:
         refuse_torchrun("--evaluate")
-        if args.latents is not None:
-            raise UserError("--latents goes with training; --evaluate restores images")
-        if args.load_path is None:
-            raise UserError("--evaluate needs --load-path, the diffusion checkpoint to restore with")
+    for wrong, sentence in (
+        (args.bm3d and not args.evaluate, "--bm3d goes with --evaluate"),
+        (
+            args.half and not args.evaluate,
+            "--half goes with --evaluate; training has half precision by itself, unless --no-amp is given",
+        ),
+        (
+            args.bm3d and not bm3d_is_there(),
+            "--bm3d: not installed; pip install -r requirements-benchmarks.txt (free for non-commercial use only)",
+        ),
+        (args.evaluate and args.latents, "--latents goes with training; --evaluate restores images"),
+        (
+            args.evaluate and not args.load_path,
+            "--evaluate needs --load-path, the diffusion checkpoint to restore with",
+        ),
+    ):
+        if wrong:
+            raise UserError(sentence)
+
+
+def training_sets(args: argparse.Namespace, hps: HParams, digest: str) -> list[Dataset]:
+    """Training and validation set: images, or the latents of --latents, which the first stage with this digest has made."""
+    if not args.latents:
+        return load_datasets(args, hps, "train", "validation")
+    if hps.noise_levels:
+        raise UserError(
+            f"--latents {args.latents}: holds one noise level, but the model is trained at {hps.noise_levels}; train it from "
+            "images, or with --hps noise_levels=[]"
+        )
+    sets = [LatentDataset(args.latents, split, hps, args.seed) for split in ("train", "validation")]
+    sets[0].check(digest, args.vqvae_path)
+    return sets
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_flags(args)
     vqvae, vqvae_checkpoint = load_vqvae(args.vqvae_path)
     checkpoint = checkpoint_to_resume(args, "diffusion")
     hps = resolve_settings(
         args, HPS_DIFFUSION, checkpoint=checkpoint, architecture=ARCHITECTURE_DIFFUSION, first_stage=vqvae_checkpoint
     )
-    first_stage = VQVAE2Wrapper(vqvae)
+    first_stage, digest = VQVAE2Wrapper(vqvae), weights_digest(vqvae)
     if first_stage.latent_channels != hps.out_channels:
         raise UserError(
             f"--vqvae-path {args.vqvae_path}: its latents have {first_stage.latent_channels} channels, but the UNet of "
@@ -68,7 +95,7 @@ def main() -> None:
             f"--hps in_channels={2 * first_stage.latent_channels} --hps out_channels={first_stage.latent_channels}"
         )
     if checkpoint is not None:
-        check_first_stage(checkpoint, args.load_path, weights_digest(vqvae), args.vqvae_path)
+        check_first_stage(checkpoint, args.load_path, digest, args.vqvae_path)
     device = get_device(args.cpu, args.cuda)
     seed_everything(args.seed)
     model = make_diffusion(hps)
@@ -80,30 +107,8 @@ def main() -> None:
         load_averages(model, checkpoint, args.load_path)
         finish_batch(restore_test_set(args, hps, model, first_stage, (vqvae_checkpoint, checkpoint), device))
         return
-    if args.latents and hps.noise_levels:
-        raise UserError(
-            f"--latents {args.latents}: holds one noise level, but the model is trained at {hps.noise_levels}; train it from "
-            "images, or with --hps noise_levels=[]"
-        )
-    if args.latents:
-        train_set, validation_set = (
-            LatentDataset(args.latents, split, hps, args.seed) for split in ("train", "validation")
-        )
-        train_set.check(weights_digest(vqvae), args.vqvae_path)
-    else:
-        train_set, validation_set = load_datasets(args, hps, "train", "validation")
-    run_training(
-        DiffusionTrainer,
-        args,
-        hps,
-        model,
-        device,
-        train_set,
-        validation_set,
-        checkpoint,
-        first_stage=first_stage,
-        latents=args.latents is not None,
-    )
+    sets = training_sets(args, hps, digest)
+    run_training(DiffusionTrainer, args, hps, model, device, *sets, checkpoint, first_stage=first_stage)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,20 @@ from datasets import load_datasets
 from files.splits import SPLITS
 from helper import UserError, get_device
 from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS
-from loading.latents import LATENT_FORMAT, entry_bytes, split_layout, write_split
-from loading.mammograms import RecordDataset
+from loading.latents import (
+    LATENT_FORMAT,
+    Layout,
+    entry_bytes,
+    free_bytes,
+    split_layout,
+    total_bytes,
+    whole_folder,
+    write_split,
+)
+from loading.mammograms import MammogramDataset, RecordDataset
 from running import distributed
 from running.checkpoints import weights_digest
 from running.command_line import base_parser, positive_int
-from running.folders import hold
 from running.scripts import finish_batch, run_script
 from running.settings import resolve_settings
 from running.writing import write_json
@@ -35,6 +42,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def print_sizes(out: Path, images: dict[str, MammogramDataset], layouts: dict[str, Layout]) -> None:
+    """Say how much will be written. Raises UserError if `out` exists."""
+    if out.exists():
+        raise UserError(f"--out {out}: exists already; remove it or choose another folder")
+    counts = ", ".join(f"{data.image_count()} {split}" for split, data in images.items())
+    codes, latent = (entry_bytes(layouts["train"], prefix) for prefix in ("codes", "clean"))
+    total, free = total_bytes(images, layouts), free_bytes(out)
+    print(
+        f"{counts} images: {codes:,} bytes of codes and {latent:,} bytes a latent, {total / 1e9:.3f} GB in all; "
+        f"{free / 1e9:.1f} GB free"
+    )
+
+
 def main() -> None:
     args = parse_arguments()
     vqvae, checkpoint = load_vqvae(args.checkpoint)
@@ -50,71 +70,34 @@ def main() -> None:
     if isinstance(images["train"], RecordDataset):
         images["train"].leave_out_unreadable(not args.no_tqdm)
     device = get_device(args.cpu, args.cuda)
-    first_stage = VQVAE2Wrapper(vqvae.eval()).to(device)
+    first_stage = VQVAE2Wrapper(vqvae).to(device)
     realisations = {split: args.realisations if split == "train" else 1 for split in SPLITS}
-
     dtype = np.dtype(np.float32 if args.float32 else np.float16)
     layouts = {
         split: split_layout(first_stage, hps.image_shape, dtype, count, args.codes_only)
         for split, count in realisations.items()
     }
-    total = sum(images[split].image_count() * entry_bytes(layout) for split, layout in layouts.items())
-    code_bytes, latent_bytes = (entry_bytes(layouts["train"], prefix) for prefix in ("codes", "clean"))
-    counts = ", ".join(f"{d.image_count()} {split}" for split, d in images.items())
-    out = args.out or Path("latents") / f"{args.task}-{weights_digest(vqvae)[:8]}"
-    if out.exists():
-        raise UserError(f"--out {out}: exists already; remove it or choose another folder")
-    parent = next(p for p in out.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    print(
-        f"{counts} images: {code_bytes:,} bytes of codes and {latent_bytes:,} bytes a latent, "
-        f"{total / 1e9:.3f} GB in all; {free / 1e9:.1f} GB free"
-    )
+    digest = weights_digest(vqvae)
+    out = args.out or Path("latents") / f"{args.task}-{digest[:8]}"
+    print_sizes(out, images, layouts)
     if args.no_save:
         print("nothing written (--no-save)")
         return
-    if total > 0.98 * free:
-        raise UserError(
-            f"--out {out}: {total / 1e9:.3f} GB are needed and {free / 1e9:.3f} GB are free; try --codes-only"
-        )
-
-    partial = out.with_name(f".{out.name}.part")
-    hold(out.with_name(f".{out.name}.lock"), out)
-    try:
-        if distributed.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-        index = {
-            "format_version": LATENT_FORMAT,
-            "checkpoint": str(args.checkpoint),
-            "first_stage": weights_digest(vqvae),
-            "task": args.task,
-            "hps": dict(hps),
-            "seed": args.seed,
-            "codes_only": args.codes_only,
-            "latent_shape": list(first_stage.latent_shape(*hps.image_shape[1:])),
-            "image_shape": hps.image_shape,
-            "rate": vqvae.scaling_rates[0],
-            "scale": vqvae.scale,
-            "splits": {
-                split: write_split(
-                    images[split], first_stage, partial / split, layouts[split], device,
-                    realisations=realisations[split], workers=hps.nb_workers, progress=not args.no_tqdm,
-                )
-                for split in SPLITS
-            },
+    about = dict(
+        format_version=LATENT_FORMAT, checkpoint=str(args.checkpoint), first_stage=digest, task=args.task, hps=dict(hps),
+        seed=args.seed, codes_only=args.codes_only, latent_shape=list(first_stage.latent_shape(*hps.image_shape[1:])),
+        image_shape=hps.image_shape, rate=vqvae.scaling_rates[0], scale=vqvae.scale,
+    )  # fmt: skip
+    with whole_folder(out, total_bytes(images, layouts)) as folder:
+        about["splits"] = {
+            split: write_split(
+                images[split], first_stage, folder / split, layouts[split], device,
+                realisations=realisations[split], workers=hps.nb_workers, progress=not args.no_tqdm,
+            )
+            for split in SPLITS
         }  # fmt: skip
         if distributed.is_main():
-            write_json(partial / "index.json", index)
-            partial.replace(out)
-    except BrokenPipeError:  # standard output, not the folder
-        raise
-    except OSError as error:
-        raise UserError(
-            f"--out {out}: cannot be written ({error.strerror}); free space or choose another folder"
-        ) from None
-    finally:
-        if distributed.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
+            write_json(folder / "index.json", about)
     print(f"latents written to {out}")
     finish_batch([failure for split in SPLITS for failure in images[split].left_out])
 

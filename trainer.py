@@ -5,36 +5,29 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from diffusion import LatentDiffusion, LitEma, sample_latents
+from diffusion import LatentDiffusion, LatentEncoder, LitEma, sample_latents
 from evaluation.pictures import comparison
-from helper import (
-    UserError,
-    amp_dtype,
-    get_parameter_count,
-    randn_by_sample,
-    seed_of,
-    seeded_generator,
-)
+from helper import UserError, amp_dtype, get_parameter_count, randn_by_sample, seed_of, seeded_generator
 from hps import HParams
-from loading.batches import Batch
+from loading.batches import Batch, LatentBatch
 from models.samplers import NoiseField, Sampling
-from preprocessing.degrade import NoiseModel
 from running import distributed
 from running.checkpoints import Checkpoint, weights_digest
 from running.folders import hold, open_run, record_run
 from running.writing import remove_parts
 from training.loop import StepResult, Trainer
 from vqvae import VQVAE
-from vqvae2_wrapper import VQVAE2Wrapper, from_domain, to_domain
+from vqvae2_wrapper import VQVAE2Wrapper
 
+LARGEST_PSNR = 120.0  # dB, that of an image without error
 VALIDATION_TIMESTEPS = 4  # at which L_simple is measured on validation images, evenly spread
 
 
@@ -62,7 +55,7 @@ class VQVAETrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.loader.dataset.degrade_on_device = True  # training looks at clean images: their low dose is never drawn
+        self.loader.dataset.without_noise()
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.model.parameters(), lr=self.hps.learning_rate, fused=True)
@@ -72,12 +65,8 @@ class VQVAETrainer(Trainer):
         self.model.initialise_codebooks(batches, seeded_generator("codebooks", self.seed), parts=distributed.size())
 
     def images(self, batch: Batch) -> Tensor:
-        """The clean images (N, C, H, W) as the model sees them: in units of their low dose's noise where it is stabilised."""
-        return to_domain(batch.clean, self.noise(batch))
-
-    def noise(self, batch: Batch) -> NoiseModel | None:
-        """What the images are in units of; None where they are not."""
-        return batch.noise if self.model.stabilize else None
+        """The clean images (N, C, H, W) as the model sees them."""
+        return self.model.to_domain(batch.clean, batch.noise)
 
     def loss(self, batch: Batch) -> StepResult:
         keys = [meta.key for meta in batch.meta]
@@ -107,11 +96,12 @@ class VQVAETrainer(Trainer):
     def validate(self) -> dict[str, float]:
         psnr: dict[str, list[float]] = {"continuous": [], "quantized": []}
         for batch in self.validation_batches():
-            clean, z = batch.clean, self.model.encode(self.images(batch))
+            z = self.model.encode(self.images(batch))
             for name, values in psnr.items():
-                image = self.model.decode(z, name == "quantized", clean.shape[-2:]).reconstruction
-                image = from_domain(image, self.noise(batch)).clamp(0, 1)
-                values.append(-10 * math.log10(max(float(F.mse_loss(image, clean)), 1e-12)))
+                output = self.model.decode(z, name == "quantized", batch.clean.shape[-2:])
+                image = self.model.from_domain(output.reconstruction, batch.noise).clamp(0, 1)
+                figure = peak_signal_noise_ratio(image, batch.clean, data_range=1.0)
+                values.append(min(float(figure), LARGEST_PSNR))
         joined = {name: distributed.join(values) for name, values in psnr.items()}
         means = {f"psnr_{name}": sum(values) / len(values) for name, values in joined.items()}
         return {"score": -sum(means.values()) / len(means), **means}
@@ -119,15 +109,15 @@ class VQVAETrainer(Trainer):
     @torch.no_grad()
     def picture(self) -> Tensor:
         batch = self.validation_loader.dataset[0].to(self.device)
-        images = {
-            name: from_domain(self.model(self.images(batch), quantize).reconstruction, self.noise(batch))[0].cpu()
-            for name, quantize in (("continuous", False), ("quantised", True))
-        }
+        images = {}
+        for name, quantize in (("continuous", False), ("quantised", True)):
+            output = self.model(self.images(batch), quantize)
+            images[name] = self.model.from_domain(output.reconstruction, batch.noise)[0].cpu()
         return comparison(batch.clean[0].cpu(), images, batch.mask[0].cpu(), {})
 
 
 class DiffusionTrainer(Trainer):
-    """Stage 2, from images or from extracted latents (`latents=True`): the posterior mean, then the diffusion around it.
+    """Stage 2, from images or from extracted latents: the posterior mean, then the diffusion around it.
 
     For `mean_epochs` the squared error of the posterior mean is minimised. Then its averages are its weights for good, the
     residual is measured, and L_simple trains the diffusion.
@@ -136,10 +126,10 @@ class DiffusionTrainer(Trainer):
     kind = "diffusion"
     model: LatentDiffusion
 
-    def __init__(self, *args: Any, first_stage: VQVAE2Wrapper, latents: bool = False, **kwargs: Any):
+    def __init__(self, *args: Any, first_stage: VQVAE2Wrapper, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.first_stage = first_stage.to(self.device)
-        self.latents = latents
+        self.encoder = LatentEncoder(self.first_stage, self.model)
         self.mean_epochs = min(self.hps.mean_epochs, self.hps.max_epochs) if self.model.has_mean else 0
         if self.mean_epochs == self.hps.max_epochs:
             print(
@@ -169,25 +159,21 @@ class DiffusionTrainer(Trainer):
         """Digest of the first stage, which is frozen: one reading serves every checkpoint."""
         return weights_digest(self.first_stage.vqvae)
 
-    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Clean and degraded first-stage latents of a batch on the device, in float32 also under autocast."""
-        if self.latents:
-            return batch.clean.float(), batch.degraded.float()
+    def encode(self, batch: Batch | LatentBatch) -> tuple[Tensor, Tensor]:
+        """Clean and degraded latents of a batch on the device, normalised, in float32 also under autocast."""
+        if isinstance(batch, LatentBatch):
+            return self.model.normalize(batch.clean), self.model.normalize(batch.degraded)
         batch = batch.degrade()
         with torch.autocast(self.device.type, enabled=False):
-            clean, degraded = (self.first_stage.encode(v, batch.noise) for v in (batch.clean, batch.degraded))
-        return clean, degraded
+            return self.encoder.encode(batch.clean, batch.noise), self.encoder.encode(batch.degraded, batch.noise)
 
-    def first_pairs(self, levels: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Latents of the batches that statistics are measured on; their noise levels are added to `levels`."""
-        for batch in self.first_batches(self.hps.statistics_batches):
-            batch = batch.to(self.device)
-            levels.append(batch.level)
-            yield self.encode(batch)
+    def first_latents(self) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+        """Latents of the batches that statistics are measured on, and their noise levels."""
+        batches = [batch.to(self.device) for batch in self.first_batches(self.hps.statistics_batches)]
+        return [self.encode(batch) for batch in batches], [batch.level for batch in batches]
 
     def setup(self) -> None:
-        levels: list[Tensor] = []
-        self.model.measure_statistics(self.first_pairs(levels), levels)
+        self.model.measure_statistics(*self.first_latents())  # until then `normalize` changes nothing
 
     def begin(self) -> None:
         if self.model.has_mean:
@@ -205,10 +191,8 @@ class DiffusionTrainer(Trainer):
         self.ema.restart()
         self.best = math.inf  # of another figure
         self.model.eval()
-        levels: list[Tensor] = []
-        pairs = ((self.model.normalize(a), self.model.normalize(b)) for a, b in self.first_pairs(levels))
         try:
-            self.model.variable.measure(pairs, levels)
+            self.model.variable.measure(*self.first_latents())
         except ValueError as error:
             raise UserError(f"{error}; train with a noise level above 0, or with --hps precondition=none") from None
 
@@ -218,8 +202,8 @@ class DiffusionTrainer(Trainer):
             self.begin()
             self.parallelize()
 
-    def loss(self, batch: Batch) -> StepResult:
-        clean, degraded = (self.model.normalize(latent) for latent in self.encode(batch))
+    def loss(self, batch: Batch | LatentBatch) -> StepResult:
+        clean, degraded = self.encode(batch)
         if self.trains_mean:
             loss = self.model.variable.mean_loss(clean, degraded, batch.level)
             return StepResult(loss, {"loss": loss})
@@ -228,7 +212,8 @@ class DiffusionTrainer(Trainer):
         noise = randn_by_sample(generators, clean.shape[1:], self.device)
         draws = [seed_of("timestep", self.seed, key.epoch, key.index) / 2**63 for key in keys]
         t = torch.tensor([min(int(u * self.hps.timesteps), self.hps.timesteps - 1) for u in draws])
-        view = self.model.view(degraded, batch.level)
+        with torch.no_grad():  # the posterior mean is frozen
+            view = self.model.view(degraded, batch.level)
         result = self.model.p_losses(clean, view, t.to(self.device, non_blocking=True), noise)
         return StepResult(result.loss, {"loss": result.loss, "l_simple": result.l_simple})
 
@@ -241,7 +226,7 @@ class DiffusionTrainer(Trainer):
         figures: list[float] = []
         with self.ema.average_parameters(self.model):
             for batch in self.validation_batches():
-                clean, degraded = (self.model.normalize(latent) for latent in self.encode(batch))
+                clean, degraded = self.encode(batch)
                 if self.trains_mean:
                     mean, _ = self.model.variable.mean(degraded, batch.level)
                     own = (degraded - clean).square().mean().clamp(min=1e-12)
@@ -262,21 +247,18 @@ class DiffusionTrainer(Trainer):
         batch = self.validation_loader.dataset[0].to(self.device)
         clean, cond = self.encode(batch)
         with self.ema.average_parameters(self.model):
-            view = self.model.view(self.model.normalize(cond), batch.level)
+            view = self.model.view(cond, batch.level)
             latents = {"low dose": cond}
             if self.model.has_mean:
-                latents["posterior mean"] = self.model.denormalize(view.mean)
+                latents["posterior mean"] = view.mean
             if not self.trains_mean:
                 field = NoiseField(("picture", batch.meta[0].path), cond.shape[1])
                 fast = Sampling("dpm++", self.hps.fast_steps)
-                latents[f"posterior sample, {fast}"] = self.model.denormalize(
-                    sample_latents(self.model, view, [field], fast)
-                )
-        shape = None if self.latents else batch.clean.shape[-2:]
-        clean, *images = (
-            self.first_stage.decode(v, shape=shape, noise=batch.noise)[0].cpu() for v in (clean, *latents.values())
-        )
-        mask = torch.ones_like(clean[:1], dtype=torch.bool) if batch.mask is None else batch.mask[0].cpu()
+                latents[f"posterior sample, {fast}"] = sample_latents(self.model, view, [field], fast)
+        is_image = isinstance(batch, Batch)
+        shape = batch.clean.shape[-2:] if is_image else None
+        clean, *images = (self.encoder.decode(v, shape, batch.noise)[0].cpu() for v in (clean, *latents.values()))
+        mask = batch.mask[0].cpu() if is_image else torch.ones_like(clean[:1], dtype=torch.bool)
         return comparison(clean, dict(zip(latents, images, strict=True)), mask, {})
 
     def extra_state(self) -> dict[str, Any]:
@@ -290,16 +272,9 @@ class DiffusionTrainer(Trainer):
 
 
 def run_training(
-    stage: type[Trainer],
-    args: argparse.Namespace,
-    hps: HParams,
-    model: nn.Module,
-    device: torch.device,
-    train_set: Dataset,
-    validation_set: Dataset,
-    checkpoint: Checkpoint | None,
-    **kwargs: Any,
-) -> None:
+    stage: type[Trainer], args: argparse.Namespace, hps: HParams, model: nn.Module, device: torch.device,
+    train_set: Dataset, validation_set: Dataset, checkpoint: Checkpoint | None, **kwargs: Any,
+) -> None:  # fmt: skip
     """What a training script does once it has model and data: open the run folder, train from the start or go on from
     `checkpoint`, and say where the output lies. `kwargs` go to the stage's constructor."""
     folder = open_run(args, stage.kind, args.load_path)
@@ -307,19 +282,10 @@ def run_training(
         hold(folder / ".lock", folder)
         remove_parts(folder, folder / "samples")
     trainer = stage(
-        args.task,
-        hps,
-        model,
-        device,
-        train_set,
-        validation_set,
-        folder,
-        seed=args.seed,
+        args.task, hps, model, device, train_set, validation_set, folder, seed=args.seed,
         amp=amp_dtype(device, args.amp or (hps.amp and not args.no_amp and device.type == "cuda")),
-        progress=not args.no_tqdm,
-        picture_suffix=".jpg" if args.save_jpg else ".png",
-        **kwargs,
-    )
+        progress=not args.no_tqdm, picture_suffix=".jpg" if args.save_jpg else ".png", **kwargs,
+    )  # fmt: skip
     if args.compile:
         trainer.compile()
     if checkpoint is not None:

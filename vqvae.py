@@ -9,6 +9,7 @@ levels do, and the path through them starts as a residual quantiser.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from preprocessing.degrade import NoiseModel
+from preprocessing.stabilize import stabilize, unstabilize
 from running import distributed
 
+REFERENCE_LEVEL = 0.2  # noise level at which a stabilised image is divided by its full scale, and lies in [0, 1] again
+FULL_SCALE = float(stabilize(torch.ones(()), NoiseModel.from_level(REFERENCE_LEVEL)))
 LOOKUP_ROWS = 2048  # rows of the distance matrix held at once in a codebook lookup: what a core's cache holds ...
 LOOKUP_ROWS_GPU = 65536  # ... and what keeps a GPU busy
 LOOKUP_BLOCK = 32  # distances that are compared at once
@@ -56,7 +61,7 @@ def _residual_stack(channels: int, res_channels: int, nb_res_layers: int) -> nn.
 class Quantized:
     """What a codebook returns for (N, D, H, W) vectors."""
 
-    code: Tensor  # (N, D, H, W): nearest entries with straight-through gradient, or the input where not quantised
+    code: Tensor  # (N, D, H, W): nearest entries with straight-through gradient, or the input if not quantised
     indices: Tensor  # (N, H, W) int64: nearest entry of every vector
     commitment_loss: Tensor  # scalar: mean ||z - e||^2 / D over the quantised samples
     perplexity: Tensor  # scalar: exp(entropy) of the entries used by the quantised samples
@@ -71,8 +76,7 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, nb_entries: int, embed_dim: int, decay: float = 0.99, revive_threshold: float = 0.02):
         super().__init__()
-        self.decay = decay
-        self.revive_threshold = revive_threshold
+        self.decay, self.revive_threshold = decay, revive_threshold
         self.register_buffer("codebook", torch.randn(nb_entries, embed_dim))
         self.register_buffer("ema_count", torch.ones(nb_entries))
         self.register_buffer("ema_sum", self.codebook.clone())
@@ -176,30 +180,28 @@ class VectorQuantizer(nn.Module):
         self.ema_count.copy_(count)
 
     def forward(self, x: Tensor, chosen: Tensor | None = None, generator: torch.Generator | None = None) -> Quantized:
-        """Quantise (N, D, H, W) vectors, of the samples where `chosen` (N,) bool is True; all where it is None."""
+        """Quantise (N, D, H, W) vectors, of the samples where `chosen` (N,) bool is True; all if it is None."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             n, d, h, w = x.shape
             if chosen is None:
                 chosen = torch.ones(n, dtype=torch.bool, device=x.device)
-            indices = self.lookup(x.detach().permute(0, 2, 3, 1).reshape(-1, d)).view(n, h, w)
-            entries = self.embed(indices)
             weight = chosen.float()
-            rest = entries - x
-            error = rest.square().mean(dim=(1, 2, 3))
-            commitment_loss = (error * weight).sum() / weight.sum().clamp(min=1)
-            code = x + rest.detach() * weight[:, None, None, None]
+            indices = self.lookup(x.detach().permute(0, 2, 3, 1).reshape(-1, d)).view(n, h, w)  # (N, H, W)
+            rest = self.embed(indices) - x  # (N, D, H, W)
+            error = rest.square().mean(dim=(1, 2, 3))  # (N,)
+            commitment_loss = (error * weight).sum() / weight.sum().clamp(min=1)  # ()
+            code = x + rest.detach() * weight[:, None, None, None]  # (N, D, H, W)
             if self.training:
-                counts = self.update(x.detach(), indices, chosen, generator)
+                counts = self.update(x.detach(), indices, chosen, generator)  # (K,)
             else:
-                counts = torch.zeros_like(self.ema_count).index_add_(
-                    0, indices.flatten(), weight.repeat_interleave(h * w, output_size=n * h * w)
-                )
+                repeated = weight.repeat_interleave(h * w, output_size=n * h * w)
+                counts = torch.zeros_like(self.ema_count).index_add_(0, indices.flatten(), repeated)  # (K,)
             return Quantized(code, indices, commitment_loss, perplexity(counts))
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp(entropy) of usage counts (K,): the number of entries in even use; 1 where nothing was counted."""
+    """exp(entropy) of usage counts (K,): the number of entries in even use; 1 if nothing was counted."""
     p = counts / counts.sum().clamp(min=1e-12)
     return torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum())
 
@@ -215,8 +217,9 @@ class VQVAEOutput:
 
 
 class VQVAE(nn.Module):
-    """VQ-VAE-2 with `nb_levels` levels. Constructor words as in `hps.py`; raises ValueError for settings that clash.
+    """VQ-VAE-2 with `nb_levels` pyramid levels. Constructor words as in `hps.py`; raises ValueError for settings that clash.
 
+    Its domain is images in [0, 1] or, with `stabilize`, images in units of their noise: see `to_domain`.
     The features of level l are (N, hidden_channels, H / r_l, W / r_l), r_l the product of the first l + 1 scaling rates.
     The code of a level is computed from its features and the decoded codes of all coarser levels, as in Razavi et al.
     (2019), figure 2a.
@@ -237,10 +240,7 @@ class VQVAE(nn.Module):
         stabilize: bool = False,
     ):
         super().__init__()
-        self.stabilize = (
-            stabilize  # what its images are: in units of their noise (`vqvae2_wrapper.to_domain`), or in [0, 1]
-        )
-        self.scaling_rates = tuple(scaling_rates)
+        self.stabilize, self.scaling_rates = stabilize, tuple(scaling_rates)
         if len(self.scaling_rates) != nb_levels:
             raise ValueError(f"nb_levels is {nb_levels}, but scaling_rates holds {len(self.scaling_rates)} rates")
         if embed_dim > hidden_channels:
@@ -276,6 +276,23 @@ class VQVAE(nn.Module):
             if parameter.dim() == 4:  # Module.to would swap fake tensors, which other references forbid
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
+    def to_domain(self, images: Tensor, noise: NoiseModel | None) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] as the model sees them: with `stabilize`, `noise` has unit variance, over a constant.
+
+        Raises ValueError if a stabilised model is not told the noise.
+        """
+        return stabilize(images, self._known(noise)) / FULL_SCALE if self.stabilize else images
+
+    def from_domain(self, values: Tensor, noise: NoiseModel | None) -> Tensor:
+        """Inverse of `to_domain`."""
+        return unstabilize(values * FULL_SCALE, self._known(noise)) if self.stabilize else values
+
+    @staticmethod
+    def _known(noise: NoiseModel | None) -> NoiseModel:
+        if noise is None:
+            raise ValueError("a stabilised first stage needs to know the noise")
+        return noise
+
     def encode(self, x: Tensor) -> Tensor:
         """Features of the finest level before quantisation: (N, C, H, W) to (N, hidden_channels, H', W').
 
@@ -283,17 +300,16 @@ class VQVAE(nn.Module):
         padded by their border pixels.
         """
         h, w = x.shape[-2:]
-        x = F.pad(x, (0, -w % self.scale, 0, -h % self.scale), mode="replicate")
-        return self._features(x, 0)
+        x = F.pad(x, (0, -w % self.scale, 0, -h % self.scale), mode="replicate")  # (N, C, H' r_0, W' r_0)
+        return self._features(x, 0)  # (N, hidden, H', W')
 
     def _features(self, x: Tensor, level: int) -> Tensor:
-        return self.encoders[level](self.downs[level](F.pixel_unshuffle(x, self.scaling_rates[level])))
+        x = F.pixel_unshuffle(x, self.scaling_rates[level])  # (N, C r^2, H / r, W / r)
+        return self.encoders[level](self.downs[level](x))  # (N, hidden, H / r, W / r)
 
-    def _all_features(self, z: Tensor) -> list[Tensor]:
-        features = [z]
-        for level in range(1, self.nb_levels):
-            features.append(self._features(features[-1], level))
-        return features
+    def _pyramid(self, z: Tensor) -> list[Tensor]:
+        """The features of all levels, finest first, from the finest."""
+        return list(itertools.accumulate(range(1, self.nb_levels), self._features, initial=z))
 
     def decode(
         self,
@@ -310,11 +326,11 @@ class VQVAE(nn.Module):
             shape: (H, W) to crop the image to; None keeps what z stands for.
             generator: source of randomness for dead-code revival in training.
         """
-        features = self._all_features(z)
+        features = self._pyramid(z)
         codes: list[Quantized] = []
 
         def code_at(level: int, above: list[Tensor]) -> Tensor:
-            x = self.projections[level](torch.cat([features[level], *above], dim=1))
+            x = self.projections[level](torch.cat([features[level], *above], dim=1))  # (N, embed, h, w)
             if quantize is False:
                 return x
             codes.insert(0, self.quantizers[level](x, None if quantize is True else quantize, generator))
@@ -331,19 +347,18 @@ class VQVAE(nn.Module):
 
     def decode_codes(self, indices: list[Tensor], shape: tuple[int, int] | None = None) -> Tensor:
         """Image (N, C, H, W) from code indices alone: a list, finest level first, of (N, h, w) int64."""
-        image = self._merge(lambda level, _: self.quantizers[level].embed(indices[level]))[0]
-        return _crop(image, shape)
+        return _crop(self._merge(lambda level, _: self.quantizers[level].embed(indices[level]))[0], shape)
 
     def _merge(self, code_at: Callable[[int, list[Tensor]], Tensor], lowest: int = 0) -> list[Tensor]:
         """From the coarsest level down to `lowest`: take the level's code, join it with what is decoded so far, decode on.
 
-        Returns what is decoded, a list of one; an empty one where no level was left to decode.
+        Returns what is decoded, a list of one; an empty one if no level was left to decode.
         """
         above: list[Tensor] = []
         for level in reversed(range(lowest, self.nb_levels)):
-            x = self.inputs[level](torch.cat([code_at(level, above), *above], dim=1))
-            x = self.ups[level](self.decoders[level](x))
-            above = [F.pixel_shuffle(x, self.scaling_rates[level])]
+            x = self.inputs[level](torch.cat([code_at(level, above), *above], dim=1))  # (N, hidden, h, w)
+            x = self.ups[level](self.decoders[level](x))  # (N, C r^2, h, w)
+            above = [F.pixel_shuffle(x, self.scaling_rates[level])]  # (N, C, h r, w r)
         return above
 
     def forward(
@@ -363,7 +378,7 @@ class VQVAE(nn.Module):
         for level in reversed(range(self.nb_levels)):
             seen = []
             for images in batches:
-                features = self._all_features(self.encode(images))
+                features = self._pyramid(self.encode(images))
 
                 def quantized(at: int, above: list[Tensor], features: list[Tensor] = features) -> Tensor:
                     x = self.projections[at](torch.cat([features[at], *above], dim=1)).float()

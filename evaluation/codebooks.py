@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from hps import HParams
 from loading.batches import Batch
 from running.checkpoints import Checkpoint
 from running.scripts import finish_batch
-from vqvae import VQVAE, VQVAEOutput, perplexity
-from vqvae2_wrapper import from_domain, to_domain
+from vqvae import VQVAE, perplexity
 
 
 def evaluate_vqvae(
@@ -27,48 +25,35 @@ def evaluate_vqvae(
     counts = torch.zeros(hps.nb_levels, hps.nb_entries, device=device)
     vectors = [0] * hps.nb_levels
 
-    def run(image: Tensor, batch: Batch, quantize: bool) -> VQVAEOutput:
-        noise = batch.noise if vqvae.stabilize else None
-        with torch.no_grad():
-            output = vqvae(to_domain(image, noise), quantize)
-        return replace(output, reconstruction=from_domain(output.reconstruction, noise))
-
-    def quantized(batch: Batch) -> Tensor:
-        output = run(batch.clean, batch, True)
-        for level, indices in enumerate(output.indices):
+    @torch.no_grad()
+    def reconstructed(image: Tensor, batch: Batch, quantize: bool) -> Tensor:
+        output = vqvae(vqvae.to_domain(image, batch.noise), quantize)
+        for level, indices in enumerate(output.indices if image is batch.clean else ()):
             counts[level] += torch.bincount(indices.flatten(), minlength=hps.nb_entries)
             vectors[level] += indices.numel()
-        return output.reconstruction
+        return vqvae.from_domain(output.reconstruction, batch.noise)
 
     def codebooks() -> dict:
-        return {
-            "codebooks": [
-                {
-                    "level": i,
-                    "perplexity": float(perplexity(row)),
-                    "vectors": vectors[i],
-                    "entries_used": int((row > 0).sum()),
-                }
-                for i, row in enumerate(counts)
-            ],
-        }
+        books = [
+            {
+                "level": i,
+                "perplexity": float(perplexity(row)),
+                "vectors": vectors[i],
+                "entries_used": int((row > 0).sum()),
+            }
+            for i, row in enumerate(counts)
+        ]
+        return {"codebooks": books}
 
     methods = {
-        "clean, continuous": lambda batch: run(batch.clean, batch, False).reconstruction,
-        "clean, quantised": quantized,
-        "low dose, continuous": lambda batch: run(batch.degraded, batch, False).reconstruction,
-        "low dose, quantised": lambda batch: run(batch.degraded, batch, True).reconstruction,
+        "clean, continuous": lambda batch: reconstructed(batch.clean, batch, False),
+        "clean, quantised": lambda batch: reconstructed(batch.clean, batch, True),
+        "low dose, continuous": lambda batch: reconstructed(batch.degraded, batch, False),
+        "low dose, quantised": lambda batch: reconstructed(batch.degraded, batch, True),
     }
+    pictured = ("clean, continuous", "clean, quantised")
     result = run_evaluation(
-        args,
-        hps,
-        test_set,
-        methods,
-        device,
-        [checkpoint],
-        title="stage 1",
-        pictured=("clean, continuous", "clean, quantised"),
-        note=codebooks,
+        args, hps, test_set, methods, device, [checkpoint], title="stage 1", pictured=pictured, note=codebooks
     )
     for book in result.note["codebooks"]:
         print(

@@ -57,7 +57,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x)
+        h = self.in_layers(x)  # (N, C_out, H, W)
         h += self.emb_layers(emb).to(h.dtype)[:, :, None, None]  # no backward pass looks at what a convolution returned
         h = self.out_layers(h)
         h += self.skip_connection(x)
@@ -77,14 +77,13 @@ class AttentionBlock(nn.Module):
         self.proj_out = _zero(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        # (N, L, 3C) to three (N, heads, L, D) with D contiguous, or the fused kernels are passed over; in channels_last
-        # nothing is copied on the way there and back
-        positions = self.norm(x).flatten(2).transpose(1, 2)
-        qkv = F.linear(positions, self.qkv.weight.squeeze(-1), self.qkv.bias)
-        q, k, v = qkv.unflatten(2, (-1, 3, self.head_channels)).permute(3, 0, 2, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        # D has to be contiguous, or the fused kernels are passed over; in channels_last nothing is copied there and back
+        positions = self.norm(x).flatten(2).transpose(1, 2)  # (N, L, C), L = H W
+        qkv = F.linear(positions, self.qkv.weight.squeeze(-1), self.qkv.bias)  # (N, L, 3 C)
+        q, k, v = qkv.unflatten(2, (-1, 3, self.head_channels)).permute(3, 0, 2, 1, 4)  # (N, heads, L, D) each
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (N, L, C)
         out = F.linear(out, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
-        return x + out.transpose(1, 2).unflatten(2, x.shape[-2:])
+        return x + out.transpose(1, 2).unflatten(2, x.shape[-2:])  # (N, C, H, W)
 
 
 class Downsample(nn.Module):
@@ -95,7 +94,7 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        return self.op(x)  # (N, C, H / 2, W / 2)
 
 
 class Upsample(nn.Module):
@@ -106,7 +105,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # (N, C, 2 H, 2 W)
 
 
 class UNet(nn.Module):
@@ -154,13 +153,8 @@ class UNet(nn.Module):
             if level < len(channel_mult) - 1:
                 self.input_blocks.append(nn.ModuleList([Downsample(channels)]))
                 skips.append(channels)
-        self.middle_block = nn.ModuleList(
-            [
-                ResBlock(channels, emb, channels, dropout),
-                AttentionBlock(channels, num_head_channels),
-                ResBlock(channels, emb, channels, dropout),
-            ]
-        )
+        middle = [ResBlock(channels, emb, channels, dropout), AttentionBlock(channels, num_head_channels)]
+        self.middle_block = nn.ModuleList([*middle, ResBlock(channels, emb, channels, dropout)])
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for block in range(num_res_blocks + 1):
@@ -190,16 +184,16 @@ class UNet(nn.Module):
         height, width = x.shape[-2:]
         h = x.contiguous(memory_format=torch.channels_last)
         if height % self.stride or width % self.stride:
-            h = F.pad(h, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
-        emb = self.time_embed(timestep_embedding(t, self.model_channels))
+            h = F.pad(h, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")  # (N, in, H', W')
+        emb = self.time_embed(timestep_embedding(t, self.model_channels))  # (N, 4 model_channels)
         if self.noise_embed is not None:
             emb = emb + self.noise_embed(timestep_embedding(NOISE_STEP * log_level, self.model_channels))
         skips = []
         for layers in self.input_blocks:
-            h = self._run(layers, h, emb)
+            h = self._run(layers, h, emb)  # (N, C_l, H' / 2**l, W' / 2**l), l from 0 up
             skips.append(h)
         h = self._run(self.middle_block, h, emb)
         for layers in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)  # frees both before the layers run
-            h = self._run(layers, h, emb)
-        return self.out(h)[..., :height, :width]
+            h = self._run(layers, h, emb)  # (N, C_l, H' / 2**l, W' / 2**l), l down to 0
+        return self.out(h)[..., :height, :width]  # (N, out, H, W)

@@ -31,7 +31,7 @@ class NoisePredictor:
     def __init__(self, noise, alphas_cumprod=None):
         self.noise = noise
         if alphas_cumprod is None:
-            alphas_cumprod = (1 - make_betas("linear", 1000, 0.0015, 0.0195)).cumprod(0)
+            alphas_cumprod = (1 - make_betas(1000, 0.0015, 0.0195)).cumprod(0)
         self.alphas_cumprod = alphas_cumprod
 
     def predict(self, x, t, cond):
@@ -616,7 +616,7 @@ def test_statistics_of_nothing_or_of_constant_latents_are_refused(pairs, reason)
         LatentDiffusion(Answer(zero), Answer(zero)).measure_statistics(pairs)
 
 
-@pytest.mark.parametrize("word", ["parameterization", "precondition", "beta_schedule"])
+@pytest.mark.parametrize("word", ["parameterization", "precondition"])
 def test_an_unknown_word_is_refused(word):
     with pytest.raises(ValueError, match=word):
         LatentDiffusion(nn.Identity(), **{"precondition": "none", word: "other"})
@@ -947,7 +947,7 @@ class Oracle:
         raise AssertionError("no steps")
 
 
-EXACT_ABAR = (1 - make_betas("linear", 1000, 0.0015, 0.0195)).cumprod(0)
+EXACT_ABAR = (1 - make_betas(1000, 0.0015, 0.0195)).cumprod(0)
 
 
 @pytest.fixture(scope="module")

@@ -220,8 +220,8 @@ import os, runpy, signal, sys, time
 how, script = sys.argv[1:3]
 sys.argv = sys.argv[2:]
 sys.path.insert(0, os.path.dirname(script))
-import trainer
 from helper import UserError
+from training import loop
 
 step = loop.Trainer.optimizer_step
 

@@ -6,10 +6,11 @@ import torch
 
 from preprocessing.degrade import NoiseModel, simulate_low_dose
 from preprocessing.stabilize import stabilize, unstabilize
-from vqvae import VQVAE
-from vqvae2_wrapper import FULL_SCALE, VQVAE2Wrapper, from_domain, to_domain
+from vqvae import FULL_SCALE, VQVAE
+from vqvae2_wrapper import VQVAE2Wrapper
 
 LEVELS = (0.05, 0.2, 1.0)
+SIZES = dict(hidden_channels=32, res_channels=16, embed_dim=32, nb_levels=2, scaling_rates=[2, 2], nb_entries=8)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -52,20 +53,22 @@ def test_full_scale_at_the_reference_level_is_one():
     assert pytest.approx(2 * (np.sqrt(5000 + 2500.375) - np.sqrt(2500.375)), rel=1e-6) == FULL_SCALE
     image = torch.rand(2, 1, 8, 8)
     noise = NoiseModel.from_level(0.2)
-    assert to_domain(torch.ones(1, 1, 1, 1), noise).item() == pytest.approx(1)
-    torch.testing.assert_close(from_domain(to_domain(image, noise), noise), image)
-    assert to_domain(image, None) is image and from_domain(image, None) is image
+    model, plain = VQVAE(**SIZES, stabilize=True), VQVAE(**SIZES)
+    assert model.to_domain(torch.ones(1, 1, 1, 1), noise).item() == pytest.approx(1)
+    torch.testing.assert_close(model.from_domain(model.to_domain(image, noise), noise), image)
+    assert plain.to_domain(image, None) is image and plain.from_domain(image, None) is image
 
 
 def test_a_stabilised_first_stage_returns_its_input_at_any_noise_and_wants_to_be_told():
     torch.manual_seed(0)
-    sizes = dict(hidden_channels=32, res_channels=16, embed_dim=32, nb_levels=2, scaling_rates=[2, 2], nb_entries=8)
-    stage = VQVAE2Wrapper(VQVAE(**sizes, stabilize=True))
+    stage = VQVAE2Wrapper(VQVAE(**SIZES, stabilize=True))
     image = torch.rand(2, 1, 16, 12)
     for noise in (NoiseModel.from_level(1.0), NoiseModel.of_levels(torch.tensor([0.05, 0.4]))):
         z = stage.encode(image, noise)
         torch.testing.assert_close(stage.decode(z, noise=noise), image, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="needs to know the noise"):
         stage.encode(image)
-    plain = VQVAE2Wrapper(VQVAE(**sizes))
+    with pytest.raises(ValueError, match="needs to know the noise"):
+        stage.decode(z)
+    plain = VQVAE2Wrapper(VQVAE(**SIZES))
     torch.testing.assert_close(plain.encode(image), plain.encode(image, NoiseModel.from_level(0.2)))

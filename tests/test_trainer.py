@@ -263,7 +263,7 @@ def test_the_residual_of_the_data_has_unit_variance():
     model, squares = trainer.model.eval(), []
     with torch.no_grad():
         for batch in trainer.first_batches(8):
-            clean, cond = (model.normalize(latent) for latent in trainer.encode(batch))
+            clean, cond = trainer.encode(batch)
             view = model.view(cond, batch.level)
             squares.append(model.variable.diffused(clean, view).square().mean((0, 2, 3)))
     active = model.variable.deviations[0] > 0
@@ -428,7 +428,7 @@ def test_stage_2_training_restores_better_than_the_degraded_latent():
     with trainer.ema.average_parameters(trainer.model):
         model = trainer.model.eval()
         for batch in trainer.validation_batches():
-            clean, cond = (model.normalize(z) for z in trainer.encode(batch))
+            clean, cond = trainer.encode(batch)
             view = model.view(cond, batch.level)
             fields = [NoiseField(("a",), 16)]
             samples = [sample_latents(model, view, fields, Sampling("dpm++", 8), number=number) for number in range(8)]
@@ -485,4 +485,4 @@ def test_stage_2_draws_the_low_dose_that_its_loader_left_to_it():
 def test_stage_1_draws_no_low_dose_for_training():
     trainer = stage_1(4)
     batch = next(iter(trainer.loader))
-    assert len(batch.pending) == 4 and batch.degraded is batch.clean
+    assert len(batch.pending) == 4 and batch.degraded is None

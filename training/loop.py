@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from evaluation.pictures import save_picture
-from helper import (
-    Silence,
-    UserError,
-    rng_state,
-    seed_of,
-    set_rng_state,
-)
+from helper import Silence, UserError, rng_state, seed_of, set_rng_state
 from hps import HParams
-from loading.batches import Batch, make_loader
+from loading.batches import Batch, LatentBatch, make_loader
 from logger import Logger
 from running import distributed, stopping
 from running.checkpoints import LAST, PREVIOUS, Checkpoint, load_weights, save_checkpoint
@@ -54,7 +50,7 @@ class TakenStep:
     """A step that was taken, or skipped, on the device, and not yet looked at on the host."""
 
     step: int
-    finite: Tensor  # of the loss of every forward pass in it, and of the norm of the gradient
+    finite: Sequence[Tensor]  # of the loss of every forward pass in it, and of the norm of the gradient
     images: list[list[str]]  # of every forward pass
 
 
@@ -65,7 +61,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.loss = trainer.model, trainer.loss
 
-    def forward(self, batch: Batch) -> StepResult:
+    def forward(self, batch: Batch | LatentBatch) -> StepResult:
         return self.loss(batch)
 
 
@@ -74,26 +70,16 @@ class Trainer:
 
     A stage is a subclass that says what its loss is. `folder=None` saves nothing. The processes of a run (`distributed.py`)
     share the samples of every batch, and all hold the same weights, averages and codebooks. A step whose loss or gradient is
-    not finite changes no weight. Raises UserError where a batch cannot be shared evenly.
+    not finite changes no weight. Raises UserError if a batch cannot be shared evenly.
     """
 
     kind = ""  # of its checkpoints
 
     def __init__(
-        self,
-        task: str,
-        hps: HParams,
-        model: nn.Module,
-        device: torch.device,
-        train_set: Dataset,
-        validation_set: Dataset,
-        folder: Path | None = None,
-        *,
-        seed: int = 0,
-        amp: torch.dtype | None = None,
-        progress: bool = True,
+        self, task: str, hps: HParams, model: nn.Module, device: torch.device, train_set: Dataset, validation_set: Dataset,
+        folder: Path | None = None, *, seed: int = 0, amp: torch.dtype | None = None, progress: bool = True,
         picture_suffix: str = ".png",
-    ):
+    ):  # fmt: skip
         self.task, self.hps, self.device, self.folder, self.seed = task, hps, device, folder, seed
         self.model = model.to(device)
         self.amp, self.progress, self.picture_suffix = amp, progress, picture_suffix
@@ -142,7 +128,7 @@ class Trainer:
         """First step, and step after the last, of the learning rate's present schedule."""
         return 0, self.steps_per_epoch * self.hps.max_epochs
 
-    def loss(self, batch: Batch) -> StepResult:
+    def loss(self, batch: Batch | LatentBatch) -> StepResult:
         """Loss of a batch on the device; called under autocast."""
         raise NotImplementedError
 
@@ -173,7 +159,7 @@ class Trainer:
 
     # --- the loop ---
 
-    def first_batches(self, count: int) -> Iterable[Batch]:
+    def first_batches(self, count: int) -> Iterable[Batch | LatentBatch]:
         """The first `count` batches of the first epoch, to initialise from.
 
         Every process takes all of them, in parts of the size that it trains on.
@@ -182,7 +168,7 @@ class Trainer:
         workers = self.hps.nb_workers
         return make_loader(self.loader.dataset, size, seed=self.seed, shuffle=True, workers=workers, limit=limit)
 
-    def validation_batches(self) -> Iterator[Batch]:
+    def validation_batches(self) -> Iterator[Batch | LatentBatch]:
         """This process's share of the validation set, one image at a time, on the device."""
         for batch in self.validation_loader:
             self.stop_if_asked()
@@ -196,7 +182,7 @@ class Trainer:
     def fit(self) -> None:
         """Train from where the state stands to `max_epochs`.
 
-        Raises UserError where the loss stays no number, and `stopping.Stopped` after a signal, when the step is done and saved.
+        Raises UserError if the loss stays no number, and `stopping.Stopped` after a signal, when the step is done and saved.
         """
         self.logger = Logger(self.folder, self.step, self.epoch)
         if self.step == 0:
@@ -207,76 +193,45 @@ class Trainer:
         self.parallelize()
         if self.epoch >= self.hps.max_epochs:
             print(f"already trained for {self.epoch} epochs; raise --epochs to go on")
-        try:
-            with stopping.noted() as self.signals:
-                try:
-                    while self.epoch < self.hps.max_epochs:
-                        self.train_epoch()
-                        self.end_epoch()
-                except stopping.Stopped as stop:
-                    raise self.stopped(stop) from None
-        finally:
-            self.logger.close()
+        with contextlib.closing(self.logger), stopping.noted() as self.signals:
+            try:
+                while self.epoch < self.hps.max_epochs:
+                    self.train_epoch()
+                    self.end_epoch()
+            except stopping.Stopped as stop:
+                raise self.stopped(stop) from None
 
     def parallelize(self) -> None:
         """Make the objective of the model as it stands, which the processes share."""
         self.objective = distributed.parallel(Objective(self))
 
     def train_epoch(self) -> None:
-        """The rest of a pass over the training set: `mini_batch_size` samples at a time, a step every `batch_size` of them.
-
-        These are samples of all processes; each sees its share of them, and weighs it by its share of the step's.
-        """
+        """The rest of a pass over the training set, a step every `batch_size` samples of all processes."""
         self.model.train()
         self.loader.sampler.set_epoch(self.epoch, self.seen)
-        samples = self.loader.sampler.count - self.seen
+        batches, end, silence = iter(self.loader), self.loader.sampler.count, Silence()
         bar = tqdm(
             total=self.steps_per_epoch,
-            initial=self.steps_per_epoch - math.ceil(samples / self.hps.batch_size),
+            initial=self.steps_per_epoch - math.ceil((end - self.seen) / self.hps.batch_size),
             desc=f"epoch {self.epoch + 1}",
             unit="step",
             leave=False,
             disable=not self.progress,
         )
-        silence = Silence()
-        seen = 0
-        logs: dict[str, Tensor] = {}
-        finite: list[Tensor] = []
-        images: list[list[str]] = []
         self.optimizer.zero_grad(set_to_none=True)
-        for batch in self.loader:
-            if not finite:  # dropout is not keyed by sample, but by step and process
-                torch.manual_seed(seed_of("step", self.seed, self.step, distributed.rank()))
-            group = min(self.hps.batch_size, samples - seen // self.hps.batch_size * self.hps.batch_size)
-            share = sum(batch.counts) / group
-            seen += min(self.mini_batch, samples - seen)
-            completes_step = seen % self.hps.batch_size == 0 or seen == samples
-            self.skipped.update(meta.failure for meta in batch.meta if meta.failure)
-            batch = batch.to(self.device)
-            with distributed.synchronised(self.objective, completes_step):
-                with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
-                    result = self.objective(batch)
-                # gradients are averaged over the processes, and shares add up
-                self.scaler.scale(result.loss * (share * distributed.size())).backward()
-            for name, value in result.logs.items():
-                logs[name] = logs.get(name, 0) + value.detach() * share
-            finite.append(result.loss.detach().isfinite())
-            images.append([meta.path for meta in batch.meta if meta.key.counts])
-            if not completes_step:
-                continue
-            finite.append(self.optimizer_step())
-            self.taken.append(TakenStep(self.step, torch.stack(finite), images))
-            self.seen += group
+        while self.seen < end:
+            samples = min(self.hps.batch_size, end - self.seen)
+            logs = self.train_step(batches, samples)
+            self.seen += samples
             bar.update()
-            if self.step % self.hps.log_frequency == 0 or seen >= samples:
+            if self.step % self.hps.log_frequency == 0 or self.seen == end:
                 values = distributed.sum_scalars(logs)
                 values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-                echo = seen >= samples or (not self.progress and silence.is_long())
+                echo = self.seen == end or (not self.progress and silence.is_long())
                 self.logger.log("train", self.step, self.epoch + 1, values, echo)
                 bar.set_postfix(loss=f"{values['loss']:.4g}")
             if self.step % min(self.hps.log_frequency, MOST_SKIPPED) == 0:
                 self.look_at_steps()
-            logs, finite, images = {}, [], []
             self.stop_if_asked()
             if self.should_save():
                 self.save(LAST)
@@ -284,18 +239,46 @@ class Trainer:
         self.look_at_steps()
         self.report_skipped()
 
+    def train_step(self, batches: Iterator[Batch | LatentBatch], samples: int) -> dict[str, Tensor]:
+        """A step on the next `samples` of all processes, `mini_batch_size` at a time; returns this process's part of the logs.
+
+        Each process sees its share of a batch, and weighs it by its share of the step's samples.
+        """
+        torch.manual_seed(seed_of("step", self.seed, self.step, distributed.rank()))  # dropout is not keyed by sample
+        passes = math.ceil(samples / self.mini_batch)
+        logs: dict[str, Tensor] = {}
+        taken = TakenStep(self.step + 1, [], [])
+        for number, batch in enumerate(itertools.islice(batches, passes), 1):
+            share = sum(batch.counts) / samples
+            self.skipped.update(meta.failure for meta in batch.meta if meta.failure)
+            batch = batch.to(self.device)
+            with distributed.synchronised(self.objective, number == passes):
+                with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+                    result = self.objective(batch)
+                # gradients are averaged over the processes, and shares add up
+                self.scaler.scale(result.loss * (share * distributed.size())).backward()
+            for name, value in result.logs.items():
+                logs[name] = logs.get(name, 0) + value.detach() * share
+            taken.finite.append(result.loss.detach().isfinite())
+            taken.images.append([meta.path for meta in batch.meta if meta.key.counts])
+        taken.finite.append(self.optimizer_step())
+        self.taken.append(taken)
+        return logs
+
     def look_at_steps(self) -> None:
         """Find those of the steps since the last look that were skipped, and name their images.
 
         Raises UserError after `MOST_SKIPPED` in a row.
         """
+        flags = iter(
+            torch.stack([flag for taken in self.taken for flag in taken.finite]).tolist() if self.taken else []
+        )
         skipped: dict[int, list[tuple[bool, str]]] = {}  # images of a step, and whether their pass was finite
-        flags = iter(torch.cat([taken.finite for taken in self.taken]).tolist() if self.taken else [])
         for taken in self.taken:
             *passes, norm = (next(flags) for _ in taken.finite)
             if not (all(passes) and norm):
                 skipped[taken.step] = [
-                    (finite, path) for paths, finite in zip(taken.images, passes, strict=True) for path in paths
+                    (ok, path) for ok, paths in zip(passes, taken.images, strict=True) for path in paths
                 ]
         parts = distributed.gather(skipped)
         for step in [taken.step for taken in self.taken]:
@@ -303,13 +286,12 @@ class Trainer:
             self.skips_in_row = self.skips_in_row + 1 if images else 0
             self.skips += bool(images)
             if images and distributed.is_main():
-                named = [path for finite, path in images if not finite] or [path for _, path in images]
-                paths = list(dict.fromkeys(named))
-                more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
-                tqdm.write(
-                    f"warning: step {step} skipped, its loss is not finite: {', '.join(paths[:4])}{more}",
-                    file=sys.stderr,
+                paths = list(
+                    dict.fromkeys([path for finite, path in images if not finite] or [path for _, path in images])
                 )
+                more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+                line = f"warning: step {step} skipped, its loss is not finite: {', '.join(paths[:4])}{more}"
+                tqdm.write(line, file=sys.stderr)
             if self.skips_in_row == MOST_SKIPPED:
                 kept = f"; {self.last_good(step)} is from before" if self.folder else ""
                 raise UserError(
@@ -333,10 +315,10 @@ class Trainer:
         """Whether it is time for a checkpoint inside an epoch, and the last step was finite: else the weights may be bad."""
         if self.folder is None or not 0 < self.hps.checkpoint_minutes * 60 < time.monotonic() - self.saved_at:
             return False
-        return bool(self.taken[-1].finite.all()) if self.taken else not self.skips_in_row
+        return all(self.taken[-1].finite) if self.taken else not self.skips_in_row
 
     def stop_if_asked(self) -> None:
-        """Raises `stopping.Stopped` in all processes of the run where one of them has got a signal."""
+        """Raises `stopping.Stopped` in all processes of the run if one of them has got a signal."""
         if number := distributed.largest(self.signals[0] if self.signals else 0):
             raise stopping.Stopped(number)
 
@@ -366,7 +348,7 @@ class Trainer:
     def optimizer_step(self) -> Tensor:
         """Clip the accumulated gradients and update the weights.
 
-        Returns whether the gradient was finite, () bool on the device; where it was not, no weight has changed.
+        Returns whether the gradient was finite, () bool on the device; if it was not, no weight has changed.
         """
         first, stop = self.phase()
         for group in self.optimizer.param_groups:
@@ -390,36 +372,37 @@ class Trainer:
         """Count the epoch; validate, draw a sample picture and save, as often as the settings say."""
         epoch = self.epoch + 1
         last = epoch == self.hps.max_epochs
-        improved = False
-        if last or epoch % self.hps.validation_frequency == 0:
-            self.model.eval()
-            try:
-                values = self.validate()
-            except UserError:  # an image that could be read before
-                if self.folder is not None:
-                    self.save(LAST)
-                raise
-            if not math.isfinite(values["score"]):
-                raise UserError(
-                    f"the validation of epoch {epoch} is not finite; lower --hps learning_rate or pass --no-amp"
-                )
-            improved = values["score"] < self.best
-            self.best = min(self.best, values["score"])
-            self.logger.log("validation", self.step, epoch, values)
+        improved = (last or epoch % self.hps.validation_frequency == 0) and self.improves(epoch)
         if self.skips and distributed.is_main():
             tqdm.write(f"epoch {epoch}: {self.skips} steps were skipped, their loss was not finite")
         self.epoch, self.seen, self.skips = epoch, 0, 0
         if self.folder is None:
             return
-        if last or self.epoch % self.hps.image_frequency == 0:
+        if last or epoch % self.hps.image_frequency == 0:
             self.model.eval()
             picture = self.picture()
-            save_picture(picture, self.folder / "samples" / f"epoch-{self.epoch:04d}{self.picture_suffix}")
+            save_picture(picture, self.folder / "samples" / f"epoch-{epoch:04d}{self.picture_suffix}")
             self.logger.picture("samples", picture, self.step)
         names = ["best.pt"] if improved else []
-        if self.epoch % self.hps.checkpoint_frequency == 0:
-            names.append(f"epoch-{self.epoch:04d}.pt")
+        names += [f"epoch-{epoch:04d}.pt"] if epoch % self.hps.checkpoint_frequency == 0 else []
         self.save(*names, LAST)  # which ends the epoch: what is killed before does all of the above again
+
+    def improves(self, epoch: int) -> bool:
+        """Validate; returns whether the score is the best so far. Raises UserError if it is not finite."""
+        self.model.eval()
+        try:
+            values = self.validate()
+        except UserError:  # an image that could be read before
+            if self.folder is not None:
+                self.save(LAST)
+            raise
+        if not math.isfinite(values["score"]):
+            raise UserError(
+                f"the validation of epoch {epoch} is not finite; lower --hps learning_rate or pass --no-amp"
+            )
+        best, self.best = self.best, min(self.best, values["score"])
+        self.logger.log("validation", self.step, epoch, values)
+        return values["score"] < best
 
     # --- state ---
 
@@ -432,24 +415,14 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """Everything a resume needs."""
+        training = {
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "rng": rng_state(),
+            "seed": self.seed,
+        }  # fmt: skip
         return Checkpoint(
-            kind=self.kind,
-            task=self.task,
-            hps=self.hps,
-            model=self.model.state_dict(),
-            epoch=self.epoch,
-            step=self.step,
-            best=self.best,
-            seen=self.seen,
-            training={
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "rng": rng_state(),
-                "seed": self.seed,
-                **self.extra_state(),
-            },
-            extra=self.checkpoint_extra(),
-        )
+            kind=self.kind, task=self.task, hps=self.hps, model=self.model.state_dict(), epoch=self.epoch, step=self.step,
+            best=self.best, seen=self.seen, training=training | self.extra_state(), extra=self.checkpoint_extra(),
+        )  # fmt: skip
 
     def resume(self, checkpoint: Checkpoint, path: Path) -> None:
         """Go on from a checkpoint, exactly; the seed is the checkpoint's."""
@@ -463,7 +436,8 @@ class Trainer:
             if training["scaler"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(training["scaler"])
             set_rng_state(training["rng"])
-            self.seed = self.loader.sampler.seed = self.loader.dataset.seed = training["seed"]
+            self.seed = self.loader.sampler.seed = training["seed"]
+            self.loader.dataset.reseed(self.seed)
             self.load_extra_state(training)
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise UserError(
@@ -476,6 +450,5 @@ class Trainer:
             self.best = checkpoint.best
         else:  # scores on other images cannot be compared
             self.best = math.inf
-            print(
-                f"validation on {images} images, not {checkpoint.extra['validation_images']}: the best is looked for anew"
-            )
+            before = checkpoint.extra["validation_images"]
+            print(f"validation on {images} images, not {before}: the best is looked for anew")
