@@ -56,16 +56,6 @@ class Survey:
     jpeg: Path | None = None  # Kaggle's image folder
 
 
-@dataclass(frozen=True)
-class View:
-    """One mammogram that the case files describe."""
-
-    half: str  # the official half it belongs to: "train" or "test"
-    patient: str
-    cases: list[str]  # case names of its image files; any of them will do
-    info: dict[str, Any]  # side, view, and its lesions
-
-
 class CBISDDSM(RecordDataset):
     """CBIS-DDSM with paired degradation; see `cbis_records` for the splits and the errors."""
 
@@ -99,28 +89,21 @@ def cbis_records(
         print(f"{root}: left out {dropped} training images of {len(shared)} patients in both official halves")
     views = list(select_views(rows, by_file))
     if images is None:
-        images = locate_images(root, survey, {case for view in views for case in view.cases})
+        images = locate_images(root, survey, {case for _, _, cases, _ in views for case in cases})
     records, missing = {half: [] for half in HALVES}, []
-    for view in views:
-        path = next((images[case] for case in view.cases if case in images), None)
+    for half, patient, cases, info in views:
+        path = next((images[case] for case in cases if case in images), None)
         if path is None:
-            missing.append(view.cases[0])
+            missing.append(cases[0])
         else:
-            record = Record(path, path.relative_to(root).as_posix(), view.patient, info=view.info)
-            records[view.half].append(record)
-    _report_missing(root, missing, len(views), strict)
+            records[half].append(Record(path, path.relative_to(root).as_posix(), patient, info=info))
+    if missing:
+        named = f"{len(missing):,} of {len(views):,} mammograms are missing, such as {', '.join(missing[:3])}"
+        if strict or len(missing) == len(views):
+            raise UserError(f"--data-root {root}: {named}; download them, or name the folder that holds them")
+        print(f"{root}: {named}")
     train, validation = cut_validation(records["train"], hps.validation_fraction)
     return {"train": train, "validation": validation, "test": records["test"]}
-
-
-def _report_missing(root: Path, missing: list[str], total: int, strict: bool) -> None:
-    """Print how many of `total` mammograms are missing; raises UserError if all are, or any with `strict`."""
-    if not missing:
-        return
-    named = f"{len(missing):,} of {total:,} mammograms are missing, such as {', '.join(missing[:3])}"
-    if strict or len(missing) == total:
-        raise UserError(f"--data-root {root}: {named}; download them, or name the folder that holds them")
-    print(f"{root}: {named}")
 
 
 def cut_validation(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
@@ -164,11 +147,12 @@ def shared_patients(rows: pd.DataFrame) -> set[str]:
     return set(rows["patient"][train]) & set(rows["patient"][~train])
 
 
-def select_views(rows: pd.DataFrame, by_file: bool = False) -> Iterator[View]:
-    """The mammograms of the rows, in the order of patient, side and view, each with its lesions.
+def select_views(rows: pd.DataFrame, by_file: bool = False) -> Iterator[tuple[str, str, list[str], dict[str, Any]]]:
+    """The mammograms of the rows, in the order of patient, side and view: half, patient, cases, and what is known of it.
 
-    There is one a breast view, without the training images of patients in both halves; a test view keeps the lesions that
-    the training half describes. With `by_file` there is one a file, and the halves stay as they are.
+    Any image of the cases will do. There is one mammogram a breast view, without the training images of patients in both
+    halves; a test view keeps the lesions that the training half describes. With `by_file` there is one a file, and the
+    halves stay as they are.
     """
     shared = set() if by_file else shared_patients(rows)
     key = operator.itemgetter("patient", "side", "view", *(["case"] if by_file else []))
@@ -178,7 +162,7 @@ def select_views(rows: pd.DataFrame, by_file: bool = False) -> Iterator[View]:
         if half == "test" or patient not in shared:
             cases = sorted({row["case"] for row in group if row["half"] == half})
             lesions = [{entry: _number(row[entry]) for entry in LESION_ENTRIES} for row in group]
-            yield View(half, patient, cases, {"side": side, "view": view, "lesions": lesions})
+            yield half, patient, cases, {"side": side, "view": view, "lesions": lesions}
 
 
 def _case_of(value: str, file: Path) -> str:

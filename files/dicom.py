@@ -169,11 +169,8 @@ def _decode(path: Path, header: pydicom.Dataset) -> np.ndarray:
     syntax = header.file_meta.get("TransferSyntaxUID", ExplicitVRLittleEndian)
     if not syntax.is_compressed or syntax == RLELossless:
         return header.pixel_array
-    wanted = "pylibjpeg pylibjpeg-libjpeg"
-    if "2000" in syntax.name:
-        wanted = "pylibjpeg pylibjpeg-openjpeg"
-    elif "JPEG-LS" in syntax.name:
-        wanted = "pyjpegls"
+    plugin = "openjpeg" if "2000" in syntax.name else "libjpeg"
+    wanted = "pyjpegls" if "JPEG-LS" in syntax.name else f"pylibjpeg pylibjpeg-{plugin}"
     try:
         available = get_decoder(syntax).is_available
     except NotImplementedError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -36,11 +37,11 @@ def patient_of(path: Path, root: Path, pattern: str = "") -> str:
             raise UserError(f"--hps patient_pattern={pattern}: its first group matches nothing in {name.as_posix()}")
         return match[1]
     if is_dicom(path):
-        try:
+        with contextlib.suppress(
+            Exception
+        ):  # an unreadable file is reported when it is loaded; until then its name serves
             if patient := dicom_tag(path, "PatientID"):
                 return patient
-        except Exception:  # noqa: BLE001  an unreadable file is reported when it is loaded; until then its name serves
-            pass
     if match := re.fullmatch(r"mdb(\d{3})", path.stem):
         return f"mdb pair {(int(match[1]) + 1) // 2:03d}"
     # if a name only names a view, the folder above it names the patient

@@ -72,7 +72,7 @@ class Grid:
         """
         top, left, bottom, right, spare = _bounding_box(mask, margin)
         top, left = max(0, top - spare), max(0, left - spare)
-        bottom, right = min(mask.shape[0], bottom + spare), min(mask.shape[1], right + spare)
+        bottom, right = min(len(mask), bottom + spare), min(mask.shape[1], right + spare)
         size = bottom - top, right - left
         return cls((top, left, bottom, right), size, (0, 0), size)
 

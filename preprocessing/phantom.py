@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.random import Generator, default_rng
+from PIL import Image, ImageOps
 from scipy import fft, ndimage
 from scipy.special import erf, expit
 
@@ -68,7 +69,7 @@ class Phantom:
 class _Anatomy:
     """The shape of one breast: lengths in mm, with y down from the top and x out from the chest wall."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
+    def __init__(self, rng: Generator) -> None:
         mlo = rng.random() < 0.5
         size = rng.beta(2.0, 2.0)
         self.view = "MLO" if mlo else "CC"
@@ -143,7 +144,7 @@ def _amplitude(half: int, beta: float, longest: float, shortest: float) -> np.nd
 
 
 def power_law_field(
-    rng: np.random.Generator, size: int, beta: float = 3.0, longest: float = 100.0, shortest: float = 0.0
+    rng: Generator, size: int, beta: float = 3.0, longest: float = 100.0, shortest: float = 0.0
 ) -> np.ndarray:
     """Periodic Gaussian random field whose two-dimensional power spectrum falls as 1/f^beta (Burgess et al. 2001).
 
@@ -151,7 +152,7 @@ def power_law_field(
     Returns (size, size) float32 over 205 mm squared, mean 0, variance about 1, wavelengths from shortest to longest in mm.
     """
     # a generator of its own: rng advances by one draw, whatever the size
-    rng = np.random.default_rng(rng.integers(2**63))
+    rng = default_rng(rng.integers(2**63))
     half = size // 2 - 1
     edge = 8
     shells = rng.standard_normal((2 * edge + 1, edge + 1, 2), dtype=np.float32)
@@ -173,7 +174,7 @@ def _sample(field: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     return ndimage.map_coordinates(field, [y * scale, x * scale], order=1, mode="grid-wrap")
 
 
-def _fan(rng: np.random.Generator, anatomy: _Anatomy, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _fan(rng: Generator, anatomy: _Anatomy, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates (across, along) in mm of one sheet of fibres that converge beyond the nipple, gently bent."""
     ny, nx = anatomy.nipple
     dy, dx = y - ny - rng.normal(0.0, 12.0), nx + rng.uniform(20.0, 110.0) - x
@@ -181,9 +182,7 @@ def _fan(rng: np.random.Generator, anatomy: _Anatomy, y: np.ndarray, x: np.ndarr
     return across + 2.2 * _sample(power_law_field(rng, 128, 4.0, 80.0, 14.0), y, x), np.hypot(dy, dx)
 
 
-def _gland(
-    rng: np.random.Generator, anatomy: _Anatomy, depth: np.ndarray, y: np.ndarray, x: np.ndarray, size: int
-) -> np.ndarray:
+def _gland(rng: Generator, anatomy: _Anatomy, depth: np.ndarray, y: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
     """Fibroglandular fraction in [0, 1] along each ray: overlapping sheets of a ragged disc behind the nipple."""
     ny, nx = anatomy.nipple
     reach = nx * (0.45 + 0.5 * anatomy.density) * rng.uniform(0.9, 1.1)
@@ -204,7 +203,7 @@ def _gland(
     return total / sheets
 
 
-def _strands(rng: np.random.Generator, anatomy: _Anatomy, y: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
+def _strands(rng: Generator, anatomy: _Anatomy, y: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
     """Cooper's ligaments and fibrous septa, about 0 to 2: thin bright zero lines of fields stretched along the fan."""
     pixel = FILM_HEIGHT_MM / size
     total = np.zeros_like(x)
@@ -220,9 +219,7 @@ def _strands(rng: np.random.Generator, anatomy: _Anatomy, y: np.ndarray, x: np.n
     return total
 
 
-def _curve(
-    rng: np.random.Generator, start: tuple[float, float], heading: float, length: float, wander: float
-) -> np.ndarray:
+def _curve(rng: Generator, start: tuple[float, float], heading: float, length: float, wander: float) -> np.ndarray:
     """Points (n, 2) in mm, CURVE_STEP_MM apart, of a smooth random walk in heading (0 points away from the chest)."""
     s = np.arange(0.0, length, CURVE_STEP_MM)
     turns = rng.normal(0.0, wander, 8).cumsum()
@@ -249,7 +246,7 @@ def _draw_curves(drawn: list[tuple[np.ndarray, np.ndarray]], sigma: float, shape
     return scale * ndimage.gaussian_filter(canvas, max(sigma / pixel, 0.45))[:-1, :-1]
 
 
-def _ducts_and_vessels(rng: np.random.Generator, anatomy: _Anatomy, shape: tuple[int, int]) -> np.ndarray:
+def _ducts_and_vessels(rng: Generator, anatomy: _Anatomy, shape: tuple[int, int]) -> np.ndarray:
     """Additive layer of ducts fanning out from the nipple and a few veins, each fading along its length."""
     ny, nx = anatomy.nipple
     ducts, veins = [], []
@@ -270,7 +267,7 @@ def _clearance(anatomy: _Anatomy, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.minimum(film, np.minimum(_skin_depth(anatomy, y, x), -_muscle_depth(anatomy, y, x)))
 
 
-def _place(rng: np.random.Generator, anatomy: _Anatomy, margin: float) -> tuple[float, float]:
+def _place(rng: Generator, anatomy: _Anatomy, margin: float) -> tuple[float, float]:
     """A point (y, x) in mm near the gland, at least margin from skin, muscle and chest wall if the breast has room."""
     ny, nx = anatomy.nipple
     y, x = ny + rng.normal(-4.0, 26.0, 64), nx * rng.uniform(0.1, 0.85, 64)
@@ -279,7 +276,7 @@ def _place(rng: np.random.Generator, anatomy: _Anatomy, margin: float) -> tuple[
     return float(y[first]), float(x[first])
 
 
-def _draw_masses(rng: np.random.Generator, anatomy: _Anatomy) -> list[Mass]:
+def _draw_masses(rng: Generator, anatomy: _Anatomy) -> list[Mass]:
     """Masses with rows, columns and radii in mm."""
     masses = []
     for _ in range(rng.choice((0, 1, 2), p=(0.5, 0.42, 0.08))):
@@ -289,7 +286,7 @@ def _draw_masses(rng: np.random.Generator, anatomy: _Anatomy) -> list[Mass]:
     return masses
 
 
-def _mass_layer(rng: np.random.Generator, masses: list[Mass], y: np.ndarray, x: np.ndarray) -> np.ndarray:
+def _mass_layer(rng: Generator, masses: list[Mass], y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Additive layer of mass bodies: the projected chord of a ball with a lobulated, more or less sharp margin."""
     layer = np.zeros_like(x)
     for mass in masses:
@@ -301,7 +298,7 @@ def _mass_layer(rng: np.random.Generator, masses: list[Mass], y: np.ndarray, x: 
     return layer
 
 
-def _spicules(rng: np.random.Generator, masses: list[Mass], shape: tuple[int, int]) -> np.ndarray:
+def _spicules(rng: Generator, masses: list[Mass], shape: tuple[int, int]) -> np.ndarray:
     """Additive layer of fine lines that leave the spiculated masses radially and fade out."""
     spicules = []
     for mass in (m for m in masses if m.spiculated):
@@ -313,7 +310,7 @@ def _spicules(rng: np.random.Generator, masses: list[Mass], shape: tuple[int, in
     return _draw_curves(spicules, 0.5, shape)
 
 
-def _draw_calcifications(rng: np.random.Generator, anatomy: _Anatomy) -> list[Calcification]:
+def _draw_calcifications(rng: Generator, anatomy: _Anatomy) -> list[Calcification]:
     """Clusters of 5 to 20 with lengths in mm and, as contrast, the intensity that a fully resolved centre adds."""
     drawn: list[Calcification] = []
     for _ in range(rng.choice((0, 1, 2), p=(0.5, 0.36, 0.14))):
@@ -368,7 +365,7 @@ def add_calcifications(image: np.ndarray, drawn: list[Calcification], pixel: flo
 
 
 def _tissue(
-    streams: list[np.random.Generator], anatomy: _Anatomy, masses: list[Mass], points: list[np.ndarray], size: int
+    streams: list[Generator], anatomy: _Anatomy, masses: list[Mass], points: list[np.ndarray], size: int
 ) -> tuple[np.ndarray, float]:
     """Linear intensity at the points of the breast before calcifications, and its fibroglandular fraction.
 
@@ -404,7 +401,7 @@ def generate_phantom(seed: int, index: int, image_shape: tuple[int, int, int] = 
         raise ValueError(f"image_shape must be (1, H, W) with H and W at least {MIN_SIDE}, got {tuple(image_shape)}")
     if seed < 0 or index < 0:
         raise ValueError(f"seed and index must not be negative, got {seed} and {index}")
-    streams = [np.random.default_rng([seed, index, layer]) for layer in range(8)]
+    streams = [default_rng([seed, index, layer]) for layer in range(8)]
     anatomy = _Anatomy(streams[0])
     masses = _draw_masses(streams[1], anatomy)
     calcifications = _draw_calcifications(streams[2], anatomy)
@@ -437,17 +434,6 @@ def draw_sheet(tiles: list[np.ndarray], columns: int = 8) -> np.ndarray:
     return (255.0 * rows.reshape(-1, columns * tiles[0].shape[1])).round().astype(np.uint8)
 
 
-def _load_real(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """A real mammogram with the breast to the left, cropped to the shape of a tile, in [0, 1]."""
-    film = np.asarray(Image.open(path).convert("L"))
-    columns = np.flatnonzero((film > 24).mean(axis=0) > 0.05)
-    film = film[:, columns[0] : columns[-1] + 1]
-    film = film if film[:, :40].mean() > film[:, -40:].mean() else film[:, ::-1]
-    width = film.shape[0] * shape[1] // shape[0]
-    film = np.pad(film, ((0, 0), (0, max(0, width - film.shape[1]))))[:, :width]
-    return np.asarray(Image.fromarray(film).resize(shape[::-1], Image.Resampling.BOX)) / 255.0
-
-
 def main() -> None:
     """Write a contact sheet of phantoms, and below it as many real mammograms if --real names a folder of them."""
     parser = Parser(description="Draw a contact sheet of digital breast phantoms.")
@@ -456,16 +442,19 @@ def main() -> None:
     parser.add_argument("--count", type=positive_int, default=24)
     parser.add_argument("--real", type=Path, help="folder of real mammograms (PGM or PNG) to draw below the phantoms")
     args = parser.parse_args()
-    tiles = [generate_phantom(args.seed, index).image[0].numpy() for index in range(args.count)]
-    sheets = [draw_sheet(tiles)]
+    sheet = draw_sheet([generate_phantom(args.seed, index).image[0].numpy() for index in range(args.count)])
     if args.real:
         paths = sorted(args.real.glob("*.[pP][gGnN][mMgG]"))
         if not paths:
             raise UserError(f"--real {args.real}: no PGM or PNG files there")
-        real = [_load_real(path, tiles[0].shape) for path in paths[:: max(1, len(paths) // args.count)][: args.count]]
-        sheets += [np.full((8, sheets[0].shape[1]), 255, np.uint8), draw_sheet(real)]
+        tiles = []
+        for path in paths[:: max(1, len(paths) // args.count)][: args.count]:
+            film = Image.open(path).convert("L")
+            film = film.crop(film.point(lambda value: 255 * (value > 24)).getbbox())  # without its dark surround
+            tiles.append(np.asarray(ImageOps.pad(film, (192, 256), Image.Resampling.BOX)) / 255.0)
+        sheet = np.concatenate([sheet, np.full((8, sheet.shape[1]), 255, np.uint8), draw_sheet(tiles)])
     with atomic_path(args.sheet) as temporary:
-        Image.fromarray(np.concatenate(sheets)).save(temporary, format="PNG")
+        Image.fromarray(sheet).save(temporary, format="PNG")
     print(f"sheet written to {args.sheet}")
 
 

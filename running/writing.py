@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +21,8 @@ def atomic_path(path: Path, flag: str = "--out") -> Iterator[Path]:
     """
     with explained(f"{path}: cannot be written", f"free space or choose another {flag}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-        temporary = Path(name)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for their owner alone
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        temporary.touch(exist_ok=False)
         try:
             yield temporary
             with temporary.open("rb") as file:
@@ -52,12 +50,6 @@ def remove_parts(*folders: Path, seconds: float = 0) -> None:
         with contextlib.suppress(FileNotFoundError):  # another process has finished or removed it
             if not seconds or time.time() - part.stat().st_mtime > seconds:
                 part.unlink()
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
 
 
 def write_text(path: Path, text: str) -> None:
