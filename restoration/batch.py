@@ -225,7 +225,7 @@ class BatchRestorer:
             print(
                 f"{unseen} images show no noise to tell an expected error from: no samples and no maps are written of them"
             )
-        low, high = self.restorer.levels if self.restorer.stabilized else (0.0, math.inf)
+        low, high = self.restorer.level_range if self.restorer.stabilized else (0.0, math.inf)
         slack = 1e-3  # a level that was given comes back through its variance
         known = images["level"].between(low * (1 - slack), high * (1 + slack))
         if outside := int((images["level"].notna() & (images["level"] > 0) & ~known).sum()):

@@ -137,7 +137,7 @@ def calibrate(sampler: Restorer, validation: MammogramDataset, *, progress: bool
 
     On a square inside the breast of some validation images. Raises UserError if they have no breast.
     """
-    low, high = sampler.levels
+    low, high = sampler.level_range
     levels = [level for level in CALIBRATION_LEVELS if low <= level <= high] or [sampler.hps.noise_level]
     sampled = []
     for pair in some_pairs(validation, CALIBRATION_IMAGES, "calibrate", progress):

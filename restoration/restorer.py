@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion import LatentDiffusion, make_diffusion, sample_latents
+from diffusion import LatentDiffusion, LatentEncoder, make_diffusion, sample_latents
 from helper import UserError
 from hps import HParams
 from models.samplers import NoiseField, Sampling, dpm_timesteps
@@ -147,13 +147,13 @@ class Restorer:
         return self.first_stage.vqvae.stabilize
 
     @property
-    def levels(self) -> tuple[float, float]:
+    def level_range(self) -> tuple[float, float]:
         """Least and greatest noise level that the model was trained at."""
         return tuple(self.hps.noise_levels) or (self.hps.noise_level,) * 2
 
     def level_of(self, noise: NoiseModel, intensity: float) -> float:
         """The noise level, of those it knows, that the network is told for an image of this noise and mean intensity."""
-        return float(np.clip(level_at(noise, intensity), *self.levels))
+        return float(np.clip(level_at(noise, intensity), *self.level_range))
 
     @torch.no_grad()
     def restore(
@@ -177,7 +177,8 @@ class Restorer:
         rate = self.first_stage.vqvae.scaling_rates[0]
         height, width = degraded.shape[-2:]
         padded = F.pad(degraded, (0, -width % self.scale, 0, -height % self.scale), mode="replicate")
-        cond = self.model.normalize(self.first_stage.encode(padded, noise))
+        encoder = LatentEncoder(self.first_stage, self.model)
+        cond = encoder.encode(padded, noise)
         field = NoiseField((self.seed, name), self.first_stage.latent_channels)
         with torch.autocast(degraded.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             view = self.model.view(cond, torch.full((1,), level, device=degraded.device))
@@ -186,9 +187,7 @@ class Restorer:
                 sample_latents(self.model, view, [field], self.sampling, number=number, **drawn)
                 for number in range(self.samples)
             ] or [view.mean]
-        images = [
-            self.first_stage.decode(self.model.denormalize(z), shape=padded.shape[-2:], noise=noise) for z in latents
-        ]
+        images = [encoder.decode(z, padded.shape[-2:], noise) for z in latents]
         return torch.cat(images, dim=1)[..., :height, :width]
 
     def restore_in_one_piece(

@@ -105,7 +105,7 @@ class Sampler:
     spread: float
     samples: int = 16
     sampling: Sampling = field(default_factory=lambda: Sampling("dpm++", 8))
-    levels: tuple = (0.04, 0.6)
+    level_range: tuple = (0.04, 0.6)
     hps: object = field(default_factory=lambda: HPS)
     seen: list = field(default_factory=list)
 
@@ -137,7 +137,7 @@ def test_the_calibration_takes_a_square_of_every_image_and_level_that_the_model_
     assert calibration.factors == pytest.approx([2 * math.sqrt((1 + 0.25 / 16) / (1 + 1 / 16))] * 3, rel=0.02)
     about = calibration.about
     assert (about["images"], about["samples"], about["sampler"], about["cases"]) == (2, 16, "DPM-Solver++ 8", 6)
-    none = Sampler(spread=0.01, levels=(0.3, 0.4))  # none of the levels that are looked at: that of the settings
+    none = Sampler(spread=0.01, level_range=(0.3, 0.4))  # none of the levels that are looked at: that of the settings
     assert calibrate(none, get_dataset("phantom", HPS, "validation"), progress=False).levels == [HPS.noise_level]
 
 
