@@ -1,0 +1,270 @@
+"""How long does a step take? Each time is a ratio to a named baseline in the same round, on the CPU in single precision.
+
+`unet`, an evaluation and a training step of either UNet at the reference values; `stage1`, a training step at the reference
+values; `stage2`, what a training step spends outside the UNets; `lookup`, a codebook lookup; `compile`, training steps with
+--compile.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from diffusion import LatentDiffusion, LitEma, make_diffusion
+from helper import format_table, seeded_generator
+from hps import HPS_DIFFUSION, HPS_VQVAE, HParams
+from loading.batches import Batch
+from loading.mammograms import PhantomDataset
+from logger import Logger
+from models.unet import UNet
+from running.command_line import Parser, positive_int
+from running.scripts import run_script
+from trainer import DiffusionTrainer, VQVAETrainer
+from training.loop import Trainer
+from vqvae import VQVAE, VectorQuantizer
+from vqvae2_wrapper import VQVAE2Wrapper
+
+REFERENCE = HPS_VQVAE["cbis-ddsm"].updated(
+    batch_size=1, warmup_steps=1, phantom_counts=[1, 1, 1], cache_images=True, quantize_probability=1.0
+)
+# a quarter of the reference size, which is fair to neither attention nor what is done once a step
+QUARTER = HPS_DIFFUSION["cbis-ddsm"].updated(
+    image_shape=[1, 256, 192],
+    batch_size=1,
+    nb_workers=0,
+    cache_images=True,
+    phantom_counts=[2, 1, 1],
+    statistics_batches=1,
+)
+LATENT = [side // REFERENCE.scaling_rates[0] for side in REFERENCE.image_shape[1:]]
+FLOOR = "its FLOPs at the rates of one convolution and one attention"
+PHASES = {
+    "posterior mean": 1,
+    "diffusion": 0,
+}  # epochs of the posterior mean: without them the diffusion's come at once
+
+clock = time.perf_counter
+
+
+def seconds(function: Callable[[], object], calls: int = 1) -> float:
+    """Mean time of a call."""
+    start = clock()
+    for _ in range(calls):
+        function()
+    return (clock() - start) / calls
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A work against a baseline: functions that return seconds."""
+
+    name: str
+    own: Callable[[], float]
+    baseline_name: str
+    baseline: Callable[[], float]
+
+    def row(self, rounds: int) -> list[str]:
+        """Medians over the rounds, after one that warms up, and the ratio with its least and most."""
+        times, baselines = zip(*[(self.own(), self.baseline()) for _ in range(rounds + 1)][1:], strict=True)
+        ratios = [own / other for own, other in zip(times, baselines, strict=True)]
+        ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}, {max(ratios):.3f})"
+        return [self.name, self.baseline_name, *(f"{statistics.median(v):.4g}" for v in (times, baselines)), ratio]
+
+
+def compare(
+    name: str, own: Callable[[], object], baseline_name: str, baseline: Callable[[], object], calls: int = 1
+) -> Comparison:
+    """The comparison of two functions by the time of their calls."""
+    return Comparison(name, lambda: seconds(own, calls), baseline_name, lambda: seconds(baseline, calls))
+
+
+def floor(model: nn.Module, inputs: tuple[Tensor, ...], passes: int = 1) -> Callable[[], float]:
+    """Seconds of a model's forward FLOPs, `passes` times, at the machine's rates now; model and inputs are on the meta device."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    by_kind = counter.get_flop_counts()["Global"]
+    attention = sum(flops for kind, flops in by_kind.items() if "bmm" in str(kind) or "attention" in str(kind))
+    total = counter.get_total_flops()
+    print(f"forward pass: {(total - attention) / 1e12:.2f} TFLOP of convolutions, {attention / 1e12:.2f} of attention")
+    x, weight = (
+        torch.randn(shape).to(memory_format=torch.channels_last) for shape in ((1, 192, 128, 96), (192, 192, 3, 3))
+    )
+    q = torch.randn(1, 2, 12288, 64)
+
+    @torch.no_grad()
+    def at_rates() -> float:
+        convolution = 2 * 9 * 192 * x.numel() / seconds(lambda: F.conv2d(x, weight, padding=1), 3)
+        fused = (
+            4 * q.numel() * q.shape[2] / seconds(lambda: F.scaled_dot_product_attention(q, q, q)) if attention else 1
+        )
+        return passes * ((total - attention) / convolution + attention / fused)
+
+    return at_rates
+
+
+def trainer_of(hps: HParams, vqvae: VQVAE, model: LatentDiffusion | None = None) -> Trainer:
+    """The trainer of a first stage or, with a `model`, of the second stage on it; on phantoms."""
+    data = PhantomDataset(hps, "train")
+    common = (torch.device("cpu"), data, data)
+    if model is None:
+        return VQVAETrainer("phantom", hps, vqvae, *common, progress=False)
+    stage = DiffusionTrainer("phantom", hps, model, *common, progress=False, first_stage=VQVAE2Wrapper(vqvae))
+    stage.begin()
+    return stage
+
+
+def step_of(trainer: Trainer, batch: Batch) -> Callable[[], None]:
+    """A training step on a batch."""
+    trainer.model.train()
+
+    def step() -> None:
+        trainer.loss(batch).loss.backward()
+        trainer.optimizer_step()
+
+    return step
+
+
+def of_unet() -> Iterator[Comparison]:
+    """Either UNet: an evaluation at the reference latent, and a checkpointed training step on a sixteenth of it."""
+    hps, t = HPS_DIFFUSION["cbis-ddsm"], torch.tensor([500])
+    crop = [side // 4 for side in LATENT]
+    with torch.device("meta"):
+        empty = UNet(**hps.arguments(UNet)).eval()
+        inputs = [(torch.empty(1, hps.in_channels, *side), torch.zeros(1, dtype=torch.long)) for side in (LATENT, crop)]
+    model = UNet(**hps.arguments(UNet))
+    whole, part = (torch.randn(1, hps.in_channels, *side) for side in (LATENT, crop))
+    target, ema = torch.randn(1, hps.out_channels, *crop), LitEma(model, hps.ema_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=hps.learning_rate, weight_decay=hps.weight_decay, fused=True)
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        model.eval()(whole, t)
+
+    def step() -> None:
+        F.mse_loss(model.train()(part, t), target).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), hps.grad_clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema(model)
+
+    name = f"evaluation at {LATENT[0]} x {LATENT[1]}"
+    yield Comparison(name, lambda: seconds(evaluate), FLOOR, floor(empty, inputs[0]))
+    # a checkpointed step: forward, forward again, and twice as much backward
+    name = f"training step at {crop[0]} x {crop[1]}, with AdamW and EMA"
+    yield Comparison(name, lambda: seconds(step), f"4 x {FLOOR}", floor(empty, inputs[1], 4))
+
+
+def of_stage1() -> Iterator[Comparison]:
+    """A training step at the reference values; its backward pass takes two forward passes."""
+    stage = trainer_of(REFERENCE, VQVAE(**REFERENCE.arguments(VQVAE)))
+    batch = stage.loader.dataset[0]
+    stage.model.initialise_codebooks([batch.clean], seeded_generator("codebooks"))
+    with torch.device("meta"):
+        empty, image = VQVAE(**REFERENCE.arguments(VQVAE)).eval(), torch.empty(1, *REFERENCE.image_shape)
+    step = step_of(stage, batch)
+    yield Comparison("training step", lambda: seconds(step), f"3 x {FLOOR}", floor(empty, (image,), 3))
+
+
+class NoUNet(nn.Module):
+    """Stands for a UNet if its time is not to count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(QUARTER.in_channels, QUARTER.out_channels, 1)
+        self.out_channels = QUARTER.out_channels
+
+    def forward(self, x: Tensor, t: Tensor, log_level: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def of_stage2() -> Iterator[Comparison]:
+    """Epochs without the UNets: loader, degradation, encoding, noise and logging, against whole ones."""
+    vqvae = VQVAE(**REFERENCE.arguments(VQVAE))
+    for phase, mean_epochs in PHASES.items():
+        hps = QUARTER.updated(mean_epochs=mean_epochs)
+        bare = LatentDiffusion(NoUNet(), NoUNet(), **hps.arguments(LatentDiffusion))
+        stages = [trainer_of(hps, vqvae, model) for model in (bare, make_diffusion(hps))]
+
+        def epoch(stage: Trainer) -> float:
+            stage.seen = 0
+            return seconds(stage.train_epoch)
+
+        for stage in stages:
+            stage.logger = Logger(None)
+            stage.parallelize()
+        rest, whole = ((lambda stage=stage: epoch(stage)) for stage in stages)
+        yield Comparison(f"{phase}: an epoch with 1 x 1 convolutions for the UNets", rest, "an epoch with them", whole)
+
+
+def of_lookup() -> Iterator[Comparison]:
+    """The codebook lookup of an image on the finest pyramid level."""
+    quantizer = VectorQuantizer(REFERENCE.nb_entries, REFERENCE.embed_dim)
+    vectors, entries = torch.randn(LATENT[0] * LATENT[1], REFERENCE.embed_dim), quantizer.codebook
+    product = torch.empty(len(vectors), REFERENCE.nb_entries)
+
+    def plain() -> Tensor:
+        return (vectors.square().sum(1, keepdim=True) - 2 * vectors @ entries.t() + entries.square().sum(1)).argmin(1)
+
+    def multiply() -> Tensor:
+        return torch.mm(vectors, entries.t(), out=product)
+
+    for name, baseline in (("its matrix product", multiply), ("all distances, then their argmin", plain)):
+        yield compare(f"lookup of {len(vectors)} vectors", lambda: quantizer.lookup(vectors), name, baseline, calls=5)
+
+
+def of_compile() -> Iterator[Comparison]:
+    """Compiled steps of every stage of task `phantom`; the round that warms up compiles."""
+    vqvae_hps = HPS_VQVAE["phantom"]
+    for phase, mean_epochs in {"stage 1": None, **PHASES}.items():
+        steps = []
+        for compiled in (True, False):
+            torch.manual_seed(0)
+            hps, model = vqvae_hps, None
+            if mean_epochs is not None:
+                hps = HPS_DIFFUSION["phantom"].updated(mean_epochs=mean_epochs, statistics_batches=1)
+                model = make_diffusion(hps)
+            stage = trainer_of(hps, VQVAE(**vqvae_hps.arguments(VQVAE)), model)
+            if compiled:
+                stage.compile()
+            batch = Batch.collate([stage.loader.dataset[i] for i in range(hps.batch_size)])
+            steps.append(step_of(stage, batch))
+        yield compare(f"{phase}: a compiled step", steps[0], "a plain step", steps[1], calls=5)
+
+
+WHAT = {"unet": of_unet, "stage1": of_stage1, "stage2": of_stage2, "lookup": of_lookup, "compile": of_compile}
+
+
+def main() -> None:
+    global clock
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--what", choices=WHAT, required=True, help="what to measure")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="measurements; their median counts (default: 5)")
+    parser.add_argument("--busy", action="store_true", help="the machine does other work: one thread, processor time")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.busy:
+        torch.set_num_threads(1)
+        clock = time.process_time
+    rows = [comparison.row(args.rounds) for comparison in WHAT[args.what]()]
+    print(format_table(["", "baseline", "seconds", "baseline, s", "ratio (least, most)"], rows))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    print(
+        f"{args.rounds} rounds; {'processor' if args.busy else 'wall-clock'} time, threads: {torch.get_num_threads()}, single "
+        f"precision, torch {torch.__version__}; peak memory of the process {memory:.2f} GB"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
