@@ -161,7 +161,10 @@ def select_views(rows: pd.DataFrame, by_file: bool = False) -> Iterator[tuple[st
         half = "test" if any(row["half"] == "test" for row in group) else "train"
         if half == "test" or patient not in shared:
             cases = sorted({row["case"] for row in group if row["half"] == half})
-            lesions = [{entry: _number(row[entry]) for entry in LESION_ENTRIES} for row in group]
+            lesions = [
+                {name: int(row[name]) if row[name].isdecimal() else row[name] for name in LESION_ENTRIES}
+                for row in group
+            ]
             yield half, patient, cases, {"side": side, "view": view, "lesions": lesions}
 
 
@@ -172,10 +175,6 @@ def _case_of(value: str, file: Path) -> str:
     if match is None or match["lesion"]:
         raise UserError(f"{file}: {value!r} is not the path of a full mammogram; download the file again")
     return match[0]
-
-
-def _number(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

@@ -66,7 +66,14 @@ def read_dicom(path: Path) -> tuple[np.ndarray, int, pydicom.Dataset, np.ndarray
     """
     _refuse_inflation(path)
     header = pydicom.dcmread(path)
-    _check(path, header)
+    if int(header.get("NumberOfFrames", 1) or 1) > 1 or int(header.get("SamplesPerPixel", 1)) > 1:
+        raise ImageError(f"{path}: a multi-frame or colour DICOM; only single grayscale images can be read")
+    photometric = header.get("PhotometricInterpretation", "MONOCHROME2")
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ImageError(f"{path}: a {photometric} DICOM; only single grayscale images can be read")
+    if "PixelData" not in header:
+        raise ImageError(f"{path}: a DICOM file cut short or without pixel data; remove or replace it")
+    refuse_size(path, int(header.Columns), int(header.Rows))
     scaling = Scaling.of(header)
     if not 1 <= scaling.bits <= 16 or int(header.get("HighBit", header.BitsStored - 1)) != header.BitsStored - 1:
         raise ImageError(
@@ -78,18 +85,6 @@ def read_dicom(path: Path) -> tuple[np.ndarray, int, pydicom.Dataset, np.ndarray
     if padding is not None:
         pixels[padding] = 0
     return pixels, scaling.bits, header, padding
-
-
-def _check(path: Path, header: pydicom.Dataset) -> None:
-    """Raise ImageError if a data set is not a single grayscale image of a permitted size."""
-    if int(header.get("NumberOfFrames", 1) or 1) > 1 or int(header.get("SamplesPerPixel", 1)) > 1:
-        raise ImageError(f"{path}: a multi-frame or colour DICOM; only single grayscale images can be read")
-    photometric = header.get("PhotometricInterpretation", "MONOCHROME2")
-    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ImageError(f"{path}: a {photometric} DICOM; only single grayscale images can be read")
-    if "PixelData" not in header:
-        raise ImageError(f"{path}: a DICOM file cut short or without pixel data; remove or replace it")
-    refuse_size(path, int(header.Columns), int(header.Rows))
 
 
 @dataclass(frozen=True)
@@ -246,15 +241,9 @@ def _identify(derived: pydicom.Dataset, source: pydicom.Dataset, place: Path, de
     derived.DerivationDescription = f"{SOFTWARE}: {description}"[:1024]
     derived.SeriesDescription = f"{str(source.get('SeriesDescription') or '')[:55]} restored".strip()
     if source.get("SOPInstanceUID"):
-        derived.SourceImageSequence = [_reference(derived.SOPClassUID, source.SOPInstanceUID)]
-
-
-def _reference(sop_class: str, instance: str) -> pydicom.Dataset:
-    """An item of SourceImageSequence: PS3.3 C.7.6.1, with code 121322 of PS3.16 CID 7202."""
-    purpose = pydicom.Dataset()
-    purpose.CodeValue, purpose.CodingSchemeDesignator = "121322", "DCM"
-    purpose.CodeMeaning = "Source image for image processing operation"
-    item = pydicom.Dataset()
-    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, instance
-    item.PurposeOfReferenceCodeSequence = [purpose]
-    return item
+        purpose, item = pydicom.Dataset(), pydicom.Dataset()  # PS3.3 C.7.6.1, with code 121322 of PS3.16 CID 7202
+        purpose.CodeValue, purpose.CodingSchemeDesignator = "121322", "DCM"
+        purpose.CodeMeaning = "Source image for image processing operation"
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = derived.SOPClassUID, source.SOPInstanceUID
+        item.PurposeOfReferenceCodeSequence = [purpose]
+        derived.SourceImageSequence = [item]

@@ -106,21 +106,20 @@ def find_images(root: Path) -> list[Path]:
 
     Links to missing images are counted on stderr. Raises UserError if there are no images.
     """
-    seen = sorted(
-        path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
-    named = {path for path in seen if path.suffix.lower() in IMAGE_SUFFIXES}
-    # pathlib raises an error if a folder may be listed but not searched; os.path says no
-    images = [path for path in seen if os.path.isfile(path) and (path in named or _is_bare_dicom(path))]  # noqa: PTH113
-    lost = [path for path in sorted(named) if os.path.lexists(path) and not os.path.exists(path)]  # noqa: PTH110
+    images, lost = [], []
+    for path in sorted(root.rglob("*")):
+        if any(part.startswith(".") for part in path.relative_to(root).parts):
+            continue
+        # DICOM files without a suffix are often named by a UID, which has dots
+        named, bare = path.suffix.lower() in IMAGE_SUFFIXES, not path.suffix.lstrip(".") or path.suffix[1:].isdigit()
+        # pathlib raises an error if a folder may be listed but not searched; os.path says no
+        if os.path.isfile(path):  # noqa: PTH113
+            images += [path] if named or (bare and is_dicom(path)) else []
+        elif named and os.path.lexists(path) and not os.path.exists(path):  # noqa: PTH110
+            lost.append(path)
     if lost:
         example = lost[0].relative_to(root)
         print(f"warning: {root}: {len(lost)} links lead to no file, such as {example}; left out", file=sys.stderr)
     if not images:
         raise UserError(f"{root}: no images in it; looked for {', '.join(IMAGE_SUFFIXES)}")
     return images
-
-
-def _is_bare_dicom(path: Path) -> bool:
-    # DICOM files without a suffix are often named by a UID, which has dots
-    return (not path.suffix.lstrip(".") or path.suffix[1:].isdigit()) and is_dicom(path)

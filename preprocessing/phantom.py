@@ -246,21 +246,6 @@ def _draw_curves(drawn: list[tuple[np.ndarray, np.ndarray]], sigma: float, shape
     return scale * ndimage.gaussian_filter(canvas, max(sigma / pixel, 0.45))[:-1, :-1]
 
 
-def _ducts_and_vessels(rng: Generator, anatomy: _Anatomy, shape: tuple[int, int]) -> np.ndarray:
-    """Additive layer of ducts fanning out from the nipple and a few veins, each fading along its length."""
-    ny, nx = anatomy.nipple
-    ducts, veins = [], []
-    for _ in range(rng.integers(4, 10)):
-        curve = _curve(rng, (ny, nx - 5.0), math.pi + rng.uniform(-0.9, 0.9), rng.uniform(20.0, 55.0), 0.2)
-        ducts.append((curve, np.linspace(rng.uniform(0.02, 0.08), 0.0, len(curve))))
-    for _ in range(rng.integers(1, 5)):
-        start = (ny + rng.uniform(-70.0, 70.0), rng.uniform(0.0, 40.0))
-        heading = 0.8 * (ny - start[0]) / nx + rng.normal(0.0, 0.4)
-        curve = _curve(rng, start, heading, rng.uniform(30.0, 90.0), 0.3)
-        veins.append((curve, rng.uniform(0.02, 0.07) * np.sqrt(np.sin(np.linspace(0.0, math.pi, len(curve))))))
-    return _draw_curves(ducts, 0.6, shape) + _draw_curves(veins, 0.9, shape)
-
-
 def _clearance(anatomy: _Anatomy, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Distance in mm to the nearest of skin, muscle, chest wall and upper and lower film edge, negative beyond them."""
     film = np.minimum(x, np.minimum(y, FILM_HEIGHT_MM - y))
@@ -298,16 +283,25 @@ def _mass_layer(rng: Generator, masses: list[Mass], y: np.ndarray, x: np.ndarray
     return layer
 
 
-def _spicules(rng: Generator, masses: list[Mass], shape: tuple[int, int]) -> np.ndarray:
-    """Additive layer of fine lines that leave the spiculated masses radially and fade out."""
-    spicules = []
+def _lines(rng: Generator, anatomy: _Anatomy, masses: list[Mass], shape: tuple[int, int]) -> np.ndarray:
+    """Additive layer of lines that fade out: ducts from the nipple, a few veins, spicules from the spiculated masses."""
+    ny, nx = anatomy.nipple
+    ducts, veins, spicules = [], [], []
+    for _ in range(rng.integers(4, 10)):
+        curve = _curve(rng, (ny, nx - 5.0), math.pi + rng.uniform(-0.9, 0.9), rng.uniform(20.0, 55.0), 0.2)
+        ducts.append((curve, np.linspace(rng.uniform(0.02, 0.08), 0.0, len(curve))))
+    for _ in range(rng.integers(1, 5)):
+        start = (ny + rng.uniform(-70.0, 70.0), rng.uniform(0.0, 40.0))
+        heading = 0.8 * (ny - start[0]) / nx + rng.normal(0.0, 0.4)
+        curve = _curve(rng, start, heading, rng.uniform(30.0, 90.0), 0.3)
+        veins.append((curve, rng.uniform(0.02, 0.07) * np.sqrt(np.sin(np.linspace(0.0, math.pi, len(curve))))))
     for mass in (m for m in masses if m.spiculated):
         for _ in range(rng.integers(12, 26)):
             angle = rng.uniform(0.0, 2.0 * math.pi)
             start = (mass.row + 0.6 * mass.radius * math.sin(angle), mass.column + 0.6 * mass.radius * math.cos(angle))
             curve = _curve(rng, start, angle, mass.radius * rng.uniform(0.8, 2.2), 0.12)
             spicules.append((curve, np.linspace(rng.uniform(0.01, 0.06), 0.0, len(curve))))
-    return _draw_curves(spicules, 0.5, shape)
+    return _draw_curves(ducts, 0.6, shape) + _draw_curves(veins, 0.9, shape) + _draw_curves(spicules, 0.5, shape)
 
 
 def _draw_calcifications(rng: Generator, anatomy: _Anatomy) -> list[Calcification]:
@@ -369,9 +363,9 @@ def _tissue(
 ) -> tuple[np.ndarray, float]:
     """Linear intensity at the points of the breast before calcifications, and its fibroglandular fraction.
 
-    `points` are their depth, y and x in mm, and what ducts, vessels and spicules add to them.
+    `points` are their depth, y and x in mm, and what lines add to them.
     """
-    depth, y, x, extra = points
+    depth, y, x, lines = points
     gland = _gland(streams[0], anatomy, depth, y, x, size)
     strands = _strands(streams[1], anatomy, y, x, size)
     across, along = _fan(streams[2], anatomy, y, x)
@@ -380,7 +374,7 @@ def _tissue(
     muscle_depth = _muscle_depth(anatomy, y, x)
     muscle = expit(muscle_depth / 1.2)
     tissue = (anatomy.gland - anatomy.fat) * gland + (0.017 + 0.008 * gland) * texture
-    tissue += anatomy.strands * strands * (0.6 + 0.3 * gland) + extra + _mass_layer(streams[2], masses, y, x)
+    tissue += anatomy.strands * strands * (0.6 + 0.3 * gland) + lines + _mass_layer(streams[2], masses, y, x)
     thicker = 0.003 * np.clip(muscle_depth, 0.0, 40.0) + 0.009 * texture
     tissue += anatomy.fat + muscle * (anatomy.muscle - anatomy.fat + thicker - 0.8 * tissue)
     thickness = (1.0 - np.clip(1.0 - depth / anatomy.falloff, 0.0, 1.0) ** 2) ** 1.3
@@ -411,9 +405,9 @@ def generate_phantom(seed: int, index: int, image_shape: tuple[int, int, int] = 
     y, x = np.meshgrid(*((np.arange(n, dtype=np.float32) + 0.5) * pixel for n in (height, width)), indexing="ij")
     depth = _skin_depth(anatomy, y, x) + 1.2 * _sample(power_law_field(streams[3], 64, 5.0, 120.0, 40.0), y, x)
     mask = depth > 0.0
-    extra = _ducts_and_vessels(streams[4], anatomy, (height, width)) + _spicules(streams[4], masses, (height, width))
+    lines = _lines(streams[4], anatomy, masses, (height, width))
     image = np.zeros((height, width), np.float32)
-    points = [values[mask] for values in (depth, y, x, extra)]
+    points = [values[mask] for values in (depth, y, x, lines)]
     image[mask], density = _tissue(streams[5:], anatomy, masses, points, height)
     found = [add_calcifications(image, calcifications, pixel)]
     sizes = [Mass(m.row / pixel - 0.5, m.column / pixel - 0.5, m.radius / pixel, m.spiculated) for m in masses]

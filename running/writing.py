@@ -28,20 +28,13 @@ def atomic_path(path: Path, flag: str = "--out") -> Iterator[Path]:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _sync_folder(path.parent)
+            if hasattr(os, "O_DIRECTORY"):  # the new name has to outlive a power failure too
+                handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+                with contextlib.suppress(OSError):  # some network disks cannot
+                    os.fsync(handle)
+                os.close(handle)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlive a power failure, if the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            with contextlib.suppress(OSError):  # some network disks cannot
-                os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def remove_parts(*folders: Path, seconds: float = 0) -> None:
