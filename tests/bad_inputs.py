@@ -1,4 +1,4 @@
-"""Bad inputs over the scripts: each row is a call, the one line on stderr that answers it, and its exit status.
+"""Bad inputs for the scripts: each row is a call, the one line on stderr that it gets, and its exit status.
 
 `python tests/bad_inputs.py` runs all of them, some as processes of their own, and prints how many passed;
 `test_bad_inputs.py` runs those that need no process. Nothing may be half-written, and there is no traceback.
@@ -41,9 +41,9 @@ from scripts import Result, call, shell, succeed
 from test_images import dicom_file
 from trees import own_case_files, write_case_files, write_kaggle, write_tcia
 
-# Status, script, flags, and a regular expression for the line on stderr. A script with + may have begun to write, whole
-# files only; one with $ is run as a process of its own; without its usual flags where the flags begin with BARE. `full`
-# and `limit`, before a colon, are a disk that is full and a limit on the size of files.
+# Status, script, flags, and a regular expression for the line on stderr. After a script, + means that it may have written
+# files, whole ones only, and $ that it runs as a process of its own. Flags after BARE replace the usual ones. `full` and
+# `limit`, before a colon, mean a full disk and a limit on the size of files.
 ROWS = r"""
 2 | main-vqvae | --task nowhere | argument --task: invalid choice: 'nowhere'
 2 | main-vqvae | --tasks phantom | unrecognized arguments: --tasks
@@ -294,7 +294,7 @@ def rows() -> list[Row]:
 
 
 class Code:
-    """Its pickle makes a folder when it is loaded."""
+    """Loading its pickle makes a folder."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -314,7 +314,7 @@ def pickled_array() -> bytes:
 
 
 def bomb_png(path: Path, width: int, height: int, animated: bool = False) -> Path:
-    """A PNG whose header declares a size that its data do not have."""
+    """A PNG whose header declares more pixels than it holds."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -327,7 +327,7 @@ def bomb_png(path: Path, width: int, height: int, animated: bool = False) -> Pat
 
 
 def bomb_dicom(path: Path, stream: bytes, syntax: str, side: int = 8) -> Path:
-    """A compressed DICOM of `side` pixels a side, by its header, and a stream that may say otherwise."""
+    """A compressed DICOM whose header declares `side` pixels a side; the stream may declare another size."""
     dicom_file(path, np.zeros((8, 8), np.uint16))
     header = pydicom.dcmread(path)
     header.Rows = header.Columns = side
@@ -344,7 +344,7 @@ def jpeg_header(marker: int, width: int, height: int) -> bytes:
 
 
 def write_bombs(folder: Path) -> dict[str, Path]:
-    """Images that declare more than they hold, or more than memory does."""
+    """Images that declare more than they hold, or more than fits in memory."""
     folder.mkdir()
     big, paths = 60_000, {}
     paths["bomb-png"] = bomb_png(folder / "bomb.png", big, big)
@@ -415,7 +415,7 @@ def write_trees(folder: Path) -> dict[str, Path]:
 
 
 def write_checkpoints(folder: Path, vqvae: Path) -> dict[str, Path]:
-    """Checkpoints of which one part is wrong."""
+    """Checkpoints with one wrong part each."""
     folder.mkdir()
 
     def changed(name: str, **changes: object) -> Path:
@@ -609,7 +609,7 @@ def small_files(limit: int = 20_000) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_disk(folder: Path) -> Iterator[bool]:
-    """A disk of 16 KB at `folder`; False where this process may not mount one."""
+    """A disk of 16 KB at `folder`; False if this process may not mount one."""
     command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(folder)]
     mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
     try:
@@ -620,7 +620,7 @@ def full_disk(folder: Path) -> Iterator[bool]:
 
 
 def snapshot(*folders: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of every file below the folders, but for caches, whose whole entries may stay."""
+    """Size and time of every file below the folders, except whole entries of caches, which may stay."""
     return {
         path: (path.stat().st_size, path.stat().st_mtime_ns)
         for folder in folders
@@ -647,7 +647,7 @@ def is_whole(path: Path) -> bool:
 
 
 def run(row: Row, files: Mapping[str, str]) -> Result | None:
-    """Call the script of a row in this folder; None where its environment cannot be made."""
+    """Call the script of a row in this folder; None if its environment cannot be made."""
     line = re.sub(r"{([\w-]+)}", lambda name: files[name[1]], row.line)
     bare = line.startswith("BARE ")
     flags = {row.script: ""} if bare else {}
@@ -669,7 +669,7 @@ def run(row: Row, files: Mapping[str, str]) -> Result | None:
 
 
 def complaint(row: Row, files: Mapping[str, str], work: Path) -> str | None:
-    """What is wrong with a script's answer to a row, called from this folder; empty: nothing; None: not called."""
+    """What is wrong with a script's answer to a row, empty if nothing is; None if it could not be called."""
     before = snapshot(work, Path.cwd())
     try:
         result = run(row, files)

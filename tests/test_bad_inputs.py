@@ -1,4 +1,4 @@
-"""The rows of `bad_inputs.py` that need no process of their own; and loading that goes past bad images, or ends."""
+"""The rows of `bad_inputs.py` that need no process of their own, and loading that skips bad images or ends."""
 
 import os
 import re
@@ -46,7 +46,7 @@ def test_the_table_is_long_and_covers_all_scripts():
 
 @pytest.fixture
 def tree(tmp_path):
-    """Eight images of eight patients, of which the second to train on is none."""
+    """Eight images of eight patients; the second training image cannot be read."""
     root = tmp_path / "tree"
     root.mkdir()
     splits = ["train"] * 4 + ["validation"] * 2 + ["test"] * 2

@@ -1,4 +1,4 @@
-"""The prepared cache: equal to decoding, remade when it should be, whole whatever kills or shares its making."""
+"""The prepared cache: equal to decoding, made anew if stale, whole even if its build is killed or shared."""
 
 import json
 import multiprocessing
@@ -89,7 +89,9 @@ def built(tmp_path, records):
 # --- what is loaded --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [SHAPE, (1, 131, 77)])  # also with a number of pixels that fills no whole byte
+@pytest.mark.parametrize(
+    "shape", [SHAPE, (1, 131, 77)]
+)  # the second has a number of pixels that is not a multiple of 8
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_cached_image_is_the_one_decoded_anew(tmp_path, records, shape, workers):
     store = PreparedCache(tmp_path / "cache", shape)
@@ -111,7 +113,7 @@ def test_samples_are_the_same_with_and_without(tmp_path):
             one, other = a[SampleKey(1, i, i)], b[SampleKey(1, i, i)]
             assert torch.equal(one.clean, other.clean) and torch.equal(one.degraded, other.degraded)
             assert torch.equal(one.mask, other.mask) and one.meta == other.meta
-            one.clean.zero_(), other.clean.zero_()  # what is handed out may be written to
+            one.clean.zero_(), other.clean.zero_()  # a sample may be written to
     assert len(contents(tmp_path / "cache")) == 6
 
 
@@ -126,7 +128,7 @@ def test_images_sent_in_16_bits_are_the_same_on_the_device(built, records, worke
     loader = DataLoader(sent, len(keys), sampler=keys, num_workers=workers, collate_fn=Batch.collate)
     (batch,) = loader
     assert batch.clean.dtype == torch.int16 and batch.degraded is None and batch.mask is None
-    real = [isinstance(low, torch.Tensor) for low in batch.pending]  # of the real pairs the low dose is sent too
+    real = [isinstance(low, torch.Tensor) for low in batch.pending]  # real pairs send their low dose too
     assert real == [True, True, False, False] * 3
     assert {low.dtype for low in batch.pending if isinstance(low, torch.Tensor)} == {torch.int16}
     batch = batch.to(torch.device("cpu"))
@@ -286,7 +288,7 @@ def test_left_overs_of_killed_builds_go_after_an_hour(built, records):
 
 
 def build_apart(folder, records, shape, log=None, workers=0):
-    """Build in this process, a group of its own so that a kill takes its workers with it; made keys go to `log`."""
+    """Build in this process, as a group of its own so that a kill ends its workers too; keys that are made go to `log`."""
     os.setsid()
     torch.set_num_threads(1)  # a forked process has no OpenMP threads
 
@@ -313,7 +315,7 @@ def test_two_processes_build_at_once_and_share_the_work(tmp_path):
     reader = PreparedCache(tmp_path / "cache", shape)
     whole = set()
     while any(process.is_alive() for process in processes):
-        for i, record in enumerate(records):  # an entry that is there is whole at any moment
+        for i, record in enumerate(records):  # an entry that exists is whole at any moment
             if reader.path(record).exists():
                 reader.load(record)
                 whole.add(i)
@@ -335,9 +337,9 @@ def test_a_build_killed_at_ten_random_moments_is_completed_by_the_next(tmp_path)
     rng, there = random.Random(0), 0
     for kill in range(KILLS):
         process = start(store.root, records, shape, None, kill % 3)
-        while os.getpgid(process.pid) != process.pid:  # it has not come to setsid
+        while os.getpgid(process.pid) != process.pid:  # it has not called setsid yet
             time.sleep(0.001)
-        # counted in images, not in seconds: however slow the machine is, every kill meets a build with work left
+        # counted in images, not in seconds: even on a slow machine every kill meets a build with work left
         wanted, delay = there + rng.randrange(4), rng.uniform(0, 2) * an_image
         while process.is_alive() and len(contents(store.root)) < wanted:
             time.sleep(0.001)

@@ -1,4 +1,4 @@
-"""CBIS-DDSM from the shell: a tree of either layout trains two steps of both stages, evaluates and restores."""
+"""CBIS-DDSM from the shell: on a tree of either layout both stages train two steps, evaluate and restore."""
 
 import json
 import shlex
@@ -35,7 +35,7 @@ def test_two_steps_of_both_stages_an_evaluation_and_a_restoration(root, tmp_path
     table = succeed("main-vqvae", f"{data} --load-path one --evaluate").out
     assert "clean, continuous" in table and "low dose" in table
     out = succeed("main-diffusion", f"{data} --vqvae-path one {one_step} --out two").out
-    assert out.count("left out") == 1 and "all" in out  # looked through once; the images are prepared already
+    assert out.count("left out") == 1 and "all" in out  # the disk is searched once; the images are prepared already
     assert pd.read_csv("two/log.csv")["step"].max() == 2
     table = succeed("main-diffusion", f"{data} --vqvae-path one --load-path two --evaluate").out
     assert "posterior mean" in table and "posterior sample, DDIM 3" in table

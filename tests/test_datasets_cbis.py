@@ -1,6 +1,6 @@
 """CBIS-DDSM on small trees in both layouts, and the counts of the official case files.
 
-The trees take their rows from the official case files in the folder CBIS_CASE_DIR, or from `trees.ROWS` where it is unset.
+The trees take their rows from the official case files in the folder CBIS_CASE_DIR or, if it is unset, from `trees.ROWS`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def bare(tmp_path, case_files) -> Path:
 
 
 def refusal(root: Path, **options: object) -> str:
-    """The sentence with which a data root is refused."""
+    """The error message for a data root."""
     with pytest.raises(UserError) as caught:
         cbis_records(root, settings(), **options)
     return str(caught.value)
@@ -116,7 +116,7 @@ def test_official_patients(capsys):
     assert "left out 64 training images of 31 patients in both official halves" in capsys.readouterr().out
     views = [(r.patient, r.info["side"], r.info["view"]) for split in SPLITS for r in records[split]]
     assert len(views) == len(set(views)) == 2997
-    # 2,864 + 704 less the 45 of the 35 views that the test half has no image of
+    # 2,864 + 704, less 45 lesions of the 35 views without an image in the test half
     assert sum(len(r.info["lesions"]) for split in SPLITS for r in records[split]) == 3523
 
 
@@ -174,7 +174,7 @@ def test_lesions_gather_in_a_view(tree):
             "lesion_id": 1,
         }
     ]
-    # a test view keeps what the training half says of it, without the training image
+    # a test view keeps the lesions of the training half, without the training image
     assert [le["abnormality_type"] for le in info["P_00016", "LEFT", "CC"]] == ["calcification", "mass"]
     assert ("P_00394", "LEFT", "MLO") not in info
 
@@ -286,7 +286,7 @@ def test_series_description_of_kaggle(tmp_path, case_files):
     info.to_csv(tmp_path / "csv" / "dicom_info.csv", index=False)
     assert f"1 of 21 mammograms are missing, such as {case};" in refusal(tmp_path, strict=True)
 
-    # a described series goes before one without a description
+    # a described series comes before one without a description
     info.loc[info["PatientID"] == case, "SeriesDescription"] = "full mammogram images"
     described = info[info["PatientID"] == case].iloc[0]
     other = described.copy()

@@ -1,4 +1,4 @@
-"""What a run survives: kills, signals, damaged checkpoints, full disks and losses that are no numbers."""
+"""What a run survives: kills, signals, damaged checkpoints, full disks and losses that are not finite."""
 
 import functools
 import math
@@ -99,7 +99,7 @@ def started(folder, line, workers=0, patch=lambda: None):
         def taken(self):
             result = step(self)
             open(took, "a").close()  # noqa: PTH123, SIM115
-            time.sleep(0.05)  # so that the signal comes within the run
+            time.sleep(0.05)  # the signal has to come before the run ends
             return result
 
         loop.Trainer.optimizer_step = taken

@@ -1,4 +1,4 @@
-"""Mammogram files: what is read is written back to the last bit, in a file that says what it is."""
+"""Mammogram files: an image is written back to the last bit, in a file that says what it is."""
 
 import copy
 import io
@@ -38,7 +38,7 @@ MAMMOGRAPHY = "1.2.840.10008.5.1.4.1.1.1.2"
 
 
 def restored(path, description="a model", change=None):
-    """The image of `path` written beside it as it is, or with changed pixels: the file, and what was read."""
+    """Write the image of `path` beside it, as it is or with changed pixels; returns the new file and the mammogram."""
     mammogram = read_mammogram(path)
     target = path.with_name(f"restored-{path.name}{mammogram.suffix}")
     mammogram.write(target, mammogram.pixels if change is None else change(mammogram.pixels), description)
@@ -169,7 +169,7 @@ def test_the_pixel_pitch_is_kept(name, tmp_path):
 
 
 def test_no_pixel_pitch_is_made_up(tmp_path):
-    """Pillow takes 1 dpi for a TIFF that is silent and 72 for EXIF that is, and hands on what no PNG can hold."""
+    """Without a resolution Pillow takes 1 dpi for a TIFF and 72 for EXIF, and passes on values that no PNG can hold."""
     exif = Image.Exif()
     exif[271] = "a maker"
     paths = [pillow_file(tmp_path / "exif.jpg", Image.fromarray(V8), exif=exif)]
@@ -248,7 +248,7 @@ def test_other_sizes_and_places_that_cannot_be_written_are_refused(tmp_path):
 
 
 def dicom_file(path, values=V12, *, bits=12, allocated=16, syntax=ExplicitVRLittleEndian, without=(), **tags):
-    """A DICOM file as a mammography unit writes it, with other `tags`; a tag of None is there without a value."""
+    """A DICOM file as a mammography unit writes it, with other `tags`; a tag of None has no value."""
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = syntax
@@ -276,7 +276,7 @@ def dicom_file(path, values=V12, *, bits=12, allocated=16, syntax=ExplicitVRLitt
 
 
 def lut(bits, first=0, step=1, vr="US"):
-    """A modality LUT over 12 bits that falls: value v becomes its greatest minus step * v."""
+    """A falling modality LUT over 12 bits: value v becomes the greatest value minus step * v."""
     item = Dataset()
     with disable_value_validation():
         item.add_new("LUTDescriptor", vr, [4096, first, bits])
@@ -287,7 +287,7 @@ def lut(bits, first=0, step=1, vr="US"):
 
 S12, S16 = V12.astype(int) - 2048, V16.astype(int) - 32768
 SPECKLED = np.where(np.arange(35).reshape(SHAPE) % 3 == 0, 60000, V16)
-# Values, what the file says of them, and the unit range that they are read to.
+# Stored values, the tags of the file, and the function from the values to [0, 1].
 DICOMS = {
     "8 bits": (V8, {"bits": 8, "allocated": 8}, lambda v: v / 255),
     "8 bits in 16": (V8, {"bits": 8}, lambda v: v / 255),
@@ -398,7 +398,7 @@ def test_values_go_through_the_modality_lut_once(bits, signed, tmp_path):
     np.testing.assert_array_equal(written.pixel_array, np.where(V12 == 0, 0, through))
     assert (written.BitsStored, written.PixelRepresentation, mammogram.bits) == (bits, 0, bits)
     assert (written.SmallestImagePixelValue, written.LargestImagePixelValue) == (0, written.pixel_array.max())
-    # they spoke of values before the LUT
+    # these tags describe values before the LUT
     assert not {"ModalityLUTSequence", "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleType"} & set(
         written.dir()
     )
@@ -457,7 +457,7 @@ def test_a_compression_that_cannot_be_undone_names_the_package(syntax, sentence,
     dataset["PixelData"].is_undefined_length = True
     dataset.save_as(path)
     decoder = dicom.get_decoder
-    if "not installed" in sentence:  # here it may be
+    if "not installed" in sentence:  # it may be installed here
         monkeypatch.setattr(
             dicom,
             "get_decoder",
@@ -486,7 +486,7 @@ def test_a_derived_dicom_tells_its_origin_and_keeps_patient_study_and_view(tmp_p
         ImageType=["ORIGINAL", "PRIMARY", "", "THIRD"],
     )  # fmt: skip
     raw = source.read_bytes()
-    source.write_bytes(b"II*\0" + raw[4:])  # a TIFF at the same time, whose offsets would not hold
+    source.write_bytes(b"II*\0" + raw[4:])  # also a TIFF, whose offsets would be wrong in the copy
     target, mammogram = restored(source, "the model")
     before, after = pydicom.dcmread(source), pydicom.dcmread(target)
     for name in (*tags, "StudyInstanceUID"):
@@ -618,7 +618,7 @@ def test_a_dicom_that_is_no_single_image_is_refused(kind, tmp_path):
 def test_a_dicom_cut_short_is_refused_wherever_it_ends(syntax, tmp_path):
     path = dicom_file(tmp_path / "a.dcm") if not syntax.is_compressed else compressed(tmp_path / "a.dcm", syntax)
     content = path.read_bytes()
-    # the last eight bytes of a compressed file are a delimiter that nothing depends on
+    # the last eight bytes of a compressed file are a delimiter; the image is whole without them
     for length in (
         1,
         131,
@@ -649,7 +649,7 @@ def test_dicom_is_told_by_suffix_or_by_its_mark(tmp_path):
     (tmp_path / "folder").mkdir()
     for name in ("p.png", "short", "missing", "folder"):
         assert not is_dicom(tmp_path / name)
-    # a file with an ending of its own has to be named to be read
+    # a file with an unknown suffix is read only if it is named
     found = {path.name for path in find_images(tmp_path)}
     assert found == {*names, "p.png"} - {"a.ima"}
 

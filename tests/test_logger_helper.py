@@ -122,7 +122,7 @@ def test_checkpoint_comes_back_as_it_was_saved(tmp_path):
         read = load_checkpoint(path, "vqvae")
         assert torch.equal(read.model.pop("w"), torch.arange(3.0))
         assert isinstance(read.hps, HParams) and read.hps.beta == 0.5
-        assert read.hps == SETTINGS_ADDED | saved.hps  # what came later is as it was before
+        assert read.hps == SETTINGS_ADDED | saved.hps  # newer settings have their old behaviour
         for name in ("kind", "task", "epoch", "step", "best", "extra"):
             assert getattr(read, name) == getattr(saved, name)
         assert read.training["seed"] == 3
@@ -155,7 +155,7 @@ def test_checkpoint_without_a_part_is_refused(tmp_path, name):
 
 
 class Writer:
-    """Its pickle makes a folder when it is loaded."""
+    """Loading its pickle makes a folder."""
 
     def __init__(self, path):
         self.path = path

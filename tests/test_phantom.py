@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import ndimage
 
 from preprocessing import phantom as phantom_module
-from preprocessing.phantom import FILM_HEIGHT_MM, draw_sheet, generate_phantom, power_law_field
+from preprocessing.phantom import FILM_HEIGHT_MM, draw_sheet, generate_phantom, main, power_law_field
 
 COUNT = 40
 
@@ -198,3 +199,19 @@ def test_sheet_tiles_row_by_row():
     assert sheet[0, 3] == 128 and sheet[3, 0] == 255 and sheet[3, 5] == 0
     with pytest.raises(ValueError, match="at least one"):
         draw_sheet([])
+
+
+def test_real_mammograms_stand_below_the_phantoms(tmp_path, monkeypatch):
+    film = np.zeros((300, 300), np.uint8)
+    film[20:276, 40:232] = 200
+    for name in ("a.png", "b.PGM"):
+        Image.fromarray(film).save(tmp_path / name)
+    arguments = ["--sheet", str(tmp_path / "out" / "sheet.png"), "--count", "2", "--seed", "3", "--real", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["phantom", *arguments])
+    main()
+    sheet = np.asarray(Image.open(tmp_path / "out" / "sheet.png"))
+    assert sheet.shape == (256 + 8 + 256, 8 * 192)
+    for index in range(2):
+        tile = generate_phantom(3, index).image[0].numpy().astype(np.float64)
+        np.testing.assert_array_equal(sheet[:256, 192 * index : 192 * (index + 1)], np.rint(255 * tile))
+    assert (sheet[256:264] == 255).all() and (sheet[264:, :384] == 200).all() and not sheet[264:, 384:].any()
