@@ -1,6 +1,7 @@
 """`benchmarks/plan.py` against closed forms."""
 
 import math
+import sys
 from collections import Counter
 
 import pytest
@@ -11,54 +12,54 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from models.unet import UNet
-from scripts import load_script
+from scripts import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import plan
+from plan_trace import Meter, Operator, Setting, Tracer, flops, trace_forward, traffic
 
 
-@pytest.fixture(scope="module")
-def plan():
-    return load_script("benchmarks/plan")
-
-
-def small(plan, stage, **changes):
+def small(stage, **changes):
     """Phantom settings on images of 64 x 64: the code of the reference sizes in a fraction of its operators."""
     table = (HPS_VQVAE if stage == "1" else HPS_DIFFUSION)["phantom"]
-    setting = plan.Setting(stage, "phantom", table, HPS_VQVAE["phantom"])
+    setting = Setting(stage, "phantom", table, HPS_VQVAE["phantom"])
     return setting.changed(image_shape=[1, 64, 64], crop_size=0, **changes)
 
 
-def test_flops_and_bytes_of_a_convolution_a_linear_layer_and_attention(plan):
-    with FakeTensorMode(), plan.Meter() as meter:
+def test_flops_and_bytes_of_a_convolution_a_linear_layer_and_attention():
+    with FakeTensorMode(), Meter() as meter:
         nn.Conv2d(3, 8, 3, padding=1)(torch.rand(2, 3, 16, 12))
         nn.Linear(10, 20)(torch.rand(4, 10))
         q = torch.rand(2, 5, 64, 32, requires_grad=True)
         F.scaled_dot_product_attention(q, q, q).sum().backward()
     work = meter.work
-    assert plan.flops(work, "convolution") == 2 * 2 * 8 * 16 * 12 * 3 * 9
-    assert plan.flops(work, "matrix") == 2 * 4 * 10 * 20
+    assert flops(work, "convolution") == 2 * 2 * 8 * 16 * 12 * 3 * 9
+    assert flops(work, "matrix") == 2 * 4 * 10 * 20
     product = 2 * 2 * 5 * 64 * 64 * 32
     # forward two products of its sides; backward the scores again and four more
-    assert plan.flops(Counter({op: n for op, n in work.items() if op.kind == "attention"})) == 2 * product
-    assert plan.flops(work, "attention backward") == 5 * product
+    assert flops(Counter({op: n for op, n in work.items() if op.kind == "attention"})) == 2 * product
+    assert flops(work, "attention backward") == 5 * product
     (conv,) = [op for op in work if op.kind == "convolution"]
     assert conv.bytes == 4 * (2 * 3 * 16 * 12 + 8 * 3 * 9 + 8 + 2 * 8 * 16 * 12)
 
 
-def test_views_move_nothing_and_memory_is_returned(plan):
-    with FakeTensorMode(), plan.Meter() as meter:
+def test_views_move_nothing_and_memory_is_returned():
+    with FakeTensorMode(), Meter() as meter:
         x = torch.empty(100, 10)
         x.view(10, 100).t()[:5]
-        assert plan.traffic(meter.work) == 0
+        assert traffic(meter.work) == 0
         y = x + 1
-        assert plan.traffic(meter.work) == 2 * 4000 and meter.live.total() == 8000
+        assert traffic(meter.work) == 2 * 4000 and meter.live.total() == 8000
         del y
         assert meter.live.total() == 4000 and meter.peak.total() == 8000
 
 
-def test_peak_memory_of_two_layers_by_hand(plan):
+def test_peak_memory_of_two_layers_by_hand():
     n, a, b, c = 50, 30, 200, 10
     with FakeTensorMode():
         first, second = nn.Linear(a, b, bias=False), nn.Linear(b, c, bias=False)
-        x, meter = torch.rand(n, a), plan.Meter()
+        x, meter = torch.rand(n, a), Meter()
         meter.label([x], "batch")
         meter.label([first.weight, second.weight], "parameters")
         with meter:
@@ -71,24 +72,24 @@ def test_peak_memory_of_two_layers_by_hand(plan):
     assert meter.peak["activations"] == 4 * (3 * n * b + b * c + 2 * n * c)
 
 
-def test_reference_unet_has_145_million_parameters_and_a_forward_pass_of_3_31_tflop(plan):
+def test_reference_unet_has_145_million_parameters_and_a_forward_pass_of_3_31_tflop():
     with FakeTensorMode(), torch.no_grad():
         unet = UNet(**HPS_DIFFUSION["cbis-ddsm"].arguments(UNet)).eval()
         x, t = torch.rand(1, 256, 256, 192), torch.zeros(1, dtype=torch.long)
-        with plan.Meter() as meter:
+        with Meter() as meter:
             unet(x, t)
     assert sum(p.numel() for p in unet.parameters()) == pytest.approx(145e6, rel=0.01)
-    assert plan.flops(meter.work) == pytest.approx(3.31e12, rel=0.01)
-    attention = plan.flops(meter.work, "attention")
+    assert flops(meter.work) == pytest.approx(3.31e12, rel=0.01)
+    attention = flops(meter.work, "attention")
     assert attention == pytest.approx(1.33e12, rel=0.01)
     # attention's convolutions of one pixel run as matrix products
-    assert plan.flops(meter.work) - attention == pytest.approx(1.98e12, rel=0.01)
+    assert flops(meter.work) - attention == pytest.approx(1.98e12, rel=0.01)
 
 
 @pytest.mark.parametrize("stage", ["1", "mean", "diffusion"])
-def test_the_forward_pass_is_the_one_on_fake_cuda_tensors(plan, stage):
-    here, there = (plan.trace_forward(small(plan, stage), device) for device in ("cpu", "cuda"))
-    assert plan.flops(here.work) == plan.flops(there.work) > 0
+def test_the_forward_pass_is_the_one_on_fake_cuda_tensors(stage):
+    here, there = (trace_forward(small(stage), device) for device in ("cpu", "cuda"))
+    assert flops(here.work) == flops(there.work) > 0
     formats = [{op.format for op in trace.work if op.kind == "convolution"} for trace in (here, there)]
     assert formats[0] == formats[1]
     assert here.kept == pytest.approx(there.kept, rel=1e-3)
@@ -100,17 +101,17 @@ def unet(hps, of_mean=False):
     return UNet(**own.arguments(UNet))
 
 
-def evaluation(plan, hps, batch=1, of_mean=False):
+def evaluation(hps, batch=1, of_mean=False):
     """FLOPs of a UNet's forward pass."""
-    with FakeTensorMode(), torch.no_grad(), plan.Meter() as meter:
+    with FakeTensorMode(), torch.no_grad(), Meter() as meter:
         unet(hps, of_mean).eval()(torch.rand(batch, 128, 16, 16), torch.zeros(batch, dtype=torch.long))
-    return plan.flops(meter.work)
+    return flops(meter.work)
 
 
 @pytest.mark.parametrize("stage", ["mean", "diffusion"])
-def test_state_of_a_stage_2_step(plan, stage):
-    setting = small(plan, stage, batch_size=2, mean_channels=96, mean_res_blocks=2)
-    peak = plan.Tracer(setting).trace(setting).peak
+def test_state_of_a_stage_2_step(stage):
+    setting = small(stage, batch_size=2, mean_channels=96, mean_res_blocks=2)
+    peak = Tracer(setting).trace(setting).peak
     mean, diffusion = (4 * sum(p.numel() for p in unet(setting.hps, of).parameters()) for of in (True, False))
     linear = 4 * (64 * 25 * 64 + 2 * 64 * 64)  # the filter and the whitenings of the linear estimate
     assert peak["parameters"] == pytest.approx(mean + diffusion + linear, rel=0.01)  # and the schedule's tables
@@ -121,55 +122,55 @@ def test_state_of_a_stage_2_step(plan, stage):
 
 
 @pytest.mark.parametrize("stage", ["mean", "diffusion"])
-def test_checkpointing_lowers_the_peak_and_adds_one_forward_pass_at_most(plan, stage):
-    setting = small(plan, stage, batch_size=2)
-    with_, without = (plan.Tracer(variant).trace(variant) for variant in setting.variants.values())
+def test_checkpointing_lowers_the_peak_and_adds_one_forward_pass_at_most(stage):
+    setting = small(stage, batch_size=2)
+    with_, without = (Tracer(variant).trace(variant) for variant in setting.variants.values())
     assert with_.peak["activations"] < without.peak["activations"]
-    extra = plan.flops(with_.work) - plan.flops(without.work)
-    assert 0 < extra < evaluation(plan, setting.hps, 2)
+    extra = flops(with_.work) - flops(without.work)
+    assert 0 < extra < evaluation(setting.hps, 2)
 
 
-def test_a_step_of_the_diffusion_evaluates_the_mean_once_and_trains_one_network(plan):
-    settings = [small(plan, stage, batch_size=2, mean_channels=96) for stage in ("mean", "diffusion")]
-    of_mean, of_diffusion = (evaluation(plan, settings[0].hps, 2, of) for of in (True, False))
-    forward = [plan.flops(plan.trace_forward(setting, "cpu").work) for setting in settings]
+def test_a_step_of_the_diffusion_evaluates_the_mean_once_and_trains_one_network():
+    settings = [small(stage, batch_size=2, mean_channels=96) for stage in ("mean", "diffusion")]
+    of_mean, of_diffusion = (evaluation(settings[0].hps, 2, of) for of in (True, False))
+    forward = [flops(trace_forward(setting, "cpu").work) for setting in settings]
     # the residual into its principal components, and their deviations at the noise level
     mixing = 2 * 2 * 64 * 64 * 16 * 16 + 2 * 2 * 64
     assert forward[1] - forward[0] == of_diffusion + mixing
     for setting, ahead, own in zip(settings, forward, (of_mean, of_diffusion), strict=True):
         # the backward pass of one network takes two forward passes, less the gradient of its input
-        backward = plan.flops(plan.Tracer(setting).trace(setting).work) - ahead
+        backward = flops(Tracer(setting).trace(setting).work) - ahead
         assert 1.8 * own < backward < 2 * own
 
 
-def test_restoring_evaluates_the_mean_once_and_the_diffusion_every_step(plan):
-    setting = small(plan, "sampling", ddim_steps=10, fast_steps=2, batch_size=1, mean_channels=96)
+def test_restoring_evaluates_the_mean_once_and_the_diffusion_every_step():
+    setting = small("sampling", ddim_steps=10, fast_steps=2, batch_size=1, mean_channels=96)
     assert list(setting.variants) == ["posterior mean", "sample, DDIM 10", "sample, DPM-Solver++ 2"]
-    mean, ten, two = (plan.flops(plan.Tracer(v).trace(v).work) for v in setting.variants.values())
-    step = evaluation(plan, setting.hps)
+    mean, ten, two = (flops(Tracer(v).trace(v).work) for v in setting.variants.values())
+    step = evaluation(setting.hps)
     assert ten - two == 8 * step
     assert two - mean == 2 * step + 2 * 64 * 64 * 16 * 16  # and out of the principal components
-    assert evaluation(plan, setting.hps, of_mean=True) < mean < 1.5 * evaluation(plan, setting.hps, of_mean=True)
+    assert evaluation(setting.hps, of_mean=True) < mean < 1.5 * evaluation(setting.hps, of_mean=True)
 
 
-def test_phases_share_the_epochs_and_a_plain_diffusion_has_one(plan):
-    epochs = [small(plan, stage, mean_epochs=2, max_epochs=5).epochs for stage in ("1", "mean", "diffusion")]
+def test_phases_share_the_epochs_and_a_plain_diffusion_has_one():
+    epochs = [small(stage, mean_epochs=2, max_epochs=5).epochs for stage in ("1", "mean", "diffusion")]
     assert epochs == [5, 2, 3]
-    assert small(plan, "mean", precondition="none").epochs == 0
-    assert list(small(plan, "sampling", precondition="none").variants) == ["sample, DDIM 50", "sample, DPM-Solver++ 8"]
-    assert list(small(plan, "sampling", mean_epochs=30).variants) == ["posterior mean"]
+    assert small("mean", precondition="none").epochs == 0
+    assert list(small("sampling", precondition="none").variants) == ["sample, DDIM 50", "sample, DPM-Solver++ 8"]
+    assert list(small("sampling", mean_epochs=30).variants) == ["posterior mean"]
 
 
 @pytest.mark.parametrize("peak", [lambda b: 100 + 7 * b, lambda b: 100 + 7 * b + b * b, lambda b: 100 + 7 * b**0.8])
 @pytest.mark.parametrize("memory", [107, 150, 1000, 5000.5])
-def test_the_largest_batch_fits_and_the_next_does_not(plan, peak, memory):
+def test_the_largest_batch_fits_and_the_next_does_not(peak, memory):
     batch = plan.largest_batch(peak, memory)
     assert (batch == 0 or peak(batch) <= memory) and peak(batch + 1) > memory
 
 
-def test_the_largest_batch_of_a_traced_stage_fits_and_the_next_does_not(plan):
-    setting = small(plan, "1")
-    tracer = plan.Tracer(setting)
+def test_the_largest_batch_of_a_traced_stage_fits_and_the_next_does_not():
+    setting = small("1")
+    tracer = Tracer(setting)
 
     def peak(batch):
         return tracer.trace(setting.with_batch(batch)).peak_bytes
@@ -178,15 +179,15 @@ def test_the_largest_batch_of_a_traced_stage_fits_and_the_next_does_not(plan):
     assert batch > 1 and peak(batch) <= 40e6 < peak(batch + 1)
 
 
-def test_time_is_the_longer_of_arithmetic_and_traffic_and_hours_are_steps_times_time(plan):
-    card = plan.Machine("card", 40e6, 100.0, {"bf16": 1000.0, "fp32": 1000.0, "convolution": 10.0})
-    work = Counter({plan.Operator("attention", "bf16", 5000, 100): 2, plan.Operator("other", "fp32", 0, 400): 3,
-                    plan.Operator("convolution", "bf16", 30, 0): 1})  # fmt: skip
+def test_time_is_the_longer_of_arithmetic_and_traffic_and_hours_are_steps_times_time():
+    card = plan.Machine("card", 40e6, 100.0, {"bf16": 1000.0, "fp32": 1000.0, "tf32": 10.0})
+    work = Counter({Operator("attention", "bf16", 5000, 100): 2, Operator("other", "fp32", 0, 400): 3,
+                    Operator("convolution", "tf32", 30, 0): 1})  # fmt: skip
     assert card.seconds(work) == 2 * 5 + 3 * 4 + 3
-    assert plan.Assumptions(0.5, 0.25, 0.1, samples=10).reached(card).seconds(work) == 2 * 10 + 3 * 16 + 6
-    setting = small(plan, "1", batch_size=4, max_epochs=3)
-    assumed = plan.Assumptions(0.5, 0.8, 0.1, samples=10)
-    cell = plan.Planner(setting, [card], assumed, progress=False).plan()
-    row = cell["variants"][""]["cards"]["card"]
-    assert cell["steps"] == math.ceil(10 / 4) * 3 == 9
+    assert card.arithmetic_share(work) == (2 * 5 + 3) / 25
+    reached = card.reached(0.5, 0.25, 0.1)
+    assert reached.seconds(work) == 2 * 10 + 3 * 16 + 6 and reached.memory == 36e6
+    result = plan.plan_stage(small("1", batch_size=4, max_epochs=3), [card], samples=10)
+    row = result["variants"][""]["cards"]["card"]
+    assert result["steps"] == math.ceil(10 / 4) * 3 == 9
     assert row["hours"] == pytest.approx(9 * row["seconds"] / 3600) and row["seconds"] > 0

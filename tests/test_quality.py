@@ -1,4 +1,4 @@
-"""Figures of merit of `benchmarks/restoration.py` against closed forms, and its tables."""
+"""Figures of merit of `benchmarks/quality.py` against closed forms, and its tables."""
 
 import dataclasses
 import importlib.metadata
@@ -20,12 +20,18 @@ from files.prepared import Record
 from helper import UserError
 from preprocessing.phantom import FILM_HEIGHT_MM, Calcification, generate_phantom
 from restoration import classical
-from scripts import call, load_script, succeed
+from scripts import FLAGS, call, load_script, succeed
 
 
 @pytest.fixture(scope="module")
 def bench():
-    return load_script("benchmarks/restoration")
+    return load_script("benchmarks/quality")
+
+
+@pytest.fixture(scope="module")
+def images(bench):
+    """The module that the benchmark takes its images from."""
+    return importlib.import_module("quality_images")
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -140,11 +146,11 @@ def test_the_smallest_calcification_has_a_core():
 # --- the benchmark ---------------------------------------------------------------------------------------------------
 
 
-def test_a_case_is_cut_to_its_breast_and_resized_as_a_whole(bench, tmp_path):
+def test_a_case_is_cut_to_its_breast_and_resized_as_a_whole(images, tmp_path):
     row, column = np.indices((240, 200))
     image = np.where((row - 120.0) ** 2 + (column - 90.0) ** 2 < 80**2, 20_000 + 40 * row, 0).astype(np.uint16)
     Image.fromarray(image).save(tmp_path / "disc.png")
-    whole, half = (bench.read_case(Record(tmp_path / "disc.png", "disc.png", ""), scale) for scale in (1.0, 0.5))
+    whole, half = (images.read_case(Record(tmp_path / "disc.png", "disc.png", ""), scale) for scale in (1.0, 0.5))
     np.testing.assert_allclose(whole.clean[40:120, 40:120], image[80:160, 50:130] / 65535, atol=0.03)
     assert np.subtract(whole.clean.shape, np.multiply(2, half.clean.shape)).tolist() == pytest.approx([0, 0], abs=5)
     # a pixel of half the size a side is the mean of four, up to what bicubic weights do to a slope
@@ -160,30 +166,30 @@ def test_a_case_is_cut_to_its_breast_and_resized_as_a_whole(bench, tmp_path):
     assert slopes[1] == pytest.approx(2 * slopes[0], rel=0.02) and slopes[0] == pytest.approx(40 / 65535, rel=0.02)
 
 
-def test_the_densest_square_lies_in_the_breast_and_below_the_muscle(bench):
+def test_the_densest_square_lies_in_the_breast_and_below_the_muscle(images):
     image = np.full((90, 60), 0.2)
     mask = np.zeros((90, 60), dtype=bool)
     mask[:, :40] = True
     image[0:20, 0:20] = 1.0  # muscle
     image[60:80, 40:60] = 0.9  # outside
     image[50:70, 13:33] = 0.7  # gland
-    assert bench.densest_crop(image, mask, 20) == (50, 13, 20)
-    assert bench.densest_crop(image, mask, 20, muscle=0) == (0, 0, 20)
+    assert images.densest_crop(image, mask, 20) == (50, 13, 20)
+    assert images.densest_crop(image, mask, 20, muscle=0) == (0, 0, 20)
     # where no square fits the breast, the one with the most of it
-    row, column, _ = bench.densest_crop(image, mask, 50)
+    row, column, _ = images.densest_crop(image, mask, 50)
     assert column == 0
     with pytest.raises(ValueError, match="no square"):
-        bench.densest_crop(image, mask, 61)
+        images.densest_crop(image, mask, 61)
 
 
-def test_a_crop_larger_than_the_breast_is_one_sentence(bench):
-    case = bench.Case("a.png", np.zeros((30, 20), dtype=np.float32), np.ones((30, 20), dtype=bool))
+def test_a_crop_larger_than_the_breast_is_one_sentence(images):
+    case = images.Case("a.png", np.zeros((30, 20), dtype=np.float32), np.ones((30, 20), dtype=bool))
     with pytest.raises(UserError, match="--crop 32"):
-        bench.crop_case(case, 32)
+        images.crop_place(case, 32)
 
 
-def test_noise_belongs_to_name_level_and_realisation(bench):
-    case = bench.Case("a.png", np.full((16, 16), 0.5, dtype=np.float32), np.ones((16, 16), dtype=bool))
+def test_noise_belongs_to_name_level_and_realisation(images):
+    case = images.Case("a.png", np.full((16, 16), 0.5, dtype=np.float32), np.ones((16, 16), dtype=bool))
     other = dataclasses.replace(case, key="b.png")
     assert np.array_equal(case.low_dose(0.2), case.low_dose(0.2))
     for different in (other.low_dose(0.2), case.low_dose(0.3), case.low_dose(0.2, 0), case.low_dose(0.2, 1)):
@@ -245,13 +251,13 @@ def test_patches_tile_the_image(bench):
     assert np.array_equal(patches[3], image[3:6, :3])
 
 
-def test_faded_takes_a_phantoms_calcifications_away(bench):
+def test_faded_takes_a_phantoms_calcifications_away(images):
     shape = (1, 512, 384)
     phantom = next(p for p in (generate_phantom(2, i, shape) for i in range(9)) if len(p.calcifications) > 5)
     image, calcifications = phantom.image[0].numpy(), phantom.calcifications
 
     def contrasts(share):
-        shown = bench.faded(image, calcifications, share, FILM_HEIGHT_MM / shape[1])
+        shown = images.faded(image, calcifications, share, FILM_HEIGHT_MM / shape[1])
         figures = calcification_contrast(shown, image, calcifications)
         return np.array([figure.contrast for figure in figures if figure is not None])
 
@@ -261,11 +267,11 @@ def test_faded_takes_a_phantoms_calcifications_away(bench):
     assert half == pytest.approx((full + none) / 2, abs=1e-4)
 
 
-def test_the_crop_holds_most_of_a_cluster_and_moves_its_calcifications(bench):
+def test_the_crop_holds_most_of_a_cluster_and_moves_its_calcifications(images):
     spots = tuple(Calcification(r, c, 2.0, 0.2) for r, c in ((10, 90), (60, 30), (62, 33), (64, 31)))
     image = torch.zeros(1, 100, 100)
     phantom = dataclasses.replace(generate_phantom(2, 1, (1, 64, 48)), image=image, calcifications=spots)
-    row, column, moved = bench.cluster_crop(phantom, 20)
+    (row, column, _), moved = images.cluster_crop(phantom, 20)
     inside = [c for c in moved if 0 < c.row < 20 and 0 < c.column < 20]
     assert len(inside) == 3
     assert (moved[0].row + row, moved[0].column + column) == (10, 90)
@@ -295,30 +301,13 @@ def test_another_files_record_is_not_overwritten(bench, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bm3d") is None, reason="bm3d is not installed")
-def test_a_kept_bm3d_belongs_to_image_and_noise(bench, tmp_path):
+def test_a_kept_bm3d_belongs_to_image_and_noise(images, tmp_path):
     image = np.random.default_rng(0).random((16, 16), dtype=np.float32)
-    noise = bench.NoiseModel.from_level(0.2)
-    path = bench.bm3d_path(tmp_path, image, noise)
-    assert path == bench.bm3d_path(tmp_path, image.copy(), noise)
-    assert path != bench.bm3d_path(tmp_path, image + np.float32(1e-6), noise)
-    assert path != bench.bm3d_path(tmp_path, image, bench.NoiseModel.from_level(0.3))
-
-
-def test_the_regression_cnn_works_on_the_stabilised_image_and_reads_back_what_it_wrote(bench, tmp_path):
-    noise = bench.NoiseModel.from_level(0.2)
-    model = bench.regression.RegressionCNN(noise)
-    image = np.random.default_rng(0).random((12, 14), dtype=np.float32)
-    with torch.no_grad():
-        for parameter in model.layers[-1].parameters():
-            parameter.zero_()
-    assert model.restore(image) == pytest.approx(image, abs=1e-5)  # no noise predicted: the stabilisation is undone
-    bench.regression.save(model, 7, tmp_path / "cnn.pt")
-    again, steps = bench.regression.load(tmp_path / "cnn.pt", 0.2, torch.device("cpu"))
-    assert steps == 7
-    assert np.array_equal(again.restore(image), model.restore(image))
-    (tmp_path / "cnn.pt").write_bytes(b"no")
-    with pytest.raises(UserError, match="delete it"):
-        bench.regression.load(tmp_path / "cnn.pt", 0.2, torch.device("cpu"))
+    noise = images.NoiseModel.from_level(0.2)
+    path = images.bm3d_path(tmp_path, image, noise)
+    assert path == images.bm3d_path(tmp_path, image.copy(), noise)
+    assert path != images.bm3d_path(tmp_path, image + np.float32(1e-6), noise)
+    assert path != images.bm3d_path(tmp_path, image, images.NoiseModel.from_level(0.3))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -328,6 +317,7 @@ def test_the_regression_cnn_works_on_the_stabilised_image_and_reads_back_what_it
 def one_image(tmp_path, monkeypatch):
     """A folder with one test image, and no BM3D, which is an extra: it returns what it is given."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(FLAGS, "benchmarks/quality", "")
     monkeypatch.setattr(classical, "vst_bm3d", lambda image, noise: image)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")
     Image.fromarray((generate_phantom(0, 0).image[0].numpy() * 255).astype(np.uint8)).save("a.png")
@@ -339,15 +329,15 @@ def one_image(tmp_path, monkeypatch):
     [
         ("--split-csv nowhere.csv", "--split-csv nowhere.csv: no such file"),
         ("--parts crops --ddim-steps 5000 --split-csv split.csv", "--ddim-steps 5000: the model has 1000 timesteps"),
-        ("--minutes nan", "argument --minutes: must be 0 or a number above it, not 'nan'"),
-        ("--minutes -3", "argument --minutes: must be 0 or a number above it, not '-3'"),
+        ("--scale nan", "argument --scale: must be a number above 0, not 'nan'"),
+        ("--pitch -3", "argument --pitch: must be a number above 0, not '-3'"),
         ("--levels 0", "argument --levels: must be a number above 0, not '0'"),
         ("--crop 1", "--crop must be at least 16"),
     ],
 )
 @pytest.mark.usefixtures("one_image")
 def test_bad_flags_of_the_benchmark_are_one_line_and_status_2(line, said):
-    result = call("benchmarks/restoration", f"--data-root . --out out {line}")
+    result = call("benchmarks/quality", f"--data-root . --out out {line}")
     assert result.code == 2 and said in result.err and "Traceback" not in result.err
     assert not Path("out").exists()
 
@@ -356,7 +346,7 @@ def test_bad_flags_of_the_benchmark_are_one_line_and_status_2(line, said):
 def test_every_part_says_what_it_was_measured_with():
     for crop in (48, 64):
         line = f"--data-root . --out out --split-csv split.csv --levels 0.2 --crop {crop} --workers 1 --no-tqdm --cpu"
-        succeed("benchmarks/restoration", f"{line} --parts {'native' if crop == 48 else 'mnse'} --realisations 2")
+        succeed("benchmarks/quality", f"{line} --parts {'native' if crop == 48 else 'mnse'} --realisations 2")
     parts = json.loads(Path("out/restoration.json").read_text())["parts"]
     assert parts["native"]["settings"]["crop"] == 48 and parts["mnse"]["settings"]["crop"] == 64
     assert parts["native"]["levels"]["0.2"]["posterior mean"]["psnr_breast"] > 35
