@@ -14,38 +14,26 @@ import itertools
 import json
 import math
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import quality_tables as tables
 from quality_images import PHANTOM_PITCH, SHARES, Case, KeptBM3D, Scene, crop_place, read_case, window
+from quality_tables import MEAN
 
-from evaluation.metrics import (
-    BANDS,
-    INTENSITY_BINS,
-    MS_SSIM_SIDE,
-    ErrorSplit,
-    PowerSpectrum,
-    band_power,
-    calcification_contrast,
-    image_metrics,
-    mnse_decomposition,
-    ms_ssim,
-    noise_power_spectrum,
-)
+from evaluation import metrics
 from evaluation.table import BM3D, INPUT
 from evaluation.uncertainty import Calibration, SampledImage, Tally
 from files.prepared import Record
 from files.splits import folder_records
-from helper import UserError, format_table, get_device, tracked
+from helper import UserError, get_device, tracked
 from hps import HPS_VQVAE
 from preprocessing.degrade import NoiseModel
 from preprocessing.stabilize import stabilize
@@ -60,17 +48,10 @@ from running.writing import write_text
 SPLIT_CSV = Path(__file__).resolve().parents[1] / "preprocessing" / "splits" / "mini-mias.csv"
 RECORD = "restoration.json"
 LEVEL = 0.2  # noise level of the parts `calcifications` and `mnse`
-MEAN = "posterior mean"
 MEAN_OF = 8  # samples whose mean has a row of its own
-FIGURES = {  # their names in tables, and decimals
-    "psnr_breast": ("PSNR breast", 2), "ssim_breast": ("SSIM breast", 4), "ms_ssim": ("MS-SSIM", 4), "psnr": ("PSNR", 2),
-    "ssim": ("SSIM", 4),
-}  # fmt: skip
-TESTED = ("psnr_breast", "ssim_breast")
 PATCH = 64  # pixels a side of the residuals whose spectrum is taken
 LEAST_CROP = 16  # pixels a side: SSIM's window has 11
 DIAMETERS = (1.0, 3.0)  # pixels
-CNR_BINS = (0.0, 2.5, 5.0, 10.0, 20.0, np.inf)  # edges
 
 
 @dataclasses.dataclass
@@ -109,147 +90,12 @@ class Bench:
         return frame
 
 
-# --- figures and tables ----------------------------------------------------------------------------------------------
-
-
 def figures_of(case: Case, image: np.ndarray, **row: object) -> dict:
     """A row of the per-image table: what `row` says, and the figures of an image (H, W) against the clean one."""
     restored, clean, mask = (torch.from_numpy(v)[None] for v in (image, case.clean, case.mask))
-    figures = dataclasses.asdict(image_metrics(restored, clean, mask)) | {"ms_ssim": ms_ssim(restored, clean)}
-    return {"path": case.key, **row} | {name: figures[name] for name in FIGURES}
-
-
-def deviation(values: np.ndarray) -> float:
-    """Standard deviation of values (N,); nan if there is one only."""
-    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
-
-
-def paired_test(values: np.ndarray, rival: np.ndarray) -> dict[str, float]:
-    """A method's figures (N,) against a rival's on the same images: their difference, and how sure it is.
-
-    `t_p` and `wilcoxon_p` are two-sided; nan with fewer than two images, or if no figure differs.
-    """
-    difference = values - rival
-    t_p = wilcoxon_p = math.nan
-    if len(difference) > 1 and np.any(difference != 0):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # if differences are all alike, p is 0 and scipy warns
-            t_p, wilcoxon_p = (float(test(values, rival).pvalue) for test in (stats.ttest_rel, stats.wilcoxon))
-    return {
-        "difference": float(difference.mean()), "difference_std": deviation(difference),
-        "at_least": int((difference >= 0).sum()), "images": len(difference), "t_p": t_p, "wilcoxon_p": wilcoxon_p,
-    }  # fmt: skip
-
-
-def summarise(frame: pd.DataFrame) -> dict[str, dict]:
-    """By method, in order: mean and standard deviation of each figure, the input's mean, and the paired tests against BM3D."""
-    wide = frame.pivot(index="path", columns="method", values=list(FIGURES))
-    summary = {}
-    for method, rows in frame.groupby("method", sort=False):
-        row: dict = {"evaluations": int(rows["evaluations"].iloc[0])}
-        for figure in FIGURES:
-            values = wide[figure][method].to_numpy()
-            row[figure], row[f"{figure}_std"] = float(values.mean()), deviation(values)
-            row[f"{figure}_input"] = float(wide[figure][INPUT].mean())
-        if method != BM3D:
-            row["against_bm3d"] = {
-                figure: paired_test(wide[figure][method].to_numpy(), wide[figure][BM3D].to_numpy()) for figure in TESTED
-            }
-        summary[method] = row
-    return summary
-
-
-def quality_table(summary: Mapping[str, dict]) -> str:
-    """Mean +- standard deviation of each figure and, in brackets, the input's mean."""
-
-    def cell(row: dict, figure: str, d: int) -> str:
-        if figure == "ms_ssim" and math.isnan(row[figure]):
-            return f"none below {MS_SSIM_SIDE} pixels"
-        return f"{row[figure]:.{d}f} +- {row[f'{figure}_std']:.{d}f} ({row[f'{figure}_input']:.{d}f})"
-
-    lines = [
-        [method, row["evaluations"], *(cell(row, figure, d) for figure, (_, d) in FIGURES.items())]
-        for method, row in summary.items()
-    ]
-    return format_table(["", "evaluations", *(f"{name} (input)" for name, _ in FIGURES.values())], lines)
-
-
-def paired_table(summary: Mapping[str, dict]) -> str:
-    """Every method's difference from BM3D inside the breast, in how many images it is at least as good, and p-values."""
-    header = [f"inside the breast, against {BM3D}"]
-    lines: dict[str, list[str]] = {method: [method] for method in summary if method != BM3D}
-    for figure in TESTED:
-        name, d = FIGURES[figure][0].removesuffix(" breast"), FIGURES[figure][1]
-        header += [f"{name} - BM3D", f"{name} >= BM3D", "p (t)", "p (Wilcoxon)"]
-        for method, cells in lines.items():
-            test = summary[method]["against_bm3d"][figure]
-            cells += [
-                f"{test['difference']:+.{d}f} +- {test['difference_std']:.{d}f}",
-                f"{test['at_least']} of {test['images']}",
-                *(f"{test[p]:.2g}" for p in ("t_p", "wilcoxon_p")),
-            ]
-    return format_table(header, lines.values())
-
-
-def sampler_table(summary: Mapping[str, dict], power: Mapping[str, np.ndarray]) -> str:
-    """What tells a sampler from a smoother: power over clean's by frequency, and PSNR in the breast below the posterior mean's."""
-    lines = [
-        [
-            method,
-            *(f"{share:.2f}" for share in power[method]),
-            f"{summary[MEAN]['psnr_breast'] - row['psnr_breast']:+.2f}",
-        ]
-        for method, row in summary.items()
-    ]
-    bands = (f"{low:g}-{high:g}" for low, high in itertools.pairwise(BANDS))
-    return format_table(["power over clean's, cycles/pixel", *bands, f"PSNR below the {MEAN}'s"], lines)
-
-
-def mnse_table(splits: Mapping[str, ErrorSplit]) -> str:
-    """Total, residual noise and squared bias in units of 1e-4, overall and by clean intensity."""
-    shown = np.flatnonzero(splits[INPUT].counts)
-    header = ["", "total", "noise", "bias^2"]
-    header += [f"noise + bias^2, x {INTENSITY_BINS[b]:g}-{INTENSITY_BINS[b + 1]:g}" for b in shown]
-    lines = [
-        [method, *(f"{1e4 * value:.2f}" for value in split.overall().values())]
-        + [f"{1e4 * split.residual_noise[b]:.2f} + {1e4 * split.bias_squared[b]:.2f}" for b in shown]
-        for method, split in splits.items()
-    ]
-    return format_table(header, lines)
-
-
-def spectrum_table(frequencies: np.ndarray, power: Mapping[str, np.ndarray]) -> str:
-    """Noise power in units of 1e-7 mm^2 in eight bands of frequency."""
-    bands = [band for band in np.array_split(np.arange(len(frequencies)), 8) if len(band)]
-    header = ["1/mm", *(f"{frequencies[band[0]]:.2f}-{frequencies[band[-1]]:.2f}" for band in bands)]
-    lines = [[method, *(f"{1e7 * values[band].mean():.2f}" for band in bands)] for method, values in power.items()]
-    return format_table(header, lines)
-
-
-def contrast_kept(frame: pd.DataFrame) -> dict[str, dict]:
-    """By group of calcifications: their number and, by method, the sum of their contrasts over that in the clean images.
-
-    The groups are all, those at each share of their contrast, and bins of the CNR in the clean image.
-    """
-    groups = {"all": np.ones(len(frame), dtype=bool)}
-    groups |= {f"contrast x {share:g}": frame["share"] == share for share in frame["share"].unique()}
-    for low, high in itertools.pairwise(CNR_BINS):
-        name = f"clean CNR {low:g}-{high:g}" if np.isfinite(high) else f"clean CNR from {low:g}"
-        groups[name] = (frame["clean_cnr"] >= low) & (frame["clean_cnr"] < high)
-    kept = {}
-    for name, chosen in groups.items():
-        if chosen.any():
-            by_method = frame[chosen].groupby("method", sort=False)
-            sums = by_method[["contrast", "clean_contrast"]].sum()
-            kept[name] = {"calcifications": int(by_method.size().iloc[0])}
-            kept[name] |= (sums["contrast"] / sums["clean_contrast"]).to_dict()
-    return kept
-
-
-def contrast_table(kept: Mapping[str, dict]) -> str:
-    """The contrasts kept, a row a group."""
-    lines = [[group, *(v if isinstance(v, int) else f"{v:.3f}" for v in row.values())] for group, row in kept.items()]
-    return format_table(["", *next(iter(kept.values()))], lines)
+    figures = dataclasses.asdict(metrics.image_metrics(restored, clean, mask))
+    figures["ms_ssim"] = metrics.ms_ssim(restored, clean)
+    return {"path": case.key, **row} | {name: figures[name] for name in tables.FIGURES}
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -300,14 +146,16 @@ class CropLevel:
 
     def add_power(self, method: str, image: np.ndarray) -> None:
         """Take note of the power of an image (H, W), stabilised."""
-        power = band_power(stabilize(torch.from_numpy(image).double(), self.noise).numpy())
+        power = metrics.band_power(stabilize(torch.from_numpy(image).double(), self.noise).numpy())
         self.power[method] = self.power.get(method, 0) + power
 
     def report(self) -> dict:
         """Print the tables; what belongs into the record."""
-        summary, coverage = summarise(pd.DataFrame(self.rows)), self.tally.coverage()
+        summary, coverage = tables.summarise(pd.DataFrame(self.rows)), self.tally.coverage()
         shares = {method: power / self.power["clean"] for method, power in self.power.items() if method != "clean"}
-        print(f"{quality_table(summary)}\n\n{paired_table(summary)}\n\n{sampler_table(summary, shares)}\n{coverage}")
+        print(
+            f"{tables.quality_table(summary)}\n\n{tables.paired_table(summary)}\n\n{tables.sampler_table(summary, shares)}\n{coverage}"
+        )
         return {
             "methods": summary,
             "power_over_clean": {method: share.tolist() for method, share in shares.items()},
@@ -349,9 +197,9 @@ def run_native(bench: Bench) -> dict:
                 own.append(figures_of(case, image, level=level, method=method, evaluations=count))
         rows += own
         bench.write_rows("native", rows)
-        summaries[f"{level:g}"] = summary = summarise(pd.DataFrame(own))
+        summaries[f"{level:g}"] = summary = tables.summarise(pd.DataFrame(own))
         print(f"\nnative: {len(bench.cases)} images, noise level {level:g}")
-        print(f"{quality_table(summary)}\n\n{paired_table(summary)}")
+        print(f"{tables.quality_table(summary)}\n\n{tables.paired_table(summary)}")
     return {"levels": summaries}
 
 
@@ -368,24 +216,24 @@ def run_mnse(bench: Bench) -> dict:
     crops = [case.crop(crop_place(case, args.crop)) for case in bench.cases]
     lows = [[crop.low_dose(LEVEL, r) for r in range(args.realisations)] for crop in crops]
     rivals = iter(bench.bm3d.restore([low for own in lows for low in own], noise, "realisations"))
-    splits: dict[str, list[ErrorSplit]] = {INPUT: [], BM3D: [], MEAN: []}
-    spectra: dict[str, list[PowerSpectrum]] = {method: [] for method in splits}
+    splits: dict[str, list[metrics.ErrorSplit]] = {INPUT: [], BM3D: [], MEAN: []}
+    spectra: dict[str, list[metrics.PowerSpectrum]] = {method: [] for method in splits}
     rows = []
     for crop, own in bench.bar(list(zip(crops, lows, strict=True)), f"{MEAN}, {args.realisations} realisations"):
         images = {INPUT: own, BM3D: list(itertools.islice(rivals, args.realisations))}
         images[MEAN] = [bench.mean(low, noise, f"{crop.key} {r}") for r, low in enumerate(own)]
         for method, stack in ((method, np.stack(made)) for method, made in images.items()):
-            splits[method].append(split := mnse_decomposition(stack, crop.clean, crop.mask))
+            splits[method].append(split := metrics.mnse_decomposition(stack, crop.clean, crop.mask))
             residual = np.concatenate([patches_of(image, min(PATCH, args.crop)) for image in stack - crop.clean])
-            spectra[method].append(noise_power_spectrum(residual, pitch))
+            spectra[method].append(metrics.noise_power_spectrum(residual, pitch))
             rows.append({"path": crop.key, "method": method, **split.overall()})
     wide = bench.write_rows("mnse", rows).pivot(index="path", columns="method", values="bias_squared")
-    pooled = {method: ErrorSplit.pooled(own) for method, own in splits.items()}
+    pooled = {method: metrics.ErrorSplit.pooled(own) for method, own in splits.items()}
     power = {method: np.mean([own.power for own in spectrum], axis=0) for method, spectrum in spectra.items()}
     frequencies = spectra[INPUT][0].frequencies
     on = f"{len(crops)} crops, {args.realisations} realisations, noise level {LEVEL:g}"
-    print(f"\nmean normalised squared error in units of 1e-4: {on}\n{mnse_table(pooled)}")
-    print(f"\nnoise power of restored - clean in units of 1e-7 mm^2\n{spectrum_table(frequencies, power)}")
+    print(f"\nmean normalised squared error in units of 1e-4: {on}\n{tables.mnse_table(pooled)}")
+    print(f"\nnoise power of restored - clean in units of 1e-7 mm^2\n{tables.spectrum_table(frequencies, power)}")
     parts = ("mnse", "residual_noise", "bias_squared")
     by_bin = {method: {name: getattr(split, name).tolist() for name in parts} for method, split in pooled.items()}
     power_mm2 = {method: values.tolist() for method, values in power.items()}
@@ -393,7 +241,7 @@ def run_mnse(bench: Bench) -> dict:
         "level": LEVEL, "realisations": args.realisations,
         "overall": {method: split.overall() for method, split in pooled.items()},
         "images_with_no_more_bias_squared_than_bm3d": int((wide[MEAN] <= wide[BM3D]).sum()),
-        "by_intensity": {"edges": list(INTENSITY_BINS), "pixels": pooled[INPUT].counts.tolist(), "methods": by_bin},
+        "by_intensity": {"edges": list(metrics.INTENSITY_BINS), "pixels": pooled[INPUT].counts.tolist(), "methods": by_bin},
         "noise_power": {"pitch_mm": pitch, "frequencies_per_mm": frequencies.tolist(), "power_mm2": power_mm2},
     }  # fmt: skip
 
@@ -420,17 +268,17 @@ def run_calcifications(bench: Bench) -> dict:
                     "diameter": c.diameter,
                 }
                 | {"method": method, **dataclasses.asdict(figure)}
-                for c, figure in zip(drawn, calcification_contrast(image, scene.case.clean, drawn), strict=True)
+                for c, figure in zip(drawn, metrics.calcification_contrast(image, scene.case.clean, drawn), strict=True)
                 if figure is not None and DIAMETERS[0] <= c.diameter <= DIAMETERS[1]
             ]
     if not rows:
         raise UserError(f"--phantoms {args.phantoms}: none has a calcification to measure; ask for more")
     frame = bench.write_rows("calcifications", rows)
-    kept = contrast_kept(frame)
+    kept = tables.contrast_kept(frame)
     print(
         f"\ncontrast kept, restored over clean: {(frame['method'] == INPUT).sum()} calcifications of {DIAMETERS[0]:g} to "
         f"{DIAMETERS[1]:g} pixels on {args.phantoms} phantoms, at full contrast and at {SHARES[1]:g} of it, noise level "
-        f"{LEVEL:g}\n{contrast_table(kept)}"
+        f"{LEVEL:g}\n{tables.contrast_table(kept)}"
     )
     return {"level": LEVEL, "phantoms": args.phantoms, "pixel_mm": PHANTOM_PITCH, "kept": kept}
 
