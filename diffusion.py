@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,14 +108,13 @@ class Residual(nn.Module):
         """The clean latents that z (N, C, H, W) stands for."""
         return view.mean + mixed(view.scale * z, self.components.t())
 
-    def measure(self, pairs: Iterable[tuple[Tensor, Tensor]], levels: Sequence[Tensor]) -> None:
+    def measure(self, pairs: Sequence[tuple[Tensor, Tensor]], levels: Sequence[Tensor]) -> None:
         """Measure U and s on (clean, degraded) normalised latents, each (N, C, H, W), of noise levels (N,)."""
-        covariances, seen = [], []
+        covariances = []
         for (clean, cond), level in zip(pairs, levels, strict=True):
             residual = (clean - self.mean(cond, level)[0]).flatten(2).double()  # (N, C, H W)
             covariances.append(residual @ residual.transpose(1, 2) / residual.shape[2])  # (N, C, C)
-            seen.append(level)
-        second = by_level(covariances, seen, self.linear.log_levels).double()
+        second = by_level(covariances, levels, self.linear.log_levels).double()
         # what is left at strong noise must not decide alone: every level counts by its own variance
         total = (second / second.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12)[:, None, None]).mean(0)
         components = torch.linalg.eigh(total)[1].flip(1).t()
@@ -161,8 +160,7 @@ class LatentDiffusion(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(words)}, not {value!r}")
         if (mean_model is None) == (precondition == "residual"):
             raise ValueError("precondition residual needs a network for the posterior mean, and none takes none")
-        self.model = model
-        self.parameterization = parameterization
+        self.model, self.parameterization = model, parameterization
         self.l_simple_weight, self.original_elbo_weight = l_simple_weight, original_elbo_weight
         betas = make_betas(timesteps, linear_start, linear_end)
         alphas_cumprod = (1 - betas).cumprod(0)
@@ -206,7 +204,7 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def measure_statistics(
-        self, pairs: Iterable[tuple[Tensor, Tensor]], levels: Sequence[Tensor] | None = None
+        self, pairs: Sequence[tuple[Tensor, Tensor]], levels: Sequence[Tensor] | None = None
     ) -> None:
         """Set shift and scale, and fit the linear estimate, from (clean, degraded) first-stage latents, each (N, C, H, W).
 
@@ -214,9 +212,8 @@ class LatentDiffusion(nn.Module):
         or the latents are constant.
         """
         count, total, square, noise = 0, 0.0, 0.0, 0.0
-        pairs = list(pairs)  # what is fitted is normalised by all of them
         for clean, degraded in pairs:
-            vectors = clean.double().transpose(0, 1).flatten(1)
+            vectors = clean.double().transpose(0, 1).flatten(1)  # (C, N H W)
             count += vectors.shape[1]
             total = total + vectors.sum(1)
             square = square + vectors @ vectors.t()
@@ -379,8 +376,7 @@ class LitEma(nn.Module):
     def copy_to(self, model: nn.Module) -> None:
         """Write the averages into the parameters of `model`."""
         with torch.no_grad():
-            for parameter, average in zip(model.parameters(), self.model.parameters(), strict=True):
-                parameter.copy_(average)
+            torch._foreach_copy_(list(model.parameters()), list(self.model.parameters()))
 
     @contextlib.contextmanager
     def average_parameters(self, model: nn.Module) -> Iterator[None]:
@@ -391,5 +387,4 @@ class LitEma(nn.Module):
             yield
         finally:
             with torch.no_grad():
-                for parameter, own in zip(model.parameters(), kept, strict=True):
-                    parameter.copy_(own)
+                torch._foreach_copy_(list(model.parameters()), kept)

@@ -43,26 +43,20 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError if flags do not go together, or need what is not installed."""
+    if args.bm3d and not args.evaluate:
+        raise UserError("--bm3d goes with --evaluate")
+    if args.half and not args.evaluate:
+        raise UserError("--half goes with --evaluate; training has half precision by itself, unless --no-amp is given")
+    if args.bm3d and not bm3d_is_there():
+        raise UserError(
+            "--bm3d: not installed; pip install -r requirements-benchmarks.txt (free for non-commercial use only)"
+        )
     if args.evaluate:
         refuse_torchrun("--evaluate")
-    for wrong, sentence in (
-        (args.bm3d and not args.evaluate, "--bm3d goes with --evaluate"),
-        (
-            args.half and not args.evaluate,
-            "--half goes with --evaluate; training has half precision by itself, unless --no-amp is given",
-        ),
-        (
-            args.bm3d and not bm3d_is_there(),
-            "--bm3d: not installed; pip install -r requirements-benchmarks.txt (free for non-commercial use only)",
-        ),
-        (args.evaluate and args.latents, "--latents goes with training; --evaluate restores images"),
-        (
-            args.evaluate and not args.load_path,
-            "--evaluate needs --load-path, the diffusion checkpoint to restore with",
-        ),
-    ):
-        if wrong:
-            raise UserError(sentence)
+        if args.latents is not None:
+            raise UserError("--latents goes with training; --evaluate restores images")
+        if args.load_path is None:
+            raise UserError("--evaluate needs --load-path, the diffusion checkpoint to restore with")
 
 
 def training_sets(args: argparse.Namespace, hps: HParams, digest: str) -> list[Dataset]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,7 @@ from datasets import load_datasets
 from files.splits import SPLITS
 from helper import UserError, get_device
 from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS
-from loading.latents import (
-    LATENT_FORMAT,
-    Layout,
-    entry_bytes,
-    free_bytes,
-    split_layout,
-    total_bytes,
-    whole_folder,
-    write_split,
-)
+from loading.latents import LATENT_FORMAT, Layout, entry_bytes, split_layout, whole_folder, write_split
 from loading.mammograms import MammogramDataset, RecordDataset
 from running import distributed
 from running.checkpoints import weights_digest
@@ -42,17 +34,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def print_sizes(out: Path, images: dict[str, MammogramDataset], layouts: dict[str, Layout]) -> None:
-    """Say how much will be written. Raises UserError if `out` exists."""
+def check_room(out: Path, images: dict[str, MammogramDataset], layouts: dict[str, Layout], will_write: bool) -> None:
+    """Say how much there is to write. Raises UserError if `out` exists or, if it will be written, has no room."""
     if out.exists():
         raise UserError(f"--out {out}: exists already; remove it or choose another folder")
     counts = ", ".join(f"{data.image_count()} {split}" for split, data in images.items())
     codes, latent = (entry_bytes(layouts["train"], prefix) for prefix in ("codes", "clean"))
-    total, free = total_bytes(images, layouts), free_bytes(out)
+    total = sum(data.image_count() * entry_bytes(layouts[split]) for split, data in images.items()) / 1e9
+    free = shutil.disk_usage(next(path for path in out.absolute().parents if path.exists())).free / 1e9
     print(
-        f"{counts} images: {codes:,} bytes of codes and {latent:,} bytes a latent, {total / 1e9:.3f} GB in all; "
-        f"{free / 1e9:.1f} GB free"
+        f"{counts} images: {codes:,} bytes of codes and {latent:,} bytes a latent, {total:.3f} GB in all; {free:.1f} GB free"
     )
+    if will_write and total > 0.98 * free:
+        raise UserError(f"--out {out}: {total:.3f} GB are needed and {free:.3f} GB are free; try --codes-only")
 
 
 def main() -> None:
@@ -79,7 +73,7 @@ def main() -> None:
     }
     digest = weights_digest(vqvae)
     out = args.out or Path("latents") / f"{args.task}-{digest[:8]}"
-    print_sizes(out, images, layouts)
+    check_room(out, images, layouts, will_write=not args.no_save)
     if args.no_save:
         print("nothing written (--no-save)")
         return
@@ -88,7 +82,7 @@ def main() -> None:
         seed=args.seed, codes_only=args.codes_only, latent_shape=list(first_stage.latent_shape(*hps.image_shape[1:])),
         image_shape=hps.image_shape, rate=vqvae.scaling_rates[0], scale=vqvae.scale,
     )  # fmt: skip
-    with whole_folder(out, total_bytes(images, layouts)) as folder:
+    with whole_folder(out) as folder:
         about["splits"] = {
             split: write_split(
                 images[split], first_stage, folder / split, layouts[split], device,

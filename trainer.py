@@ -85,7 +85,7 @@ class VQVAETrainer(Trainer):
         error = F.l1_loss if self.hps.recon_loss == "l1" else F.mse_loss
         recon = error(reconstruction, clean)
         loss = recon + self.hps.beta * commitment
-        mse = (reconstruction.detach() - clean).square().mean((1, 2, 3))
+        mse = (reconstruction.detach() - clean).square().mean((1, 2, 3))  # (N,)
         logs = {"loss": loss, "recon": recon, "commitment": commitment}
         for name, weight, part in zip(("quantized", "continuous"), weights, parts, strict=True):
             logs[f"mse_{name}"] = (mse * weight).sum() / weight.sum().clamp(min=1) * part

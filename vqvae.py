@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +101,11 @@ class VectorQuantizer(nn.Module):
             torch.add(within, block, alpha=width, out=nearest)
         return indices
 
+    def nearest(self, x: Tensor) -> Tensor:
+        """Index of the nearest entry of every vector of (N, D, H, W); (N, H, W) int64."""
+        n, d, h, w = x.shape
+        return self.lookup(x.permute(0, 2, 3, 1).reshape(-1, d)).view(n, h, w)
+
     def embed(self, indices: Tensor) -> Tensor:
         """Entries at (N, H, W) indices as (N, D, H, W)."""
         return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
@@ -133,13 +138,12 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor, indices: Tensor, chosen: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One EMA step on (N, D, H, W) vectors with (N, H, W) indices, of the samples where `chosen` (N,) is True.
+        """One EMA step on (N, D, H, W) vectors with (N, H, W) indices, of the samples whose `chosen` (N,) is True.
 
         Vectors that are not finite leave the codebook as it is. Returns how often each entry was used, (K,), over all processes.
         """
-        n, d, h, w = x.shape
-        vectors = x.permute(0, 2, 3, 1).reshape(-1, d).float()
-        weight = chosen.to(vectors.dtype).repeat_interleave(h * w, output_size=n * h * w)
+        vectors = x.permute(0, 2, 3, 1).flatten(0, 2).float()
+        weight = chosen.to(vectors.dtype)[:, None, None].expand_as(indices).flatten()
         flat = indices.flatten()
         counts = torch.zeros_like(self.ema_count).index_add_(0, flat, weight)
         sums = torch.zeros_like(self.ema_sum).index_add_(0, flat, vectors * weight[:, None])
@@ -180,14 +184,13 @@ class VectorQuantizer(nn.Module):
         self.ema_count.copy_(count)
 
     def forward(self, x: Tensor, chosen: Tensor | None = None, generator: torch.Generator | None = None) -> Quantized:
-        """Quantise (N, D, H, W) vectors, of the samples where `chosen` (N,) bool is True; all if it is None."""
+        """Quantise (N, D, H, W) vectors, of the samples whose `chosen` (N,) bool is True; of all if it is None."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            n, d, h, w = x.shape
             if chosen is None:
-                chosen = torch.ones(n, dtype=torch.bool, device=x.device)
+                chosen = torch.ones(len(x), dtype=torch.bool, device=x.device)
             weight = chosen.float()
-            indices = self.lookup(x.detach().permute(0, 2, 3, 1).reshape(-1, d)).view(n, h, w)  # (N, H, W)
+            indices = self.nearest(x.detach())  # (N, H, W)
             rest = self.embed(indices) - x  # (N, D, H, W)
             error = rest.square().mean(dim=(1, 2, 3))  # (N,)
             commitment_loss = (error * weight).sum() / weight.sum().clamp(min=1)  # ()
@@ -195,8 +198,8 @@ class VectorQuantizer(nn.Module):
             if self.training:
                 counts = self.update(x.detach(), indices, chosen, generator)  # (K,)
             else:
-                repeated = weight.repeat_interleave(h * w, output_size=n * h * w)
-                counts = torch.zeros_like(self.ema_count).index_add_(0, indices.flatten(), repeated)  # (K,)
+                each = weight[:, None, None].expand_as(indices).flatten()  # (N H W,)
+                counts = torch.zeros_like(self.ema_count).index_add_(0, indices.flatten(), each)  # (K,)
             return Quantized(code, indices, commitment_loss, perplexity(counts))
 
 
@@ -328,15 +331,14 @@ class VQVAE(nn.Module):
         """
         features = self._pyramid(z)
         codes: list[Quantized] = []
-
-        def code_at(level: int, above: list[Tensor]) -> Tensor:
-            x = self.projections[level](torch.cat([features[level], *above], dim=1))  # (N, embed, h, w)
-            if quantize is False:
-                return x
-            codes.insert(0, self.quantizers[level](x, None if quantize is True else quantize, generator))
-            return codes[0].code
-
-        image = _crop(self._merge(code_at)[0], shape)
+        above: list[Tensor] = []  # what is decoded so far, once there is something
+        for level in reversed(range(self.nb_levels)):
+            code = self._code(level, features, above)  # (N, embed, h, w)
+            if quantize is not False:
+                codes.insert(0, self.quantizers[level](code, None if quantize is True else quantize, generator))
+                code = codes[0].code
+            above = [self._decoded(level, code, above)]  # (N, hidden, h r, w r), at last (N, C, H, W)
+        image = _crop(above[0], shape)
         zero = image.new_zeros((), dtype=torch.float32)
         return VQVAEOutput(
             reconstruction=image,
@@ -347,19 +349,18 @@ class VQVAE(nn.Module):
 
     def decode_codes(self, indices: list[Tensor], shape: tuple[int, int] | None = None) -> Tensor:
         """Image (N, C, H, W) from code indices alone: a list, finest level first, of (N, h, w) int64."""
-        return _crop(self._merge(lambda level, _: self.quantizers[level].embed(indices[level]))[0], shape)
-
-    def _merge(self, code_at: Callable[[int, list[Tensor]], Tensor], lowest: int = 0) -> list[Tensor]:
-        """From the coarsest level down to `lowest`: take the level's code, join it with what is decoded so far, decode on.
-
-        Returns what is decoded, a list of one; an empty one if no level was left to decode.
-        """
         above: list[Tensor] = []
-        for level in reversed(range(lowest, self.nb_levels)):
-            x = self.inputs[level](torch.cat([code_at(level, above), *above], dim=1))  # (N, hidden, h, w)
-            x = self.ups[level](self.decoders[level](x))  # (N, C r^2, h, w)
-            above = [F.pixel_shuffle(x, self.scaling_rates[level])]  # (N, C, h r, w r)
-        return above
+        for level in reversed(range(self.nb_levels)):
+            above = [self._decoded(level, self.quantizers[level].embed(indices[level]), above)]
+        return _crop(above[0], shape)
+
+    def _code(self, level: int, features: list[Tensor], above: list[Tensor]) -> Tensor:
+        return self.projections[level](torch.cat([features[level], *above], dim=1))
+
+    def _decoded(self, level: int, code: Tensor, above: list[Tensor]) -> Tensor:
+        x = self.inputs[level](torch.cat([code, *above], dim=1))  # (N, hidden, h, w)
+        x = self.ups[level](self.decoders[level](x))  # (N, C r^2, h, w)
+        return F.pixel_shuffle(x, self.scaling_rates[level])  # (N, C, h r, w r)
 
     def forward(
         self, x: Tensor, quantize: bool | Tensor = True, generator: torch.Generator | None = None
@@ -375,22 +376,16 @@ class VQVAE(nn.Module):
 
         In training, `parts` of them make up a batch.
         """
-        for level in reversed(range(self.nb_levels)):
-            seen = []
-            for images in batches:
-                features = self._pyramid(self.encode(images))
-
-                def quantized(at: int, above: list[Tensor], features: list[Tensor] = features) -> Tensor:
-                    x = self.projections[at](torch.cat([features[at], *above], dim=1)).float()
-                    n, d, h, w = x.shape
-                    indices = self.quantizers[at].lookup(x.permute(0, 2, 3, 1).reshape(-1, d))
-                    return self.quantizers[at].embed(indices.view(n, h, w))
-
-                above = self._merge(quantized, lowest=level + 1)
-                x = self.projections[level](torch.cat([features[level], *above], dim=1)).float()
-                seen.append(x.permute(0, 2, 3, 1).flatten(0, 2))
-            vectors = torch.cat(seen)
-            self.quantizers[level].initialise(vectors, len(vectors) / math.ceil(len(seen) / parts), generator)
+        pyramids = [self._pyramid(self.encode(images)) for images in batches]
+        decoded: list[list[Tensor]] = [[] for _ in batches]
+        for level, quantizer in reversed(list(enumerate(self.quantizers))):
+            codes = [self._code(level, *both).float() for both in zip(pyramids, decoded, strict=True)]
+            vectors = torch.cat([code.permute(0, 2, 3, 1).flatten(0, 2) for code in codes])
+            quantizer.initialise(vectors, len(vectors) / math.ceil(len(codes) / parts), generator)
+            decoded = [
+                [self._decoded(level, quantizer.embed(quantizer.nearest(code)), above)]
+                for code, above in zip(codes, decoded, strict=True)
+            ]
 
 
 def _crop(image: Tensor, shape: tuple[int, int] | None) -> Tensor:

@@ -26,7 +26,7 @@ class SampleKey:
     epoch: int
     position: int  # place in the epoch's order
     index: int
-    counts: bool = True  # False: stands in where a process has no sample of a batch, and must not weigh in anything
+    counts: bool = True  # False: stands in if a process has no sample of a batch, and must not weigh in anything
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Meta:
     key: SampleKey
     patient: str = ""
     info: dict = field(default_factory=dict)  # what a data set knows beyond that, e.g. lesions or the grid transform
-    failure: str = ""  # why the image that the key names could not be read, where this one stands in for it
+    failure: str = ""  # why the image that the key names could not be read, if this one stands in for it
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Samples:
         return NoiseModel.of_levels(self.level)
 
     def __len__(self) -> int:
-        return len(self.meta)
+        return len(self.clean)
 
     @property
     def counts(self) -> list[bool]:
@@ -115,7 +115,7 @@ class Batch(Samples):
     pending: list[PendingNoise | Tensor] = field(default_factory=list)
 
     def degrade(self) -> Batch:
-        """The batch with the noise drawn that is pending, on the device where it is."""
+        """The batch with its pending noise drawn, on its own device."""
         if not self.pending:
             return self
         images = [

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from files.splits import refuse_escape
-from helper import UserError, seeded_generator, tracked
+from helper import UserError, reason_of, seeded_generator, tracked
 from hps import HParams
 from loading.batches import Batch, LatentBatch, Meta, SampleKey, make_loader
 from loading.mammograms import MammogramDataset
@@ -96,8 +96,7 @@ class LatentDataset(Dataset):
         try:
             array = np.lib.format.open_memmap(path, mode="r")
         except Exception as error:  # noqa: BLE001  numpy parses a literal in the header, and raises what that raises
-            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            raise UserError(f"{path}: not readable ({reason}); extract the latents again") from None
+            raise UserError(f"{path}: not readable ({reason_of(error)}); extract the latents again") from None
         if array.shape != shape:
             raise UserError(f"{path}: shape {array.shape}, but the index says {shape}; extract the latents again")
         kinds = ("bool",) if name == "mask" else ("float16", "float32")
@@ -199,26 +198,12 @@ def entry_bytes(layout: Layout, prefix: str = "") -> int:
     return sum(dtype.itemsize * math.prod(shape) for name, (dtype, shape) in layout.items() if name.startswith(prefix))
 
 
-def total_bytes(images: Mapping[str, MammogramDataset], layouts: Mapping[str, Layout]) -> int:
-    """Bytes of all splits."""
-    return sum(data.image_count() * entry_bytes(layouts[split]) for split, data in images.items())
-
-
-def free_bytes(out: Path) -> int:
-    """Bytes that are free where a folder `out` is to be made."""
-    return shutil.disk_usage(next(path for path in out.absolute().parents if path.exists())).free
-
-
 @contextlib.contextmanager
-def whole_folder(out: Path, size: int) -> Iterator[Path]:
+def whole_folder(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` at the end of the block; if that fails, nothing of it is left.
 
-    Raises UserError if there is no room for `size` bytes, or it cannot be written.
+    Raises UserError if it cannot be written.
     """
-    if size > 0.98 * (free := free_bytes(out)):
-        raise UserError(
-            f"--out {out}: {size / 1e9:.3f} GB are needed and {free / 1e9:.3f} GB are free; try --codes-only"
-        )
     partial = out.with_name(f".{out.name}.part")
     hold(out.with_name(f".{out.name}.lock"), out)
     try:
@@ -227,12 +212,11 @@ def whole_folder(out: Path, size: int) -> Iterator[Path]:
         yield partial
         if distributed.is_main():
             partial.replace(out)
-    except BrokenPipeError:  # standard output, not the folder
-        raise
     except OSError as error:
-        raise UserError(
-            f"--out {out}: cannot be written ({error.strerror}); free space or choose another folder"
-        ) from None
+        if isinstance(error, BrokenPipeError):  # standard output, not the folder
+            raise
+        reason = f"--out {out}: cannot be written ({reason_of(error)}); free space or choose another folder"
+        raise UserError(reason) from None
     finally:
         if distributed.is_main():
             shutil.rmtree(partial, ignore_errors=True)

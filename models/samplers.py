@@ -22,7 +22,7 @@ class ConditioningView:
     seen: Tensor  # (N, C, H, W): what the network sees beside z_t
     level: Tensor  # (N,): noise level
     mean: Tensor  # (N, C, H, W): posterior mean; 0 for the plain diffusion
-    scale: Tensor  # (N, C, 1, 1): deviation of the residual's principal components, 0 where none is diffused; else 1
+    scale: Tensor  # (N, C, 1, 1): deviation of the residual's principal components, 0 if it is not diffused; else 1
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Prediction:
 def ddim_timesteps(timesteps: int, steps: int, spacing: str = "leading") -> Tensor:
     """The `steps` timesteps of a sampler out of `timesteps`, descending, (steps,) int64.
 
-    "leading" is LDM's: multiples of T // steps, plus 1 where that leaves room, so it suits steps of at most T / 2;
+    "leading" is LDM's: multiples of T // steps, plus 1 if that leaves room, so it suits steps of at most T / 2;
     "trailing" counts down from T - 1 (Lin et al., 2024, arXiv:2305.08891, table 2). Raises ValueError for steps outside
     1..timesteps or an unknown spacing.
     """
@@ -58,15 +58,13 @@ class DDIMSampler:
     """
 
     def __init__(self, model: nn.Module, spacing: str = "leading", final_alpha_cumprod: float = 1.0):
-        self.model = model
-        self.spacing = spacing
-        self.final_alpha_cumprod = final_alpha_cumprod
+        self.model, self.spacing, self.final_alpha_cumprod = model, spacing, final_alpha_cumprod
 
     @staticmethod
     def step(
         x: Tensor, prediction: Prediction, abar: Tensor, previous: Tensor, eta: float, noise: Tensor | None
     ) -> Tensor:
-        """One step from abar_t to abar of the previous timestep (scalars); `noise` like x, needed where eta > 0."""
+        """One step from abar_t to abar of the previous timestep (scalars); `noise` like x, needed if eta > 0."""
         sigma = eta * ((1 - previous) / (1 - abar) * (1 - abar / previous)).sqrt()
         x = previous.sqrt() * prediction.x_start + (1 - previous - sigma**2).clamp(min=0).sqrt() * prediction.eps
         return x if noise is None else x + sigma * noise
@@ -81,15 +79,10 @@ class DDIMSampler:
         draw: Callable[[], Tensor] | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Samples (N, C, H, W) of z.
+        """Samples (N, C, H, W) of z from unit noise x_T alike, by `steps` network evaluations.
 
-        Args:
-            cond: what the model's `predict` is to know of the degraded latents.
-            x_T: unit Gaussian noise to start from, (N, C, H, W).
-            steps: number of network evaluations.
-            eta: 0 is deterministic, 1 has the variance of the ancestral sampler.
-            draw: returns unit noise like x_T, called once a step where eta > 0.
-        Raises: ValueError for an impossible number of steps, or eta > 0 without `draw`.
+        `eta` 0 is deterministic, 1 has the variance of the ancestral sampler; above 0, `draw` returns unit noise like x_T for
+        every step. Raises ValueError for an impossible number of steps, or `eta` above 0 without `draw`.
         """
         if eta > 0 and draw is None:
             raise ValueError("DDIM with eta > 0 needs a source of noise")

@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import LatentDiffusion, LitEma, UNet, make_betas, make_diffusion, sample_latents
+from diffusion import LatentDiffusion, LatentEncoder, LitEma, UNet, make_betas, make_diffusion, sample_latents
 from hps import HPS_DIFFUSION
 from models import linear
 from models import unet as unet_module
 from models.linear import LinearView
 from models.samplers import DDIMSampler, DPMSolverSampler, NoiseField, Prediction, Sampling, dpm_timesteps
+from preprocessing.degrade import NoiseModel
+from vqvae import VQVAE
+from vqvae2_wrapper import VQVAE2Wrapper
 
 PARAMETERIZATIONS = ("eps", "v", "x0")
 T = torch.tensor([0, 1, 400, 999])
@@ -614,6 +617,20 @@ def test_what_stands_out_of_the_degraded_latent_is_compressed_for_the_networks_a
 def test_statistics_of_nothing_or_of_constant_latents_are_refused(pairs, reason):
     with pytest.raises(ValueError, match=reason):
         LatentDiffusion(Answer(zero), Answer(zero)).measure_statistics(pairs)
+
+
+def test_the_encoder_takes_images_to_normalised_latents_and_back():
+    torch.manual_seed(0)
+    sizes = dict(hidden_channels=16, res_channels=8, embed_dim=16, nb_levels=1, scaling_rates=[4], nb_entries=8)
+    first_stage = VQVAE2Wrapper(VQVAE(**sizes, stabilize=True))
+    model = LatentDiffusion(Answer(zero), Answer(zero), latent_channels=16)
+    images, noise = torch.rand(4, 1, 18, 13), NoiseModel.from_level(0.2)
+    latents = first_stage.encode(images, noise)
+    model.measure_statistics([(latents, latents + 0.1 * torch.randn_like(latents))])
+    encoder = LatentEncoder(first_stage, model)
+    x = encoder.encode(images, noise)
+    assert x.mean((0, 2, 3)).abs().max() < 1e-5 and x.square().mean().item() == pytest.approx(1, rel=1e-4)
+    torch.testing.assert_close(encoder.decode(x, (18, 13), noise), images, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("word", ["parameterization", "precondition"])

@@ -295,6 +295,11 @@ def test_latent_data_set_gives_validation_pairs_whole_and_training_pairs_as_crop
         assert len(found) == 1
         draws.add(int(found[0, 0]))
     assert draws == {0, 1}
+    first = train[0].clean
+    train.reseed(1)
+    assert not torch.equal(train[0].clean, first)
+    train.reseed(0)
+    assert torch.equal(train[0].clean, first)
 
 
 def test_stage_2_trains_from_latents_without_the_images(latents, vqvae, tmp_path):

@@ -160,6 +160,14 @@ def test_validation_comes_as_often_as_asked_for_and_at_the_end():
     assert trainer.best == min(row["score"] for row in trainer.logger["validation"])
 
 
+def test_an_image_without_error_counts_as_120_db(monkeypatch):
+    trainer = stage_1()
+    batch = next(trainer.validation_batches())
+    monkeypatch.setattr(trainer, "validation_batches", lambda: [batch])
+    monkeypatch.setattr(trainer.model, "from_domain", lambda values, noise: batch.clean)
+    assert trainer.validate() == {"score": -120, "psnr_continuous": 120, "psnr_quantized": 120}
+
+
 def test_run_keeps_the_checkpoints_asked_for_and_the_best(tmp_path):
     trainer = stage_1(4, max_epochs=4, checkpoint_frequency=2, image_frequency=9)
     trainer.folder, scores = tmp_path, iter([-3.0, -5.0, -4.0, -4.5])

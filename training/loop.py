@@ -83,18 +83,18 @@ class Trainer:
         self.task, self.hps, self.device, self.folder, self.seed = task, hps, device, folder, seed
         self.model = model.to(device)
         self.amp, self.progress, self.picture_suffix = amp, progress, picture_suffix
-        pin = device.type == "cuda"
         self.mini_batch = hps.mini_batch_size or hps.batch_size
         if self.mini_batch % distributed.size():
             name = "mini_batch_size" if hps.mini_batch_size else "batch_size"
             raise UserError(
                 f"--hps {name}={self.mini_batch}: must be a multiple of the {distributed.size()} processes that share it"
             )
+        loading = dict(pin=device.type == "cuda", shared=True)
         self.loader = make_loader(
-            train_set, self.mini_batch, seed=seed, shuffle=True, workers=hps.nb_workers, pin=pin, shared=True
+            train_set, self.mini_batch, seed=seed, shuffle=True, workers=hps.nb_workers, **loading
         )
         self.validation_loader = make_loader(
-            validation_set, distributed.size(), workers=min(1, hps.nb_workers), pin=pin, shared=True
+            validation_set, distributed.size(), workers=min(1, hps.nb_workers), **loading
         )
         self.optimizer = self.make_optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
@@ -152,10 +152,8 @@ class Trainer:
 
     def checkpoint_extra(self) -> dict[str, Any]:
         """What the stage records about the checkpoint itself."""
-        return {
-            "patients": self.loader.dataset.patients(),
-            "validation_images": len(self.validation_loader.dataset),
-        }
+        images = len(self.validation_loader.dataset)
+        return {"patients": self.loader.dataset.patients(), "validation_images": images}
 
     # --- the loop ---
 
@@ -180,7 +178,7 @@ class Trainer:
         return math.ceil(self.loader.sampler.count / self.hps.batch_size)
 
     def fit(self) -> None:
-        """Train from where the state stands to `max_epochs`.
+        """Train from the present state to `max_epochs`.
 
         Raises UserError if the loss stays no number, and `stopping.Stopped` after a signal, when the step is done and saved.
         """
@@ -210,32 +208,26 @@ class Trainer:
         self.model.train()
         self.loader.sampler.set_epoch(self.epoch, self.seen)
         batches, end, silence = iter(self.loader), self.loader.sampler.count, Silence()
-        bar = tqdm(
-            total=self.steps_per_epoch,
-            initial=self.steps_per_epoch - math.ceil((end - self.seen) / self.hps.batch_size),
-            desc=f"epoch {self.epoch + 1}",
-            unit="step",
-            leave=False,
-            disable=not self.progress,
-        )
+        left = math.ceil((end - self.seen) / self.hps.batch_size)
+        words = dict(desc=f"epoch {self.epoch + 1}", unit="step", leave=False, disable=not self.progress)
         self.optimizer.zero_grad(set_to_none=True)
-        while self.seen < end:
-            samples = min(self.hps.batch_size, end - self.seen)
-            logs = self.train_step(batches, samples)
-            self.seen += samples
-            bar.update()
-            if self.step % self.hps.log_frequency == 0 or self.seen == end:
-                values = distributed.sum_scalars(logs)
-                values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-                echo = self.seen == end or (not self.progress and silence.is_long())
-                self.logger.log("train", self.step, self.epoch + 1, values, echo)
-                bar.set_postfix(loss=f"{values['loss']:.4g}")
-            if self.step % min(self.hps.log_frequency, MOST_SKIPPED) == 0:
-                self.look_at_steps()
-            self.stop_if_asked()
-            if self.should_save():
-                self.save(LAST)
-        bar.close()
+        with tqdm(total=self.steps_per_epoch, initial=self.steps_per_epoch - left, **words) as bar:
+            while self.seen < end:
+                samples = min(self.hps.batch_size, end - self.seen)
+                logs = self.train_step(batches, samples)
+                self.seen += samples
+                bar.update()
+                if self.step % self.hps.log_frequency == 0 or self.seen == end:
+                    values = distributed.sum_scalars(logs)
+                    values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+                    echo = self.seen == end or (not self.progress and silence.is_long())
+                    self.logger.log("train", self.step, self.epoch + 1, values, echo)
+                    bar.set_postfix(loss=f"{values['loss']:.4g}")
+                if self.step % min(self.hps.log_frequency, MOST_SKIPPED) == 0:
+                    self.look_at_steps()
+                self.stop_if_asked()
+                if self.should_save():
+                    self.save(LAST)
         self.look_at_steps()
         self.report_skipped()
 
@@ -270,25 +262,21 @@ class Trainer:
 
         Raises UserError after `MOST_SKIPPED` in a row.
         """
-        flags = iter(
-            torch.stack([flag for taken in self.taken for flag in taken.finite]).tolist() if self.taken else []
-        )
+        flags = iter(torch.stack([f for taken in self.taken for f in taken.finite]).tolist() if self.taken else [])
         skipped: dict[int, list[tuple[bool, str]]] = {}  # images of a step, and whether their pass was finite
         for taken in self.taken:
-            *passes, norm = (next(flags) for _ in taken.finite)
+            *passes, norm = itertools.islice(flags, len(taken.finite))
             if not (all(passes) and norm):
-                skipped[taken.step] = [
-                    (ok, path) for ok, paths in zip(passes, taken.images, strict=True) for path in paths
-                ]
+                pairs = zip(passes, taken.images, strict=True)
+                skipped[taken.step] = [(finite, path) for finite, paths in pairs for path in paths]
         parts = distributed.gather(skipped)
         for step in [taken.step for taken in self.taken]:
             images = [image for part in parts for image in part.get(step, [])]
             self.skips_in_row = self.skips_in_row + 1 if images else 0
             self.skips += bool(images)
             if images and distributed.is_main():
-                paths = list(
-                    dict.fromkeys([path for finite, path in images if not finite] or [path for _, path in images])
-                )
+                named = [path for finite, path in images if not finite] or [path for _, path in images]
+                paths = list(dict.fromkeys(named))
                 more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
                 line = f"warning: step {step} skipped, its loss is not finite: {', '.join(paths[:4])}{more}"
                 tqdm.write(line, file=sys.stderr)
@@ -323,7 +311,7 @@ class Trainer:
             raise stopping.Stopped(number)
 
     def stopped(self, stop: stopping.Stopped) -> stopping.Stopped:
-        """Save, once nothing is under way any more; what says so."""
+        """Save once nothing is under way any more; returns `stop` with a line that says so."""
         where = f" after step {self.step}"
         if self.folder is not None:
             self.save(LAST)
