@@ -153,9 +153,8 @@ class CropLevel:
         """Print the tables; what belongs into the record."""
         summary, coverage = tables.summarise(pd.DataFrame(self.rows)), self.tally.coverage()
         shares = {method: power / self.power["clean"] for method, power in self.power.items() if method != "clean"}
-        print(
-            f"{tables.quality_table(summary)}\n\n{tables.paired_table(summary)}\n\n{tables.sampler_table(summary, shares)}\n{coverage}"
-        )
+        print(f"{tables.quality_table(summary)}\n\n{tables.paired_table(summary)}\n")
+        print(f"{tables.sampler_table(summary, shares)}\n{coverage}")
         return {
             "methods": summary,
             "power_over_clean": {method: share.tolist() for method, share in shares.items()},

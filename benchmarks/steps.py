@@ -12,7 +12,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -56,60 +55,51 @@ PHASES = {
 }  # epochs of the posterior mean: without them the diffusion's come at once
 
 clock = time.perf_counter
+Timed = Callable[[], float]  # returns seconds
+Comparison = tuple[str, Timed, str, Timed]  # a work, and the baseline that it is set against, both with their names
 
 
-def seconds(function: Callable[[], object], calls: int = 1) -> float:
-    """Mean time of a call."""
-    start = clock()
-    for _ in range(calls):
-        function()
-    return (clock() - start) / calls
+def timed(function: Callable[[], object], calls: int = 1) -> Timed:
+    """The mean time of a call."""
+
+    def measure() -> float:
+        start = clock()
+        for _ in range(calls):
+            function()
+        return (clock() - start) / calls
+
+    return measure
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A work against a baseline: functions that return seconds."""
-
-    name: str
-    own: Callable[[], float]
-    baseline_name: str
-    baseline: Callable[[], float]
-
-    def row(self, rounds: int) -> list[str]:
-        """Medians over the rounds, after one that warms up, and the ratio with its least and most."""
-        times, baselines = zip(*[(self.own(), self.baseline()) for _ in range(rounds + 1)][1:], strict=True)
-        ratios = [own / other for own, other in zip(times, baselines, strict=True)]
-        ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}, {max(ratios):.3f})"
-        return [self.name, self.baseline_name, *(f"{statistics.median(v):.4g}" for v in (times, baselines)), ratio]
+def row(comparison: Comparison, rounds: int) -> list[str]:
+    """Medians over the rounds, after one that warms up, and the ratio with its least and most."""
+    name, own, baseline_name, baseline = comparison
+    times = [(own(), baseline()) for _ in range(rounds + 1)][1:]
+    ratios = [a / b for a, b in times]
+    ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}, {max(ratios):.3f})"
+    return [name, baseline_name, *(f"{statistics.median(v):.4g}" for v in zip(*times, strict=True)), ratio]
 
 
-def compare(
-    name: str, own: Callable[[], object], baseline_name: str, baseline: Callable[[], object], calls: int = 1
-) -> Comparison:
-    """The comparison of two functions by the time of their calls."""
-    return Comparison(name, lambda: seconds(own, calls), baseline_name, lambda: seconds(baseline, calls))
+def floor(model: nn.Module, inputs: tuple[Tensor, ...], passes: int = 1) -> Timed:
+    """Seconds of a model's forward FLOPs, `passes` times, at the machine's rates now.
 
-
-def floor(model: nn.Module, inputs: tuple[Tensor, ...], passes: int = 1) -> Callable[[], float]:
-    """Seconds of a model's forward FLOPs, `passes` times, at the machine's rates now; model and inputs are on the meta device."""
+    A model with attention has to be on the meta device: the CPU's fused one counts as none.
+    """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs)
     by_kind = counter.get_flop_counts()["Global"]
     attention = sum(flops for kind, flops in by_kind.items() if "bmm" in str(kind) or "attention" in str(kind))
-    total = counter.get_total_flops()
-    print(f"forward pass: {(total - attention) / 1e12:.2f} TFLOP of convolutions, {attention / 1e12:.2f} of attention")
-    x, weight = (
-        torch.randn(shape).to(memory_format=torch.channels_last) for shape in ((1, 192, 128, 96), (192, 192, 3, 3))
-    )
+    rest = counter.get_total_flops() - attention
+    print(f"forward pass: {rest / 1e12:.2f} TFLOP of convolutions, {attention / 1e12:.2f} of attention")
+    x, weight = (torch.randn(s).to(memory_format=torch.channels_last) for s in ((1, 192, 128, 96), (192, 192, 3, 3)))
     q = torch.randn(1, 2, 12288, 64)
+    convolve = timed(torch.no_grad()(lambda: F.conv2d(x, weight, padding=1)), 3)
+    attend = timed(torch.no_grad()(lambda: F.scaled_dot_product_attention(q, q, q)))
 
-    @torch.no_grad()
     def at_rates() -> float:
-        convolution = 2 * 9 * 192 * x.numel() / seconds(lambda: F.conv2d(x, weight, padding=1), 3)
-        fused = (
-            4 * q.numel() * q.shape[2] / seconds(lambda: F.scaled_dot_product_attention(q, q, q)) if attention else 1
-        )
-        return passes * ((total - attention) / convolution + attention / fused)
+        own = rest * convolve() / (2 * 9 * 192 * x.numel())
+        own += attention * attend() / (4 * q.numel() * q.shape[2]) if attention else 0
+        return passes * own
 
     return at_rates
 
@@ -140,9 +130,6 @@ def of_unet() -> Iterator[Comparison]:
     """Either UNet: an evaluation at the reference latent, and a checkpointed training step on a sixteenth of it."""
     hps, t = HPS_DIFFUSION["cbis-ddsm"], torch.tensor([500])
     crop = [side // 4 for side in LATENT]
-    with torch.device("meta"):
-        empty = UNet(**hps.arguments(UNet)).eval()
-        inputs = [(torch.empty(1, hps.in_channels, *side), torch.zeros(1, dtype=torch.long)) for side in (LATENT, crop)]
     model = UNet(**hps.arguments(UNet))
     whole, part = (torch.randn(1, hps.in_channels, *side) for side in (LATENT, crop))
     target, ema = torch.randn(1, hps.out_channels, *crop), LitEma(model, hps.ema_decay)
@@ -159,22 +146,23 @@ def of_unet() -> Iterator[Comparison]:
         optimizer.zero_grad(set_to_none=True)
         ema(model)
 
-    name = f"evaluation at {LATENT[0]} x {LATENT[1]}"
-    yield Comparison(name, lambda: seconds(evaluate), FLOOR, floor(empty, inputs[0]))
+    def at(side: list[int], passes: int) -> Timed:
+        with torch.device("meta"):
+            empty, t = UNet(**hps.arguments(UNet)).eval(), torch.zeros(1, dtype=torch.long)
+            return floor(empty, (torch.empty(1, hps.in_channels, *side), t), passes)
+
+    yield f"evaluation at {LATENT}", timed(evaluate), FLOOR, at(LATENT, 1)
     # a checkpointed step: forward, forward again, and twice as much backward
-    name = f"training step at {crop[0]} x {crop[1]}, with AdamW and EMA"
-    yield Comparison(name, lambda: seconds(step), f"4 x {FLOOR}", floor(empty, inputs[1], 4))
+    yield f"training step at {crop}, with AdamW and EMA", timed(step), f"4 x {FLOOR}", at(crop, 4)
 
 
 def of_stage1() -> Iterator[Comparison]:
     """A training step at the reference values; its backward pass takes two forward passes."""
     stage = trainer_of(REFERENCE, VQVAE(**REFERENCE.arguments(VQVAE)))
     batch = stage.loader.dataset[0]
+    at_rates = floor(stage.model.eval(), (batch.clean,), 3)
     stage.model.initialise_codebooks([batch.clean], seeded_generator("codebooks"))
-    with torch.device("meta"):
-        empty, image = VQVAE(**REFERENCE.arguments(VQVAE)).eval(), torch.empty(1, *REFERENCE.image_shape)
-    step = step_of(stage, batch)
-    yield Comparison("training step", lambda: seconds(step), f"3 x {FLOOR}", floor(empty, (image,), 3))
+    yield "training step", timed(step_of(stage, batch)), f"3 x {FLOOR}", at_rates
 
 
 class NoUNet(nn.Module):
@@ -195,17 +183,19 @@ def of_stage2() -> Iterator[Comparison]:
     for phase, mean_epochs in PHASES.items():
         hps = QUARTER.updated(mean_epochs=mean_epochs)
         bare = LatentDiffusion(NoUNet(), NoUNet(), **hps.arguments(LatentDiffusion))
-        stages = [trainer_of(hps, vqvae, model) for model in (bare, make_diffusion(hps))]
-
-        def epoch(stage: Trainer) -> float:
-            stage.seen = 0
-            return seconds(stage.train_epoch)
-
-        for stage in stages:
+        epochs = []
+        for model in (bare, make_diffusion(hps)):
+            stage = trainer_of(hps, vqvae, model)
             stage.logger = Logger(None)
             stage.parallelize()
-        rest, whole = ((lambda stage=stage: epoch(stage)) for stage in stages)
-        yield Comparison(f"{phase}: an epoch with 1 x 1 convolutions for the UNets", rest, "an epoch with them", whole)
+
+            def epoch(stage: Trainer = stage) -> None:
+                stage.seen = 0
+                stage.train_epoch()
+
+            epochs.append(timed(epoch))
+        name = f"{phase}: an epoch with 1 x 1 convolutions for the UNets"
+        yield name, epochs[0], "an epoch with them", epochs[1]
 
 
 def of_lookup() -> Iterator[Comparison]:
@@ -220,27 +210,28 @@ def of_lookup() -> Iterator[Comparison]:
     def multiply() -> Tensor:
         return torch.mm(vectors, entries.t(), out=product)
 
+    lookup = timed(lambda: quantizer.lookup(vectors), 5)
     for name, baseline in (("its matrix product", multiply), ("all distances, then their argmin", plain)):
-        yield compare(f"lookup of {len(vectors)} vectors", lambda: quantizer.lookup(vectors), name, baseline, calls=5)
+        yield f"lookup of {len(vectors)} vectors", lookup, name, timed(baseline, 5)
 
 
 def of_compile() -> Iterator[Comparison]:
     """Compiled steps of every stage of task `phantom`; the round that warms up compiles."""
-    vqvae_hps = HPS_VQVAE["phantom"]
     for phase, mean_epochs in {"stage 1": None, **PHASES}.items():
         steps = []
         for compiled in (True, False):
             torch.manual_seed(0)
-            hps, model = vqvae_hps, None
+            hps, model = HPS_VQVAE["phantom"], None
+            vqvae = VQVAE(**hps.arguments(VQVAE))
             if mean_epochs is not None:
                 hps = HPS_DIFFUSION["phantom"].updated(mean_epochs=mean_epochs, statistics_batches=1)
                 model = make_diffusion(hps)
-            stage = trainer_of(hps, VQVAE(**vqvae_hps.arguments(VQVAE)), model)
+            stage = trainer_of(hps, vqvae, model)
             if compiled:
                 stage.compile()
             batch = Batch.collate([stage.loader.dataset[i] for i in range(hps.batch_size)])
-            steps.append(step_of(stage, batch))
-        yield compare(f"{phase}: a compiled step", steps[0], "a plain step", steps[1], calls=5)
+            steps.append(timed(step_of(stage, batch), 5))
+        yield f"{phase}: a compiled step", steps[0], "a plain step", steps[1]
 
 
 WHAT = {"unet": of_unet, "stage1": of_stage1, "stage2": of_stage2, "lookup": of_lookup, "compile": of_compile}
@@ -257,7 +248,7 @@ def main() -> None:
     if args.busy:
         torch.set_num_threads(1)
         clock = time.process_time
-    rows = [comparison.row(args.rounds) for comparison in WHAT[args.what]()]
+    rows = [row(comparison, args.rounds) for comparison in WHAT[args.what]()]
     print(format_table(["", "baseline", "seconds", "baseline, s", "ratio (least, most)"], rows))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     print(
