@@ -35,24 +35,16 @@ from training.loop import Trainer
 from vqvae import VQVAE, VectorQuantizer
 from vqvae2_wrapper import VQVAE2Wrapper
 
-REFERENCE = HPS_VQVAE["cbis-ddsm"].updated(
-    batch_size=1, warmup_steps=1, phantom_counts=[1, 1, 1], cache_images=True, quantize_probability=1.0
-)
+SMALL = dict(batch_size=1, cache_images=True)
+REFERENCE = HPS_VQVAE["cbis-ddsm"].updated(**SMALL, warmup_steps=1, phantom_counts=[1, 1, 1], quantize_probability=1.0)
 # a quarter of the reference size, which is fair to neither attention nor what is done once a step
 QUARTER = HPS_DIFFUSION["cbis-ddsm"].updated(
-    image_shape=[1, 256, 192],
-    batch_size=1,
-    nb_workers=0,
-    cache_images=True,
-    phantom_counts=[2, 1, 1],
-    statistics_batches=1,
+    **SMALL, image_shape=[1, 256, 192], nb_workers=0, phantom_counts=[2, 1, 1], statistics_batches=1
 )
 LATENT = [side // REFERENCE.scaling_rates[0] for side in REFERENCE.image_shape[1:]]
 FLOOR = "its FLOPs at the rates of one convolution and one attention"
-PHASES = {
-    "posterior mean": 1,
-    "diffusion": 0,
-}  # epochs of the posterior mean: without them the diffusion's come at once
+# of stage 2, with the epochs that train the posterior mean: without them the diffusion's come at once
+PHASES = {"posterior mean": 1, "diffusion": 0}
 
 clock = time.perf_counter
 Timed = Callable[[], float]  # returns seconds
@@ -148,8 +140,9 @@ def of_unet() -> Iterator[Comparison]:
 
     def at(side: list[int], passes: int) -> Timed:
         with torch.device("meta"):
-            empty, t = UNet(**hps.arguments(UNet)).eval(), torch.zeros(1, dtype=torch.long)
-            return floor(empty, (torch.empty(1, hps.in_channels, *side), t), passes)
+            empty = UNet(**hps.arguments(UNet)).eval()
+            inputs = torch.empty(1, hps.in_channels, *side), torch.zeros(1, dtype=torch.long)
+        return floor(empty, inputs, passes)
 
     yield f"evaluation at {LATENT}", timed(evaluate), FLOOR, at(LATENT, 1)
     # a checkpointed step: forward, forward again, and twice as much backward
