@@ -140,6 +140,7 @@ def write_report(path: Path, report: Report) -> None:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, **options)
     environment.filters["number"] = _number
     colours = _method_colours(report)
+    noise = ((plots.error_plot, report.mnse), (plots.spectrum_plot, report.spectrum))
     page = environment.get_template("page.html").render(
         report=report,
         disclaimer=DISCLAIMER,
@@ -149,16 +150,13 @@ def write_report(path: Path, report: Report) -> None:
         bands=[f"{low:g} – {high:g}" for low, high in itertools.pairwise(BANDS)],
         intervals=f"{100 * (1 - MISS):.0f} %",
         coverage=_coverage(report.coverage),
-        noise_plots=[draw(part, colours) for draw, part in (
-            (plots.error_plot, report.mnse), (plots.spectrum_plot, report.spectrum),
-        ) if part],
+        noise_plots=[draw(part, colours) for draw, part in noise if part],
         training_plots=plots.training_plots(report.curves),
         style=style,
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        palette=PALETTE.tobytes().hex(),
-        gradient=["#" + bytes(colour).hex() for colour in PALETTE[::15]],
-    )  # fmt: skip
+        palette=[bytes(colour).hex() for colour in PALETTE],
+    )
     # a lone surrogate of an odd file name cannot be written as UTF-8
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
 
@@ -207,7 +205,7 @@ def _method_colours(report: Report) -> dict[str, str]:
 class _Panel:
     name: str
     label: str
-    values: np.ndarray  # (H, W), divided by the scale if there is one
+    values: np.ndarray  # (H, W) float32, divided by the scale if there is one
     scale: float = 0  # of a map in colours; 0: a grey image
 
     def png(self, values: np.ndarray) -> str:
@@ -221,26 +219,23 @@ class _Panel:
 
 
 def _panels(case: PageCase) -> list[_Panel]:
-    images = {"clean": case.clean, **case.images}
-    panels = [_Panel(name, case.labels.get(name, ""), np.asarray(image, np.float32)) for name, image in images.items()]
-    maps = {
-        f"|error| of {case.estimate}": np.abs(np.asarray(case.images[case.estimate], np.float32) - panels[0].values)
-    }
+    images = {name: np.asarray(image, np.float32) for name, image in {"clean": case.clean, **case.images}.items()}
+    maps = {f"|error| of {case.estimate}": np.abs(images[case.estimate] - images["clean"])}
     if case.std is not None:
         maps["expected error"] = np.asarray(case.std, np.float32)
+    panels = [_Panel(name, case.labels.get(name, ""), image) for name, image in images.items()]
     return panels + [_Panel(name, "", values / ERROR_SCALE, ERROR_SCALE) for name, values in maps.items()]
 
 
-def _case(case: PageCase) -> dict[str, Any]:
-    """What the template shows of a case: every panel, averaged down by `factor`, and the close-ups."""
+def _case(case: PageCase) -> tuple:
+    """The case, the factor it is averaged down by, its width and height, the panels with pictures and their sizes, close-ups."""
     height, width = case.clean.shape
     factor = math.ceil(max(height, width) / LARGEST_SIDE)
     panels, shown = _panels(case), []
     for panel in panels:
         reduced = Image.fromarray(np.clip(panel.values, 0, 1)).reduce(factor)
         shown.append((panel, panel.png(np.asarray(reduced)), reduced.size))
-    close_ups = [_close_up(panels, *close_up) for close_up in case.close_ups]
-    return {"case": case, "factor": factor, "size": (width, height), "panels": shown, "close_ups": close_ups}
+    return case, factor, (width, height), shown, [_close_up(panels, *close_up) for close_up in case.close_ups]
 
 
 def _close_up(panels: Sequence[_Panel], row: int, column: int, side: int) -> tuple:
@@ -251,6 +246,6 @@ def _close_up(panels: Sequence[_Panel], row: int, column: int, side: int) -> tup
     parts = [panel.values[row : row + side, column : column + side] for panel in panels]
     low, high = np.quantile(parts[0], (0.005, 0.995)).tolist()
     high = max(high, low + 0.02)
-    shown = [part if panel.scale else (part - low) / (high - low) for panel, part in zip(panels, parts, strict=True)]
-    pictures = [(panel, panel.png(values)) for panel, values in zip(panels, shown, strict=True)]
+    windowed = [part if panel.scale else (part - low) / (high - low) for panel, part in zip(panels, parts, strict=True)]
+    pictures = [(panel, panel.png(part)) for panel, part in zip(panels, windowed, strict=True)]
     return row, column, side, max(1, CLOSE_UP_SHOWN // side), low, high, pictures

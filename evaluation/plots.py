@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ STYLE = {
     "lines.linewidth": 1.8,
     "axes.formatter.useoffset": False,
 }
+Line = tuple[Sequence[float], Sequence[float], dict[str, Any]]  # x, y, and how to draw it; its label is for the legend
 
 
 @dataclass(frozen=True)
@@ -56,26 +58,6 @@ class Power:
     bands: np.ndarray  # (4,), in `metrics.BANDS`
     frequencies: np.ndarray  # (n,), cycles a pixel
     ratio: np.ndarray  # (n,)
-
-
-@dataclass(frozen=True)
-class Plot:
-    """An inline SVG and what HTML writes around it, where names need no care of fonts."""
-
-    title: str
-    caption: str
-    legend: list[tuple[str, str]]  # colour and name
-    view_box: str
-    body: str  # of the SVG
-
-
-@dataclass(frozen=True)
-class _Line:
-    name: str  # in the legend; "" keeps it out
-    colour: str
-    x: Sequence[float]
-    y: Sequence[float]
-    style: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_curves(log_csv: Path, name: str | None = None) -> list[Curve]:
@@ -104,14 +86,17 @@ def read_curves(log_csv: Path, name: str | None = None) -> list[Curve]:
     return [Curve(name, *key, *map(np.array, zip(*pairs, strict=True))) for key, pairs in points.items()]
 
 
-def _plot(key: str, title: str, caption: str, lines: Sequence[_Line], logarithmic: bool = True, **axes: Any) -> Plot:
-    """Draw `lines`, with a logarithmic vertical axis unless no value has a logarithm. `key` is unique in the page."""
+def _plot(key: str, title: str, caption: str, lines: Sequence[Line], logarithmic: bool = True, **axes: Any) -> dict:
+    """Draw `lines`, with a logarithmic vertical axis unless no value has a logarithm. `key` is unique in the page.
+
+    Title, caption and legend (colour, name) are for HTML to write, where names need no care of fonts.
+    """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": key}):
         figure = Figure(figsize=(4.8, 3.1), layout="constrained")
         plot = figure.add_subplot()
-        for line in lines:
-            plot.plot(line.x, line.y, color=line.colour, **line.style)
-        if logarithmic and any((np.asarray(line.y) > 0).any() for line in lines):
+        for x, y, style in lines:
+            plot.plot(x, y, **style)
+        if logarithmic and any((np.asarray(y) > 0).any() for _, y, _ in lines):
             plot.set_yscale("log", nonpositive="mask")
         plot.set(**axes)
         text, metadata = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -119,28 +104,30 @@ def _plot(key: str, title: str, caption: str, lines: Sequence[_Line], logarithmi
     view_box, body = re.search(r'<svg[^>]* viewBox="([^"]*)"[^>]*>(.*)</svg>', text.getvalue(), re.DOTALL).groups()
     # several SVGs share one document, hence one space of names
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", body.replace("xlink:href", "href"))
-    return Plot(title, caption, [(line.colour, line.name) for line in lines if line.name], view_box, body)
+    legend = [(style["color"], style["label"]) for _, _, style in lines if "label" in style]
+    return {"title": title, "caption": caption, "legend": legend, "view_box": view_box, "body": body}
 
 
-def power_plot(power: Mapping[str, Power], colours: Mapping[str, str]) -> Plot:
+def power_plot(power: Mapping[str, Power], colours: Mapping[str, str]) -> dict:
     """Power over the clean images' by frequency."""
-    one = _Line("", "#1d2126", (0, 0.5), (1, 1), {"linewidth": 1})
+    lines: list[Line] = [((0, 0.5), (1, 1), {"color": "#1d2126", "linewidth": 1})]
+    lines += [(own.frequencies, own.ratio, {"color": colours[name], "label": name}) for name, own in power.items()]
     return _plot(
         "power", "Power over the clean images’",
         "Of stabilised images, in which noise is alike at every intensity. A posterior sample lies on the line at 1; a "
         "posterior mean lies below it where it cannot know the grain, and noise above it.",
-        [one, *(_Line(name, colours[name], own.frequencies, own.ratio) for name, own in power.items())],
-        xlabel="spatial frequency, cycles/pixel", ylabel="power over clean’s", xlim=(0, 0.5), xticks=[0, *BANDS[1:]],
+        lines, xlabel="spatial frequency, cycles/pixel", ylabel="power over clean’s", xlim=(0, 0.5), xticks=[0, *BANDS[1:]],
     )  # fmt: skip
 
 
-def error_plot(splits: Mapping[str, ErrorSplit], colours: Mapping[str, str]) -> Plot:
+def error_plot(splits: Mapping[str, ErrorSplit], colours: Mapping[str, str]) -> dict:
     """The error's two parts by clean intensity."""
-    lines, dashed = [], {"marker": "s", "markersize": 3, "linestyle": (0, (3, 2))}
+    lines: list[Line] = []
     for name, split in splits.items():
-        middle = (np.array(split.edges[1:]) + split.edges[:-1]) / 2
-        lines.append(_Line(name, colours[name], middle, split.residual_noise, {"marker": "o", "markersize": 3.5}))
-        lines.append(_Line("", colours[name], middle, split.bias_squared, dashed))
+        middle, colour = (np.array(split.edges[1:]) + split.edges[:-1]) / 2, {"color": colours[name]}
+        lines.append((middle, split.residual_noise, colour | {"label": name, "marker": "o", "markersize": 3.5}))
+        dashed = {"marker": "s", "markersize": 3, "linestyle": (0, (3, 2))}
+        lines.append((middle, split.bias_squared, colour | dashed))
     below = any((np.asarray(split.bias_squared) <= 0).any() for split in splits.values())
     return _plot(
         "mnse", "Residual noise and bias² by intensity",
@@ -151,42 +138,41 @@ def error_plot(splits: Mapping[str, ErrorSplit], colours: Mapping[str, str]) -> 
     )  # fmt: skip
 
 
-def spectrum_plot(spectra: Mapping[str, PowerSpectrum], colours: Mapping[str, str]) -> Plot:
+def spectrum_plot(spectra: Mapping[str, PowerSpectrum], colours: Mapping[str, str]) -> dict:
     """Noise power by frequency."""
     return _plot(
         "spectrum", "Noise power spectrum of the residual",
         "Power of what differs from the clean image, by spatial frequency. White noise is a level line.",
-        [_Line(name, colours[name], own.frequencies, own.power) for name, own in spectra.items()],
+        [(own.frequencies, own.power, {"color": colours[name], "label": name}) for name, own in spectra.items()],
         xlabel="spatial frequency, 1/mm", ylabel="noise power, mm²",
     )  # fmt: skip
 
 
-def _curve_plot(key: str, name: str, what: str, group: Sequence[Curve]) -> Plot:
-    lines = []
-    for i, curve in enumerate(group):
+def _curve_plot(key: str, name: str, what: str, group: Sequence[Curve]) -> dict:
+    lines: list[Line] = []
+    for curve, colour in zip(group, itertools.cycle(COLOURS), strict=False):
         parts = min(len(curve.steps), CURVE_POINTS)
         steps, values = ([run.mean() for run in np.array_split(of, parts)] for of in (curve.steps, curve.values))
-        style = {"marker": "o" if len(curve.steps) < 40 else None, "markersize": 3}
-        lines.append(_Line(curve.quantity, COLOURS[i % len(COLOURS)], steps, values, style))
+        marker = "o" if parts < 40 else None
+        lines.append((steps, values, {"color": colour, "label": curve.quantity, "marker": marker, "markersize": 3}))
     ends = "; ".join(f"{curve.quantity} {curve.values[-1]:.4g}" for curve in group)
     caption, labels = f"At step {group[0].steps[-1]:,}: {ends}.", {"xlabel": "optimiser step", "ylabel": what}
     return _plot(key, f"{name}: {what}", caption, lines, "PSNR" not in what, **labels)
 
 
-def training_plots(curves: Sequence[Curve]) -> list[Plot]:
+def training_plots(curves: Sequence[Curve]) -> list[dict]:
     """For every training its loss, and its validation figures, those in dB apart from the others."""
-    plots: list[Plot] = []
+    plots: list[dict] = []
     for name in dict.fromkeys(curve.name for curve in curves):
-        own = [curve for curve in curves if curve.name == name and len(curve.steps)]
-        validation = [curve for curve in own if curve.split == "validation"]
+        groups: dict[str, list[Curve]] = {"training loss": [], "validation PSNR, dB": [], "validation": []}
+        for curve in curves:
+            if curve.name == name and len(curve.steps):
+                what = "training loss" if curve.split == "train" else "validation"
+                groups["validation PSNR, dB" if curve.quantity.startswith("psnr") else what].append(curve)
         # the score is made of the other figures, with the sign turned if higher is better
-        validation = [curve for curve in validation if curve.quantity != "score"] or validation
-        groups = {
-            "training loss": [curve for curve in own if curve.split == "train"],
-            "validation PSNR, dB": [curve for curve in validation if curve.quantity.startswith("psnr")],
-            "validation": [curve for curve in validation if not curve.quantity.startswith("psnr")],
-        }
-        for what, group in groups.items():
-            if group:
-                plots.append(_curve_plot(f"curve{len(plots)}", name, what, group))
+        others = [curve for curve in groups["validation"] if curve.quantity != "score"]
+        if others or groups["validation PSNR, dB"]:
+            groups["validation"] = others
+        shown = [(what, group) for what, group in groups.items() if group]
+        plots += [_curve_plot(f"curve{len(plots) + i}", name, *part) for i, part in enumerate(shown)]
     return plots

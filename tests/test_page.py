@@ -1,6 +1,7 @@
 """The HTML report: what stands in it, and what Chromium makes of it."""
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -160,6 +161,14 @@ def test_nothing_is_fetched_from_anywhere(page_file, page):
                 assert value.startswith(("data:image/png;base64,", "#")), (tag, name, value[:80])
             assert "url(" not in value.replace("url(#", "")
     assert page_file.stat().st_size < 15e6
+
+
+def test_the_policy_lets_the_script_of_the_page_run_and_no_other(page_file, page):
+    policy = next(a["content"] for a in page.named("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    (script,) = re.findall(r"<script>(.*?)</script>", page_file.read_text(encoding="utf-8"), re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.split("script-src ")[1].split(";")[0] == f"'sha256-{digest}'"
+    assert "default-src 'none'" in policy
 
 
 def test_every_reference_within_the_page_has_one_target(page_file, page):
