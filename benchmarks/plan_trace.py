@@ -225,18 +225,17 @@ class Setting:
         """The same at `batch` samples a pass."""
         return self.changed(batch_size=batch * self.passes)
 
-    def with_sides(self, factor: float) -> Setting:
-        """The same with the sides of its samples, and so of the images, times `factor`, in multiples of the total scaling."""
-        multiple = math.prod(self.hps_vqvae.scaling_rates)
-        channels, *sides = self.shape
-        sides = [max(1, round(factor * side / multiple)) * multiple for side in sides]
-        return self.changed(image_shape=[channels, *sides], crop_size=0)
+    @property
+    def smallest(self) -> Setting:
+        """The same at one sample a pass, of the least size that the first stage takes."""
+        side = math.prod(self.hps_vqvae.scaling_rates)
+        return self.with_batch(1).changed(image_shape=[self.shape[0], side, side], crop_size=0)
 
-    def make(self, device: torch.device, half: bool) -> Trainer:
-        """The stage's trainer, without data, in its phase of a training; in bfloat16 with `half` if the settings say so."""
+    def make(self, device: torch.device) -> Trainer:
+        """The stage's trainer, without data, in its phase of a training."""
         empty = PhantomDataset(HPS_VQVAE["phantom"], "train")
         vqvae = VQVAE(**self.hps_vqvae.arguments(VQVAE))
-        common, amp = (device, empty, empty), torch.bfloat16 if half and self.hps.amp else None
+        common, amp = (device, empty, empty), torch.bfloat16 if self.hps.amp else None
         if self.stage == "1":
             return VQVAETrainer(self.task, self.hps, vqvae.train(), *common, amp=amp)
         model = make_diffusion(self.hps)
@@ -275,15 +274,6 @@ def train_step(trainer: Trainer, batch: Batch, passes: int = 1) -> None:
     for _ in range(passes):
         trainer.scaler.scale(forward(trainer, batch) / passes).backward()
     trainer.optimizer_step()
-
-
-def prepared(setting: Setting, half: bool) -> Trainer:
-    """The trainer on the CPU, after a small step of every phase, so that the optimiser has the state of all."""
-    trainer, small = setting.make(torch.device("cpu"), half), setting.with_batch(1).with_sides(0)
-    for epoch in sorted({0, trainer.epoch}) if setting.trains else ():
-        enter(trainer, epoch)
-        train_step(trainer, small.samples(trainer.device))
-    return trainer
 
 
 @torch.no_grad()
@@ -336,18 +326,19 @@ def meter_of(trainer: Trainer, batch: Batch, training: bool = True) -> Meter:
 
 
 class Tracer:
-    """Traces steps of one setting at several batches and sizes on fake tensors.
+    """Traces steps of one setting at several batches on fake tensors, in the formats of autocast on CUDA."""
 
-    With `gpu` the formats are those of autocast on CUDA, else all is as on the CPU.
-    """
-
-    def __init__(self, setting: Setting, gpu: bool = True):
+    def __init__(self, setting: Setting):
         self.mode = FakeTensorMode()
         with fake_tensors(self.mode):
-            self.trainer = prepared(setting, gpu)
+            self.trainer = trainer = setting.make(torch.device("cpu"))
+            # a small step of every phase up to the present one, so that the optimiser has the state of all
+            for epoch in sorted({0, trainer.epoch}) if setting.trains else ():
+                enter(trainer, epoch)
+                train_step(trainer, setting.smallest.samples(trainer.device))
 
     def trace(self, setting: Setting) -> Trace:
-        """Trace a step of `setting`, which differs from the tracer's in batch and size alone."""
+        """Trace a step of `setting`, which differs from the tracer's in the batch alone."""
         with fake_tensors(self.mode):
             trainer, batch = self.trainer, setting.samples(self.trainer.device)
             meter = meter_of(trainer, batch, setting.trains)
@@ -371,7 +362,7 @@ def trace_forward(setting: Setting, device: str) -> Trace:
     with fake_tensors(FakeTensorMode(), device):
         where = torch.device(device)
         with where:
-            trainer = setting.make(where, True)
+            trainer = setting.make(where)
         batch = setting.samples(where)
         with meter_of(trainer, batch) as meter:
             loss = forward(trainer, batch)

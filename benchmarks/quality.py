@@ -259,13 +259,8 @@ def run_calcifications(bench: Bench) -> dict:
         images[sampler.product] = restore_image(sampler, low, noise, name).pixels
         for method, image in images.items():
             rows += [
-                {
-                    "phantom": scene.phantom,
-                    "share": scene.share,
-                    "row": c.row,
-                    "column": c.column,
-                    "diameter": c.diameter,
-                }
+                {"phantom": scene.phantom, "share": scene.share}
+                | {name: getattr(c, name) for name in ("row", "column", "diameter")}
                 | {"method": method, **dataclasses.asdict(figure)}
                 for c, figure in zip(drawn, metrics.calcification_contrast(image, scene.case.clean, drawn), strict=True)
                 if figure is not None and DIAMETERS[0] <= c.diameter <= DIAMETERS[1]
@@ -311,16 +306,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--split-csv", type=Path, default=SPLIT_CSV, help="whose test images are taken (default: mini-MIAS)")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
     add("--no-native", action="store_true", help="leave the part `native` out")
-    add(
-        "--levels", type=positive, nargs="+", default=[0.2, 0.05, 0.5, 1.0], help="noise levels of `crops` and `native`"
-    )
+    add("--levels", type=positive, nargs="+", default=[0.2, 0.05, 0.5, 1.0], help="of the noise, `crops` and `native`")
     add("--crop", type=positive_int, default=256, help="side of the fixed crops (default: 256)")
     add("--images", type=positive_int, help="only the first so many test images")
     add("--samples", type=positive_int, default=16, help=f"by DPM-Solver++; at least {MEAN_OF} (default: 16)")
     add("--ddim-steps", type=positive_int, help="network evaluations of a sample by DDIM (default: the checkpoint's)")
-    add(
-        "--fast-steps", type=positive_int, help="network evaluations of one by DPM-Solver++ (default: the checkpoint's)"
-    )
+    add("--fast-steps", type=positive_int, help="and of one by DPM-Solver++ (default: the checkpoint's)")
     add("--calibration", type=Path, default=SHIPPED_CALIBRATION, help="uncertainty.json (default: the shipped one)")
     add("--realisations", type=positive_int, default=8, help="of the noise, part `mnse` (default: 8)")
     add("--phantoms", type=positive_int, default=6, help="with calcifications (default: 6)")
