@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import os
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@dataclasses.dataclass
+@dataclass
 class Checkpoint:
     """What a checkpoint file holds."""
 
@@ -64,10 +64,7 @@ LAST, PREVIOUS = "last.pt", "previous.pt"
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically; a `last.pt` that was there is `previous.pt` then."""
-    payload = {"format_version": CHECKPOINT_FORMAT[checkpoint.kind]} | {
-        field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)
-    }
-    payload["hps"] = dict(checkpoint.hps)
+    payload = {"format_version": CHECKPOINT_FORMAT[checkpoint.kind]} | vars(checkpoint) | {"hps": dict(checkpoint.hps)}
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save(payload, file)
