@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -167,10 +168,10 @@ class DiffusionTrainer(Trainer):
         with torch.autocast(self.device.type, enabled=False):
             return self.encoder.encode(batch.clean, batch.noise), self.encoder.encode(batch.degraded, batch.noise)
 
-    def first_latents(self) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    def first_latents(self) -> tuple[Sequence[tuple[Tensor, Tensor]], Sequence[Tensor]]:
         """Latents of the batches that statistics are measured on, and their noise levels."""
-        batches = [batch.to(self.device) for batch in self.first_batches(self.hps.statistics_batches)]
-        return [self.encode(batch) for batch in batches], [batch.level for batch in batches]
+        batches = (batch.to(self.device) for batch in self.first_batches(self.hps.statistics_batches))
+        return tuple(zip(*((self.encode(batch), batch.level) for batch in batches), strict=True))
 
     def setup(self) -> None:
         self.model.measure_statistics(*self.first_latents())  # until then `normalize` changes nothing
