@@ -158,16 +158,11 @@ def of_stage1() -> Iterator[Comparison]:
     yield "training step", timed(step_of(stage, batch)), f"3 x {FLOOR}", at_rates
 
 
-class NoUNet(nn.Module):
+class NoUNet(nn.Conv2d):
     """Stands for a UNet if its time is not to count."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Conv2d(QUARTER.in_channels, QUARTER.out_channels, 1)
-        self.out_channels = QUARTER.out_channels
-
     def forward(self, x: Tensor, t: Tensor, log_level: Tensor) -> Tensor:
-        return self.layer(x)
+        return super().forward(x)
 
 
 def of_stage2() -> Iterator[Comparison]:
@@ -175,7 +170,8 @@ def of_stage2() -> Iterator[Comparison]:
     vqvae = VQVAE(**REFERENCE.arguments(VQVAE))
     for phase, mean_epochs in PHASES.items():
         hps = QUARTER.updated(mean_epochs=mean_epochs)
-        bare = LatentDiffusion(NoUNet(), NoUNet(), **hps.arguments(LatentDiffusion))
+        unets = (NoUNet(hps.in_channels, hps.out_channels, 1) for _ in range(2))
+        bare = LatentDiffusion(*unets, **hps.arguments(LatentDiffusion))
         epochs = []
         for model in (bare, make_diffusion(hps)):
             stage = trainer_of(hps, vqvae, model)
