@@ -126,7 +126,7 @@ def interval(samples: np.ndarray, factor: float = 1.0) -> Interval:
 
 def _reach(count: int) -> float:
     """Half the width of a 90 % interval of `count` samples, in expected errors."""
-    return float(stats.t.ppf(1 - MISS / 2, count - 1))
+    return stats.t.ppf(1 - MISS / 2, count - 1)
 
 
 def fit(images: Sequence[SampledImage]) -> Calibration:
