@@ -24,7 +24,7 @@ FLAGS = {
     "main-latents": "--cpu",
     "main-restore": "--cpu --no-tqdm",
     "main-export": "",
-    "benchmarks/restoration": "",
+    "benchmarks/quality": "",
 }
 
 

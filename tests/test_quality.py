@@ -20,7 +20,7 @@ from files.prepared import Record
 from helper import UserError
 from preprocessing.phantom import FILM_HEIGHT_MM, Calcification, generate_phantom
 from restoration import classical
-from scripts import FLAGS, call, load_script, succeed
+from scripts import call, load_script, succeed
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +323,6 @@ def test_a_kept_bm3d_belongs_to_image_and_noise(images, tmp_path):
 def one_image(tmp_path, monkeypatch):
     """A folder with one test image, and no BM3D, which is an extra: it returns what it is given."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(FLAGS, "benchmarks/quality", "")
     monkeypatch.setattr(classical, "vst_bm3d", lambda image, noise: image)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")
     Image.fromarray((generate_phantom(0, 0).image[0].numpy() * 255).astype(np.uint8)).save("a.png")

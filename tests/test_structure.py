@@ -49,5 +49,7 @@ def test_no_file_and_no_function_outgrows_its_reader():
         if path.name != "hps.py":  # a table
             assert source.count("\n") <= 500, path
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name != "parse_arguments":  # a table of flags
+            if (
+                isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name != "parse_arguments"
+            ):  # a table of flags
                 assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
