@@ -362,15 +362,13 @@ def test_an_evaluation_that_meets_trained_patients_says_so(work, folder_of_pngs)
 @pytest.mark.parametrize("flags", ["--count 0", "--seed -1", "--sheet {tmp}/file/x.png", "--real {tmp}/none"])
 def test_the_phantom_sheet_refuses_bad_input_in_one_line(flags, tmp_path):
     (tmp_path / "file").touch()
-    command = [
-        sys.executable,
-        str(ROOT / "preprocessing" / "phantom.py"),
-        "--sheet",
-        str(tmp_path / "s.png"),
-        "--count",
-        "1",
-    ]
+    command = [sys.executable, "-m", "preprocessing.phantom", "--sheet", str(tmp_path / "s.png"), "--count", "1"]
     done = subprocess.run(
-        command + shlex.split(flags.format(tmp=tmp_path)), capture_output=True, text=True, timeout=120, check=False
+        command + shlex.split(flags.format(tmp=tmp_path)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
