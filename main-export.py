@@ -1,4 +1,7 @@
-"""Write both trained stages as small files that restore without anything else: averaged weights, in half precision."""
+"""Write both trained stages as small files that restore without anything else.
+
+Of stage 2 the averaged weights, its matrices in half precision; the weights of stage 1 as they are.
+"""
 
 from __future__ import annotations
 
