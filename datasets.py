@@ -43,9 +43,7 @@ def get_datasets(
             raise UserError(f"--hps image_shape={hps.image_shape}: phantoms need sides of at least 32")
         return [PhantomDataset(hps, split, seed) for split in splits]
     default_root, find_records = ON_DISK[task]
-    if default_root is None:
-        check_root(data_root, task)
-    data_root = data_root or default_root
+    data_root = check_root(data_root or default_root, task)
     records = find_records(data_root, hps, strict)
     for split in splits:
         if not records[split]:
@@ -74,7 +72,11 @@ def load_datasets(args: argparse.Namespace, hps: HParams, *splits: str) -> list[
 
     Prepared images are kept in --cache. By default they are not, if nothing is saved or `cache_images` keeps them in memory.
     """
-    cache = args.cache
+    cache, root = args.cache, args.data_root
+    if root is not None and args.task not in ON_DISK:
+        raise UserError(
+            f"--data-root {root}: task {args.task} makes its own images; pass --task folder, or leave it out"
+        )
     if cache is not None and hps.native:
         raise UserError(
             f"--cache {cache}: keeps images on the training grid, but native=True takes them as they are; leave it out"
@@ -82,4 +84,4 @@ def load_datasets(args: argparse.Namespace, hps: HParams, *splits: str) -> list[
     if cache is None and not (args.no_cache or args.no_save or hps.cache_images or hps.native):
         cache = Path("cache")
     options = dict(strict=args.strict, cache=cache, progress=not args.no_tqdm)
-    return get_datasets(args.task, hps, splits, args.data_root, args.seed, **options)
+    return get_datasets(args.task, hps, splits, root, args.seed, **options)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import re
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -29,7 +30,8 @@ class ImageError(UserError):
 
 def reason_of(error: Exception) -> str:
     """Why something failed, on one short line: the system's reason, else the first line of the error, else its kind."""
-    return getattr(error, "strerror", None) or str(error).split("\n")[0][:120] or type(error).__name__
+    first_line = textwrap.shorten(str(error).split("\n")[0], 120, placeholder=" ...")
+    return getattr(error, "strerror", None) or first_line or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ _DATA = _declared(
     split=("patient", one_of("patient", "official")),  # cbis-ddsm: `patient`: official, shared patients out of train
     abnormality=("all", one_of("all", "mass", "calc")),  # cbis-ddsm: cases
     split_csv="",  # folder: a CSV with columns file, split and optionally patient; empty: DATA_ROOT/split.csv if it is there
-    patient_pattern="",  # folder: regular expression on the file name whose first group is the patient; empty: see docs/data.md
+    patient_pattern="",  # folder: regular expression on the path whose first group is the patient; see docs/data.md
     validation_fraction=(0.1, FRACTION),  # share of patients set aside for validation, unless a split file decides
     test_fraction=(0.2, FRACTION),  # folder: share of patients set aside for test, unless a split file decides
     phantom_counts=([64, 8, 16], COUNTS),  # phantom: number of train, validation and test breasts
@@ -337,7 +337,7 @@ def apply_overrides(hps: HParams, overrides: list[str]) -> tuple[HParams, set[st
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
-        if not equals:
+        if not (equals and key):
             raise ValueError(f"--hps {override}: write it as key=value")
         if key not in hps:
             close = difflib.get_close_matches(key, hps, n=1)
@@ -354,8 +354,11 @@ def check(hps: HParams) -> None:
     for key, value in hps.items():
         if key in RANGES and not RANGES[key].holds(value):
             raise ValueError(f"--hps {key}={value}: must {RANGES[key].words}")
-        if isinstance(value, float) and not math.isfinite(value):
+        numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
+        if not all(math.isfinite(v) for v in numbers):
             raise ValueError(f"--hps {key}={value}: must be finite")
+        if any(isinstance(v, int) and abs(v) >= 2**31 for v in numbers):
+            raise ValueError(f"--hps {key}={str(value)[:40]}: must be below 2**31")
     for clashes, key, words in _clashes(hps):
         if clashes:
             raise ValueError(f"--hps {key}={hps[key]}: {words}")

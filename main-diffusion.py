@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from torch.utils.data import Dataset
 
@@ -17,7 +16,7 @@ from restoration.classical import bm3d_is_there
 from restoration.evaluate import restore_test_set
 from restoration.restorer import check_first_stage, load_averages
 from running.checkpoints import checkpoint_to_resume, weights_digest
-from running.command_line import base_parser
+from running.command_line import base_parser, path_argument
 from running.scripts import finish_batch, refuse_torchrun, run_script
 from running.settings import resolve_settings
 from trainer import DiffusionTrainer, run_training
@@ -26,9 +25,13 @@ from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
 def parse_arguments() -> argparse.Namespace:
     parser = base_parser(__doc__, TASKS)
-    parser.add_argument("--vqvae-path", type=Path, required=True, help="path to pre-trained VQ-VAE-2 checkpoint")
-    parser.add_argument("--load-path", type=Path, help="resume diffusion training from a saved checkpoint")
-    parser.add_argument("--latents", type=Path, help="train from a latent data set of main-latents.py, not from images")
+    parser.add_argument(
+        "--vqvae-path", type=path_argument, required=True, help="path to pre-trained VQ-VAE-2 checkpoint"
+    )
+    parser.add_argument("--load-path", type=path_argument, help="resume diffusion training from a saved checkpoint")
+    parser.add_argument(
+        "--latents", type=path_argument, help="train from a latent data set of main-latents.py, not from images"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile before training")
     parser.add_argument("--save-jpg", action="store_true", help="save output images as JPEG instead of PNG")
     parser.add_argument(

@@ -6,7 +6,6 @@ Of stage 2 the averaged weights, its matrices in half precision; the weights of 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,7 @@ from helper import UserError
 from hps import apply_overrides
 from restoration.restorer import check_first_stage, load_averages
 from running.checkpoints import Checkpoint, build_model, load_checkpoint, save_checkpoint, weights_digest
-from running.command_line import Parser
+from running.command_line import Parser, path_argument
 from running.scripts import run_script
 from vqvae2_wrapper import load_vqvae
 
@@ -24,8 +23,10 @@ SAMPLER = ("ddim_steps", "ddim_eta", "ddim_spacing", "fast_steps")  # entries th
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--vqvae-path", type=Path, required=True, help="path to the VQ-VAE-2 checkpoint")
-    parser.add_argument("--load-path", type=Path, required=True, help="path to the diffusion checkpoint trained on it")
+    parser.add_argument("--vqvae-path", type=path_argument, required=True, help="path to the VQ-VAE-2 checkpoint")
+    parser.add_argument(
+        "--load-path", type=path_argument, required=True, help="path to the diffusion checkpoint trained on it"
+    )
     parser.add_argument(
         "--hps",
         action="append",
@@ -33,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="KEY=VALUE",
         help=f"override how the model samples by default: {', '.join(SAMPLER)}; repeatable",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for vqvae.pt and diffusion.pt")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder for vqvae.pt and diffusion.pt")
     return parser.parse_args()
 
 

@@ -16,7 +16,7 @@ from loading.latents import LATENT_FORMAT, Layout, entry_bytes, split_layout, wh
 from loading.mammograms import MammogramDataset, RecordDataset
 from running import distributed
 from running.checkpoints import weights_digest
-from running.command_line import base_parser, positive_int
+from running.command_line import base_parser, path_argument, positive_int
 from running.scripts import finish_batch, run_script
 from running.settings import resolve_settings
 from running.writing import write_json
@@ -25,7 +25,7 @@ from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
 def parse_arguments() -> argparse.Namespace:
     parser = base_parser(__doc__, TASKS)
-    parser.add_argument("checkpoint", type=Path, help="path to pre-trained VQ-VAE-2 checkpoint")
+    parser.add_argument("checkpoint", type=path_argument, help="path to pre-trained VQ-VAE-2 checkpoint")
     parser.add_argument("--codes-only", action="store_true", help="write code indices alone, 16 bit")
     parser.add_argument(
         "--realisations", type=positive_int, default=1, help="noise draws per training image (default: 1)"

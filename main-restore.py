@@ -13,7 +13,7 @@ from helper import UserError, get_device, half_precision, one_line, tracked
 from restoration.batch import RESEARCH_USE, BatchRestorer, Listed, load_calibration
 from restoration.outputs import MAPS, RECORD, make_folder, plan
 from restoration.restorer import SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer
-from running.command_line import Parser, device_arguments, non_negative_int, positive_int
+from running.command_line import Parser, device_arguments, non_negative_int, path_argument, positive_int
 from running.folders import record_run
 from running.scripts import finish_batch, run_script
 
@@ -44,10 +44,10 @@ def sample_count(text: str) -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=f"{__doc__} For {RESEARCH_USE}.", allow_abbrev=False)
     add = parser.add_argument
-    add("inputs", nargs="+", type=Path, metavar="INPUT", help="image files, or folders searched for them")
-    add("--vqvae-path", type=Path, help="VQ-VAE-2 checkpoint (default: the model in weights/)")
-    add("--load-path", type=Path, help="diffusion checkpoint trained on it (default: that in weights/)")
-    add("--out", type=Path, required=True, help="output folder; the inputs' tree is kept below it")
+    add("inputs", nargs="+", type=path_argument, metavar="INPUT", help="image files, or folders searched for them")
+    add("--vqvae-path", type=path_argument, help="VQ-VAE-2 checkpoint (default: the model in weights/)")
+    add("--load-path", type=path_argument, help="diffusion checkpoint trained on it (default: that in weights/)")
+    add("--out", type=path_argument, required=True, help="output folder; the inputs' tree is kept below it")
     product = parser.add_mutually_exclusive_group()
     product.add_argument(
         "--sample", action="store_true", help="one posterior sample (default: the posterior mean, which is smoother)"
@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
         help="network evaluations a sample (default: the checkpoint's ddim_steps or, with dpm++, fast_steps)",
     )  # fmt: skip
     add(
-        "--calibration", type=Path, metavar="FILE",
+        "--calibration", type=path_argument, metavar="FILE",
         help="uncertainty.json of an evaluation of the model, for --samples (default: that beside --load-path)",
     )  # fmt: skip
     add(
@@ -124,11 +124,22 @@ def main() -> None:
     batch, made = BatchRestorer(restorer, calibration, args), make_folder(args.out)
     done: list[Listed] = []
     failures: list[str] = []
-    for job in tracked(jobs, "restore", "image", not args.no_tqdm):
-        try:
-            done.append(batch.restore(job))
-        except UserError as error:
-            failures.append(one_line(error))
+    try:
+        for job in tracked(jobs, "restore", "image", not args.no_tqdm):
+            try:
+                done.append(batch.restore(job))
+            except UserError as error:
+                failures.append(one_line(error))
+    finally:  # what was restored before a signal is listed too
+        finish(args, batch, done, failures, made)
+    finish_batch(failures, done=len(done))
+
+
+def finish(
+    args: argparse.Namespace, batch: BatchRestorer, done: list[Listed], failures: list[str], made: list[Path]
+) -> None:
+    """Write the record and the tables of what was `done`; if it is nothing, remove the folders that were `made` for it."""
+    restorer = batch.restorer
     if done:
         sampling = dataclasses.asdict(restorer.sampling) if restorer.samples else None
         what = {"model": restorer.name, "product": restorer.product, "sampling": sampling}
@@ -139,7 +150,6 @@ def main() -> None:
         with contextlib.suppress(OSError):  # something is in one of them
             for folder in made:
                 folder.rmdir()
-    finish_batch(failures, done=len(done))
 
 
 if __name__ == "__main__":

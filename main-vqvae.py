@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from datasets import load_datasets
 from evaluation.codebooks import evaluate_vqvae
 from helper import UserError, get_device, seed_everything
 from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS
 from running.checkpoints import checkpoint_to_resume, load_weights
-from running.command_line import base_parser
+from running.command_line import base_parser, path_argument
 from running.scripts import refuse_torchrun, run_script
 from running.settings import resolve_settings
 from trainer import VQVAETrainer, run_training
@@ -19,7 +18,9 @@ from vqvae import VQVAE
 
 def parse_arguments() -> argparse.Namespace:
     parser = base_parser(__doc__, TASKS)
-    parser.add_argument("--load-path", type=Path, help="resume training from a saved checkpoint (or its run folder)")
+    parser.add_argument(
+        "--load-path", type=path_argument, help="resume training from a saved checkpoint (or its run folder)"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile before training")
     parser.add_argument("--save-jpg", action="store_true", help="save output images as JPEG instead of PNG")
     parser.add_argument("--evaluate", action="store_true", help="run evaluation only (no training)")

@@ -304,4 +304,4 @@ def run_training(
     trainer.fit()
     if unreadable := len(trainer.unreadable) + len(validation_set.left_out):
         print(f"{unreadable} images could not be read and were skipped")
-    print(f"checkpoints written to {folder}" if folder else "nothing saved (--no-save)")
+    print(f"checkpoints lie in {folder}" if folder else "nothing saved (--no-save)")

@@ -29,7 +29,7 @@ from hps import HPS_VQVAE
 from loading.batches import SampleKey, make_loader
 from loading.mammograms import RecordDataset
 from preprocessing.phantom import generate_phantom
-from running.command_line import Parser, positive_int
+from running.command_line import Parser, path_argument, positive_int
 from running.distributed import worker_count
 from running.scripts import run_script
 from trees import write_case_files, write_dicom
@@ -104,8 +104,10 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--count", type=positive_int, default=8, help="images to measure (default: 8)")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data-root", type=Path, help="measure the first images of this CBIS-DDSM tree")
-    source.add_argument("--images", type=Path, metavar="DIR", help="make the sources of the mammograms in this folder")
+    source.add_argument("--data-root", type=path_argument, help="measure the first images of this CBIS-DDSM tree")
+    source.add_argument(
+        "--images", type=path_argument, metavar="DIR", help="make the sources of the mammograms in this folder"
+    )
     parser.add_argument("--no-tqdm", action="store_true", help="disable progress bars")
     args = parser.parse_args()
     if args.images and not args.images.is_dir():

@@ -26,7 +26,7 @@ from plan_trace import Operator, Setting, Trace, Tracer, Work, flops, trace_forw
 
 from helper import UserError, format_table, get_parameter_count
 from hps import HPS_DIFFUSION, HPS_VQVAE, TASKS, HParams, apply_overrides
-from running.command_line import Parser, positive_int
+from running.command_line import Parser, path_argument, positive_int
 from running.scripts import run_script
 from running.writing import write_json
 
@@ -200,7 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--efficiency", type=_share, default=0.5, help="share of a card's rates reached (default: 0.5)")
     add("--bandwidth-efficiency", type=_share, default=0.8, help="share of its bandwidth (default: 0.8)")
     add("--reserve", type=_share, default=0.1, help="share of its memory not for tensors (default: 0.1)")
-    add("--out", type=Path, help="folder of plan.json (default: none is written)")
+    add("--out", type=path_argument, help="folder of plan.json (default: none is written)")
     add("--no-tqdm", action="store_true", help="disable progress bars")
     return parser.parse_args()
 

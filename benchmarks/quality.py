@@ -40,7 +40,7 @@ from preprocessing.stabilize import stabilize
 from restoration.classical import vst_bm3d
 from restoration.restore import restore_image
 from restoration.restorer import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer, sampling_of
-from running.command_line import Parser, device_arguments, positive_int
+from running.command_line import Parser, device_arguments, path_argument, positive_int
 from running.folders import record_run
 from running.scripts import run_script
 from running.writing import write_text
@@ -299,11 +299,16 @@ def positive(text: str) -> float:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--data-root", type=Path, required=True, help="folder of full-dose mammograms")
-    add("--out", type=Path, required=True, help="folder of the tables and of what a second run reuses")
-    add("--vqvae-path", type=Path, default=SHIPPED_VQVAE, help="first stage (default: the shipped one)")
-    add("--load-path", type=Path, default=SHIPPED_DIFFUSION, help="diffusion checkpoint (default: the shipped one)")
-    add("--split-csv", type=Path, default=SPLIT_CSV, help="whose test images are taken (default: mini-MIAS)")
+    add("--data-root", type=path_argument, required=True, help="folder of full-dose mammograms")
+    add("--out", type=path_argument, required=True, help="folder of the tables and of what a second run reuses")
+    add("--vqvae-path", type=path_argument, default=SHIPPED_VQVAE, help="first stage (default: the shipped one)")
+    add(
+        "--load-path",
+        type=path_argument,
+        default=SHIPPED_DIFFUSION,
+        help="diffusion checkpoint (default: the shipped one)",
+    )
+    add("--split-csv", type=path_argument, default=SPLIT_CSV, help="whose test images are taken (default: mini-MIAS)")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
     add("--no-native", action="store_true", help="leave the part `native` out")
     add("--levels", type=positive, nargs="+", default=[0.2, 0.05, 0.5, 1.0], help="of the noise, `crops` and `native`")
@@ -312,7 +317,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--samples", type=positive_int, default=16, help=f"by DPM-Solver++; at least {MEAN_OF} (default: 16)")
     add("--ddim-steps", type=positive_int, help="network evaluations of a sample by DDIM (default: the checkpoint's)")
     add("--fast-steps", type=positive_int, help="and of one by DPM-Solver++ (default: the checkpoint's)")
-    add("--calibration", type=Path, default=SHIPPED_CALIBRATION, help="uncertainty.json (default: the shipped one)")
+    add(
+        "--calibration",
+        type=path_argument,
+        default=SHIPPED_CALIBRATION,
+        help="uncertainty.json (default: the shipped one)",
+    )
     add("--realisations", type=positive_int, default=8, help="of the noise, part `mnse` (default: 8)")
     add("--phantoms", type=positive_int, default=6, help="with calcifications (default: 6)")
     add("--pitch", type=positive, default=0.2, help="of the images' pixels in mm (default: 0.2)")

@@ -51,7 +51,9 @@ class Evaluation:
 
     def table(self) -> str:
         """The summary as text: every row carries the low-dose input's own figure beside the method's."""
-        names = [f"{metric[:4].upper()} {metric[5:]}".strip() for metric in DIGITS]
+        names = [
+            f"{metric.removesuffix('_breast').upper()}{' breast' * metric.endswith('_breast')}" for metric in DIGITS
+        ]
         rows = []
         for method, row in self.summary().items():
             cells = [f"{row[m]:.{digits}f} ({row[f'{m}_low_dose']:.{digits}f})" for m, digits in DIGITS.items()]

@@ -78,7 +78,7 @@ def check_root(root: Path | None, task: str) -> Path:
     if root is None:
         raise UserError(f"--task {task} needs --data-root DIR, a folder of mammograms")
     if not root.is_dir():
-        raise UserError(f"--data-root {root}: no such folder")
+        raise UserError(f"--data-root {root}: no such folder; name the one that holds the images of task {task}")
     return root
 
 

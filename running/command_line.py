@@ -28,6 +28,13 @@ def non_negative_int(text: str) -> int:
     return _whole_number(text, 0)
 
 
+def path_argument(text: str) -> Path:
+    """An argparse type: a path. An empty one, as of a shell variable that is not set, would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
 def _whole_number(text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
@@ -41,9 +48,13 @@ def base_parser(description: str, tasks: Sequence[str]) -> argparse.ArgumentPars
     parser = Parser(description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--task", choices=tasks, help="settings and data set (default: the checkpoint's, else phantom)")
-    add("--data-root", type=Path, help="folder of the data set (default for cbis-ddsm: data/cbis-ddsm)")
+    add("--data-root", type=path_argument, help="folder of the data set (default for cbis-ddsm: data/cbis-ddsm)")
     add("--strict", action="store_true", help="an image that is missing or cannot be read is an error")
-    add("--out", type=Path, help="output folder (default: a new one under runs/)")
+    add(
+        "--out",
+        type=path_argument,
+        help="output folder (default: a new one under runs/ or latents/, or evaluation/ beside the checkpoint)",
+    )
     add("--seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
     add("--epochs", type=positive_int, help="override max_epochs from hps.py")
     add("--batch-size", type=positive_int, help="override batch size from hps.py")
@@ -53,7 +64,7 @@ def base_parser(description: str, tasks: Sequence[str]) -> argparse.ArgumentPars
     add("--no-save", action="store_true", help="disable saving checkpoints and images")
     cache = parser.add_mutually_exclusive_group()
     kept = "folder of prepared images, for tasks that read from disk (default: cache)"
-    cache.add_argument("--cache", type=Path, metavar="DIR", help=kept)
+    cache.add_argument("--cache", type=path_argument, metavar="DIR", help=kept)
     cache.add_argument("--no-cache", action="store_true", help="decode the sources anew each time")
     amp = parser.add_mutually_exclusive_group()
     amp.add_argument("--no-amp", action="store_true", help="disable Automatic Mixed Precision")

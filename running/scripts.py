@@ -51,6 +51,8 @@ def _run(main: Callable[[], None], parallel: bool) -> None:
     except stopping.Stopped as stop:
         fail(stop.line, stop.status)
     except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # the second is torch's, on the CPU
+            fail("error: not enough memory; lower the sizes in --hps, the batch size or --num-workers", 2)
         if str(error).startswith("DataLoader worker"):
             # the cause, if there is one, names the signal or the status
             known = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error

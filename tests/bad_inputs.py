@@ -153,6 +153,11 @@ ROWS = r"""
 2 | main-diffusion | --vqvae-path {vqvae} --hps precondition=wiener | --hps precondition=wiener: must be one of residual, none
 2 | main-diffusion | --vqvae-path {vqvae} --hps linear_end=1.5 | linear_end
 2 | main-diffusion+ | --vqvae-path {vqvae} --hps learning_rate=1e30 --batch-size 8 --epochs 3 | is not finite
+2 | main-vqvae | --hps batch_size=99999999999999999999 | --hps batch_size=99999999999999999999: must be below
+2 | main-vqvae | --hps =3 | --hps =3: write it as key=value
+2 | main-vqvae | --task phantom --data-root {one-bad} | task phantom makes its own images
+2 | main-vqvae | --hps hidden_channels=1000000 | not enough memory
+2 | main-export | --vqvae-path {vqvae} --load-path {vqvae} --out= | argument --out: must not be empty
 2 | main-vqvae | --cuda | not allowed with argument --cpu
 2 | main-vqvae$ | BARE --task phantom --cuda --no-tqdm | --cuda: no CUDA device found
 2 | main-restore$ | BARE {scan} --out x --cuda --no-tqdm | --cuda: no CUDA device found

@@ -60,7 +60,7 @@ PLACES = [
     (trainer.DiffusionTrainer, "begin_diffusion", "before"),
     (trainer.DiffusionTrainer, "begin_diffusion", "after"),
     (loop.Trainer, "validation_batches", "after"),
-    (trainer, "save_picture", "before"),
+    (loop, "save_picture", "before"),
     (VQVAE2Wrapper, "encode", "after"),
     (cache, "prepare_record", "after"),
 ]

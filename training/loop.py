@@ -183,12 +183,16 @@ class Trainer:
         Raises UserError if the loss stays no number, and `stopping.Stopped` after a signal, when the step is done and saved.
         """
         self.logger = Logger(self.folder, self.step, self.epoch)
-        if self.step == 0:
-            if self.folder is not None:
-                self.save(LAST)  # what is killed in its first epoch can be resumed too
-            self.setup()
-        self.begin()
-        self.parallelize()
+        if self.step == 0 and self.folder is not None:
+            self.save(LAST)  # what is killed in its first epoch can be resumed too
+        try:
+            if self.step == 0:
+                self.setup()
+            self.begin()
+            self.parallelize()
+        except stopping.Stopped as stop:
+            again = f"; go on with --load-path {self.folder}" if self.folder else ""
+            raise stopping.Stopped(stop.number, f" before step {self.step + 1}{again}") from None
         if self.epoch >= self.hps.max_epochs:
             print(f"already trained for {self.epoch} epochs; raise --epochs to go on")
         with contextlib.closing(self.logger), stopping.noted() as self.signals:
