@@ -408,7 +408,8 @@ def test_a_cache_folder_that_cannot_be_written_is_one_line(tree, tmp_path, where
 def test_where_the_cache_is_on(tmp_path, monkeypatch, task, flags, kept):
     monkeypatch.chdir(tmp_path)
     write_records(tmp_path / "images", 3)
-    args = base_parser("", TASKS).parse_args(f"--task {task} --data-root images --no-tqdm {flags}".split())
+    root = "" if task == "phantom" else "--data-root images"
+    args = base_parser("", TASKS).parse_args(f"--task {task} {root} --no-tqdm {flags}".split())
     load_datasets(args, HPS_VQVAE[task].updated(image_shape=list(SHAPE), crop_size=0, nb_workers=0), "train", "test")
     assert {path.name for path in tmp_path.iterdir()} - {"images"} == ({kept} if kept else set())
     assert len(contents(tmp_path)) == (2 if kept else 0)
