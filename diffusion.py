@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,7 +108,7 @@ class Residual(nn.Module):
         """The clean latents that z (N, C, H, W) stands for."""
         return view.mean + mixed(view.scale * z, self.components.t())
 
-    def measure(self, pairs: Sequence[tuple[Tensor, Tensor]], levels: Sequence[Tensor]) -> None:
+    def measure(self, pairs: Iterable[tuple[Tensor, Tensor]], levels: Sequence[Tensor]) -> None:
         """Measure U and s on (clean, degraded) normalised latents, each (N, C, H, W), of noise levels (N,)."""
         covariances = []
         for (clean, cond), level in zip(pairs, levels, strict=True):

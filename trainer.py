@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -168,13 +168,17 @@ class DiffusionTrainer(Trainer):
         with torch.autocast(self.device.type, enabled=False):
             return self.encoder.encode(batch.clean, batch.noise), self.encoder.encode(batch.degraded, batch.noise)
 
-    def first_latents(self) -> tuple[Sequence[tuple[Tensor, Tensor]], Sequence[Tensor]]:
-        """Latents of the batches that statistics are measured on, and their noise levels."""
-        batches = (batch.to(self.device) for batch in self.first_batches(self.hps.statistics_batches))
-        return tuple(zip(*((self.encode(batch), batch.level) for batch in batches), strict=True))
+    def first_latents(self, levels: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents of the batches that statistics are measured on, one at a time; each adds its noise levels to `levels`."""
+        for batch in self.first_batches(self.hps.statistics_batches):
+            batch = batch.to(self.device)
+            levels.append(batch.level)
+            yield self.encode(batch)
 
     def setup(self) -> None:
-        self.model.measure_statistics(*self.first_latents())  # until then `normalize` changes nothing
+        levels: list[Tensor] = []
+        pairs = list(self.first_latents(levels))  # they are looked at twice
+        self.model.measure_statistics(pairs, levels)  # until then `normalize` changes nothing
 
     def begin(self) -> None:
         if self.model.has_mean:
@@ -192,8 +196,9 @@ class DiffusionTrainer(Trainer):
         self.ema.restart()
         self.best = math.inf  # of another figure
         self.model.eval()
+        levels: list[Tensor] = []
         try:
-            self.model.variable.measure(*self.first_latents())
+            self.model.variable.measure(self.first_latents(levels), levels)
         except ValueError as error:
             raise UserError(f"{error}; train with a noise level above 0, or with --hps precondition=none") from None
 

@@ -26,12 +26,16 @@ def evaluate_vqvae(
     vectors = [0] * hps.nb_levels
 
     @torch.no_grad()
-    def reconstructed(image: Tensor, batch: Batch, quantize: bool) -> Tensor:
+    def reconstructed(image: Tensor, batch: Batch, quantize: bool) -> tuple[Tensor, list[Tensor]]:
         output = vqvae(vqvae.to_domain(image, batch.noise), quantize)
-        for level, indices in enumerate(output.indices if image is batch.clean else ()):
+        return vqvae.from_domain(output.reconstruction, batch.noise), output.indices
+
+    def counted(batch: Batch) -> Tensor:
+        image, codes = reconstructed(batch.clean, batch, True)
+        for level, indices in enumerate(codes):
             counts[level] += torch.bincount(indices.flatten(), minlength=hps.nb_entries)
             vectors[level] += indices.numel()
-        return vqvae.from_domain(output.reconstruction, batch.noise)
+        return image
 
     def codebooks() -> dict:
         books = [
@@ -46,10 +50,10 @@ def evaluate_vqvae(
         return {"codebooks": books}
 
     methods = {
-        "clean, continuous": lambda batch: reconstructed(batch.clean, batch, False),
-        "clean, quantised": lambda batch: reconstructed(batch.clean, batch, True),
-        "low dose, continuous": lambda batch: reconstructed(batch.degraded, batch, False),
-        "low dose, quantised": lambda batch: reconstructed(batch.degraded, batch, True),
+        "clean, continuous": lambda batch: reconstructed(batch.clean, batch, False)[0],
+        "clean, quantised": counted,
+        "low dose, continuous": lambda batch: reconstructed(batch.degraded, batch, False)[0],
+        "low dose, quantised": lambda batch: reconstructed(batch.degraded, batch, True)[0],
     }
     pictured = ("clean, continuous", "clean, quantised")
     result = run_evaluation(

@@ -117,7 +117,7 @@ def choose_close_ups(
 ) -> list[CloseUp]:
     """Squares around the calcifications of most contrast or, if none are known, around specks that look like some.
 
-    `calcifications` are `phantom.Calcification`s of the image `clean` (H, W); `mask` (H, W) bool is the breast.
+    `calcifications` are the `Calcification`s of the image `clean` (H, W); `mask` (H, W) bool is the breast.
     """
     height, width = clean.shape
     side = min(side, height, width)

@@ -167,7 +167,7 @@ def one_side(sample: Batch, generator: torch.Generator) -> Batch:
 
 
 class PhantomDataset(MammogramDataset):
-    """Breast phantoms made on the fly (`phantom.py`); no two splits share one."""
+    """Breast phantoms made on the fly (`preprocessing/phantom.py`); no two splits share one."""
 
     def image_count(self) -> int:
         return self.hps.phantom_counts[SPLITS.index(self.split)]

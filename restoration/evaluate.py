@@ -372,7 +372,7 @@ def restore_test_set(
     validation_set, test_set = load_datasets(args, hps, "validation", "test")
     progress, folder = not args.no_tqdm, evaluation_folder(args, args.load_path)
     # what the network has seen does not change with the task that it is evaluated on
-    seen = hps.updated(**{key: checkpoints[1].hps[key] for key in ("noise_levels", "windowing")})
+    seen = hps.updated(noise_levels=checkpoints[1].hps.noise_levels)
     amp = half_precision(device, args.half)
     mean = Restorer(first_stage.to(device), model.to(device), seen, seed=args.seed, amp=amp)
     restorers = products_of(mean)
