@@ -20,7 +20,7 @@ from hps import HParams
 from models.linear import LinearEstimate, LinearView, by_level, level_shares, mixed
 from models.samplers import ConditioningView, DDIMSampler, DPMSolverSampler, NoiseField, Prediction, Sampling
 from models.unet import UNet
-from preprocessing.degrade import NoiseModel
+from preprocessing.noise import NoiseModel
 from vqvae2_wrapper import VQVAE2Wrapper
 
 LEAST_DEVIATION = 1e-2  # of the largest: principal components of the residual below it are not diffused

@@ -94,6 +94,12 @@ _DATA = _declared(
     windowing=(0.0, FRACTION),  # share seen through a random window: dark or bright tissue cut off, or all of it dimmed
     enhancement=(0.0, FRACTION),  # share whose local contrast is raised, as in images processed for display
     enhancement_sigma=([2.0, 24.0], PAIR),  # pixels: detail finer than this is raised, drawn log-uniformly
+    grain=(
+        0.0,
+        FRACTION,
+    ),  # share with grain that counts as the image's own, as in images that were processed for display
+    negatives=(0.0, FRACTION),  # share turned into their negatives, as a detector's own image is: dense tissue is dark
+    correlation=(0.0, FRACTION),  # share whose noise is correlated, by kernels drawn at random (preprocessing/noise.py)
     most_gain=(8.0, POSITIVE),  # of a window or an enhancement: a greater one shows the steps of 8-bit images
     altered_epochs=(0, NOT_NEGATIVE),  # epochs with scale, gamma, windows, enhancement, or samples imitate them; 0: all
     phantoms=(0, NOT_NEGATIVE),  # folder: phantoms of image_shape added to training images for calcifications
@@ -288,6 +294,9 @@ HPS_DIFFUSION["mammogram"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     calcifications=0.8,  # at 0.4, with a third as many a crop, the faintest kept less contrast than BM3D leaves them
     borders=0.2,
     windowing=0.5,  # without it BM3D restored better if tissue was cut off at black or white, or far below full scale
+    grain=0.15,
+    negatives=0.5,
+    correlation=0.7,
     enhancement=0.2,  # without it BM3D restored images of equalised local contrast better at level 0.2
     ema_decay=0.999,
     max_epochs=158,

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from preprocessing.degrade import NoiseModel
-from preprocessing.stabilize import stabilize, unstabilize
+from preprocessing.noise import NoiseModel
+from preprocessing.stabilize import colour, stabilize, unstabilize, whiten
 from running import distributed
 
 REFERENCE_LEVEL = 0.2  # noise level at which a stabilised image is divided by its full scale, and lies in [0, 1] again
@@ -280,15 +280,21 @@ class VQVAE(nn.Module):
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def to_domain(self, images: Tensor, noise: NoiseModel | None) -> Tensor:
-        """Images (N, C, H, W) in [0, 1] as the model sees them: with `stabilize`, `noise` has unit variance, over a constant.
+        """Images (N, C, H, W) in [0, 1] as the model sees them: with `stabilize`, in units of their noise, whitened.
 
-        Raises ValueError if a stabilised model is not told the noise.
+        Those are divided by a constant. Raises ValueError if a stabilised model is not told the noise.
         """
-        return stabilize(images, self._known(noise)) / FULL_SCALE if self.stabilize else images
+        if not self.stabilize:
+            return images
+        noise = self._known(noise)
+        return whiten(stabilize(images, noise), noise) / FULL_SCALE
 
     def from_domain(self, values: Tensor, noise: NoiseModel | None) -> Tensor:
         """Inverse of `to_domain`."""
-        return unstabilize(values * FULL_SCALE, self._known(noise)) if self.stabilize else values
+        if not self.stabilize:
+            return values
+        noise = self._known(noise)
+        return unstabilize(colour(values * FULL_SCALE, noise), noise)
 
     @staticmethod
     def _known(noise: NoiseModel | None) -> NoiseModel:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from preprocessing.degrade import NoiseModel
+from preprocessing.noise import NoiseModel
 from running.checkpoints import Checkpoint, build_model, load_checkpoint, load_weights
 from vqvae import VQVAE
 

@@ -35,7 +35,7 @@ from files.prepared import Record
 from files.splits import folder_records
 from helper import UserError, get_device, tracked
 from hps import HPS_VQVAE
-from preprocessing.degrade import NoiseModel
+from preprocessing.noise import NoiseModel
 from preprocessing.stabilize import stabilize
 from restoration.classical import vst_bm3d
 from restoration.restore import restore_image

@@ -19,7 +19,8 @@ from files.images import read_image
 from files.prepared import Record
 from helper import UserError, seeded_generator, tracked
 from preprocessing.breast import breast_mask
-from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.degrade import simulate_low_dose
+from preprocessing.noise import NoiseModel
 from preprocessing.phantom import (
     FILM_HEIGHT_MM,
     Calcification,

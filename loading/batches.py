@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from helper import seeded_generator
-from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.degrade import simulate_low_dose
 from preprocessing.grid import intensities
+from preprocessing.noise import NoiseModel
 from running import distributed
 from running.distributed import worker_count
 from running.stopping import left_to_the_main_process
@@ -47,8 +48,8 @@ class PendingNoise:
     level: float
     state: bytes  # of the sample's generator, when it is the noise's turn
 
-    def low_dose(self, clean: Tensor) -> Tensor:
-        """The low dose of a clean image (C, H, W) in [0, 1].
+    def low_dose(self, clean: Tensor, kernel: Tensor | None) -> Tensor:
+        """The low dose of a clean image (C, H, W) in [0, 1], its noise correlated by a kernel (k, k), if there is one.
 
         On the CPU it is what the loader would have drawn. A GPU's generator draws other numbers, keyed by sample too.
         """
@@ -56,7 +57,7 @@ class PendingNoise:
             generator = torch.Generator().set_state(torch.frombuffer(bytearray(self.state), dtype=torch.uint8))
         else:
             generator = seeded_generator("low dose", self.state, device=clean.device)
-        return simulate_low_dose(clean, self.level, generator)
+        return simulate_low_dose(clean, self.level, generator, kernel)
 
 
 @dataclass
@@ -67,11 +68,6 @@ class Samples:
     degraded: Tensor | None  # like `clean`
     meta: list[Meta]
     level: Tensor  # (N,): noise level of every degraded sample
-
-    @property
-    def noise(self) -> NoiseModel:
-        """What degraded each image, as tensors (N, 1, 1, 1)."""
-        return NoiseModel.of_levels(self.level)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -113,14 +109,21 @@ class Batch(Samples):
     mask: Tensor | None = None  # (N, 1, H, W): True in the breast
     # by image: the noise that `degrade` is to draw, or a measured low dose (C, H, W) among such images; or empty
     pending: list[PendingNoise | Tensor] = field(default_factory=list)
+    kernel: Tensor | None = None  # (N, 1, k, k): what correlates the noise of each image; None: it is white
+
+    @property
+    def noise(self) -> NoiseModel:
+        """What degraded each image, as tensors (N, 1, 1, 1)."""
+        return NoiseModel.of_levels(self.level, self.kernel)
 
     def degrade(self) -> Batch:
         """The batch with its pending noise drawn, on its own device."""
         if not self.pending:
             return self
+        kernels = [None] * len(self) if self.kernel is None else self.kernel[:, 0]
         images = [
-            each.low_dose(clean) if isinstance(each, PendingNoise) else each
-            for each, clean in zip(self.pending, self.clean, strict=True)
+            each.low_dose(clean, kernel) if isinstance(each, PendingNoise) else each
+            for each, clean, kernel in zip(self.pending, self.clean, kernels, strict=True)
         ]
         return replace(self, degraded=torch.stack(images), pending=[])
 

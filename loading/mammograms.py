@@ -17,8 +17,9 @@ from helper import ImageError, one_line, seeded_generator, tracked
 from hps import HParams
 from loading.batches import Batch, Meta, PackedBatch, PendingNoise, SampleKey
 from preprocessing.augment import CHANGES_OF_INTENSITIES, augment, log_uniform, switched_on
-from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.degrade import simulate_low_dose
 from preprocessing.grid import Prepared
+from preprocessing.noise import NoiseModel, draw_kernel, unit_noise
 from preprocessing.phantom import generate_phantom
 from preprocessing.sides import least_step, part_sides
 from preprocessing.stabilize import stabilize, unstabilize
@@ -41,7 +42,9 @@ class MammogramDataset(Dataset):
         self.train = split == "train"
         self.left_out: list[str] = []  # what was wrong with images that are left out
         self.degrade_on_device = hps.degrade_on_device
-        self.unaltered = hps.updated(scale_range=[1.0, 1.0], gamma_range=[1.0, 1.0], windowing=0.0, enhancement=0.0)
+        self.unaltered = hps.updated(
+            scale_range=[1.0, 1.0], gamma_range=[1.0, 1.0], windowing=0.0, enhancement=0.0, grain=0.0
+        )
         self._cache: dict[int, Prepared] = {}
 
     def without_noise(self) -> None:
@@ -130,18 +133,21 @@ class MammogramDataset(Dataset):
     def _sample(self, image: Prepared, meta: Meta, generator: torch.Generator, on_device: bool = False) -> Batch:
         """The sample of an image; `on_device` leaves a simulated low dose to `Batch.degrade` and sends no mask."""
         meta.info.update(image.info)
-        degraded, level, pending = image.degraded, self.hps.noise_level, []
+        degraded, level, pending, kernel = image.degraded, self.hps.noise_level, [], None
         if degraded is None:
             if self.train and self.hps.noise_levels:
                 level = log_uniform(*self.hps.noise_levels, generator)
+            if self.train and self.hps.correlation:
+                kernel = draw_kernel(self.hps.correlation, generator)
             if on_device:
                 pending = [PendingNoise(level, generator.get_state().numpy().tobytes())]
             else:
-                degraded = simulate_low_dose(image.clean, level, generator)
+                degraded = simulate_low_dose(image.clean, level, generator, kernel)
         images = [None if each is None else each[None] for each in (image.clean, degraded)]
         mask = None if on_device else image.mask[None]  # no training step looks at it
         kind = Batch if image.clean.is_floating_point() else PackedBatch
-        return kind(*images, [meta], torch.tensor([float(level)]), mask, pending)
+        kernel = None if kernel is None else kernel[None, None]
+        return kind(*images, [meta], torch.tensor([float(level)]), mask, pending, kernel)
 
 
 def one_side(sample: Batch, generator: torch.Generator) -> Batch:
@@ -150,15 +156,15 @@ def one_side(sample: Batch, generator: torch.Generator) -> Batch:
     The pixels of this side continue on the other one, with noise in the degraded image and without in the clean one. If no
     such edge is found, the sample stays as it is; edges are looked for in the clean image if noise is pending.
     """
-    noise = NoiseModel.from_level(float(sample.level))
+    noise = NoiseModel.from_level(float(sample.level), None if sample.kernel is None else sample.kernel[0, 0])
     images = sample.clean, sample.clean if sample.degraded is None else sample.degraded
     clean, degraded = (stabilize(image[0, 0], noise).numpy() for image in images)
-    sides = part_sides(degraded, least_step(noise))
+    sides = part_sides(degraded, least_step(float(stabilize(torch.ones(()), noise))))
     if sides is None:
         return sample
     share = float(sides.is_bright[sides.near].mean())  # the larger side is seen more often
     bright = bool(torch.rand((), generator=generator) < share)
-    drawn = torch.randn(degraded.shape, generator=generator).numpy()
+    drawn = unit_noise(degraded.shape, noise.kernel, generator).numpy()
     clean, degraded = (
         unstabilize(torch.from_numpy(image), noise)[None, None]
         for image in (sides.side(clean, bright), sides.side(degraded, bright, drawn))

@@ -12,10 +12,20 @@ from torch import Tensor
 
 from hps import HParams
 from preprocessing.grid import Prepared
+from preprocessing.noise import draw_kernel, unit_noise
 from preprocessing.phantom import Calcification, add_calcifications
 
 # Settings that change the values of training images, and all that change the images before they are encoded.
-CHANGES_OF_INTENSITIES = ("gamma_range", "part_edges", "calcifications", "borders", "windowing", "enhancement")
+CHANGES_OF_INTENSITIES = (
+    "gamma_range",
+    "part_edges",
+    "calcifications",
+    "borders",
+    "windowing",
+    "enhancement",
+    "grain",
+    "negatives",
+)
 CHANGES_OF_IMAGES = ("flip", "dihedral", "scale_range", *CHANGES_OF_INTENSITIES)
 
 
@@ -37,6 +47,10 @@ def augment(image: Prepared, hps: HParams, generator: torch.Generator) -> Prepar
             parts[0] = enhanced(parts[0], hps.enhancement_sigma, hps.most_gain, generator)
         if _toss(hps.windowing, generator):
             parts[0] = windowed(*parts, hps.most_gain, generator)
+        if _toss(hps.grain, generator):
+            parts[0] = grained(parts[0], generator)
+        if _toss(hps.negatives, generator):
+            parts[0] = 1 - parts[0]
     if hps.dihedral:
         orientation = int(torch.randint(8, (), generator=generator))
         parts = [oriented(part, orientation) for part in parts]
@@ -110,6 +124,12 @@ def enhanced(clean: Tensor, sigmas: list[float], most_gain: float, generator: to
     sigma, gain = log_uniform(*sigmas, generator), log_uniform(1, most_gain, generator)
     mean = torch.from_numpy(ndimage.gaussian_filter(clean[0].numpy(), sigma, mode="nearest", truncate=3.0))
     return (mean + gain * (clean - mean)).clamp(0, 1)
+
+
+def grained(clean: Tensor, generator: torch.Generator) -> Tensor:
+    """An image (1, H, W) in [0, 1] with grain that counts as its own: correlated, of a deviation log-uniform from 0.003 to 0.05."""
+    deviation, kernel = log_uniform(0.003, 0.05, generator), draw_kernel(0.5, generator)
+    return (clean + deviation * unit_noise(clean.shape, kernel, generator)).clamp(0, 1)
 
 
 def calcified(clean: Tensor, mask: Tensor, contrasts: list[float], generator: torch.Generator) -> Tensor:

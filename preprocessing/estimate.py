@@ -9,7 +9,7 @@ from scipy.optimize import nnls
 from scipy.special import gammaincinv
 
 from preprocessing.breast import breast_mask
-from preprocessing.degrade import ELECTRONIC_SIGMA_AT_LEVEL_ONE, QUANTA_AT_LEVEL_ONE, NoiseModel
+from preprocessing.noise import ELECTRONIC_SIGMA_AT_LEVEL_ONE, QUANTA_AT_LEVEL_ONE, NoiseModel
 
 SIDE = 8  # of a block, in pixels
 BLOCKS = 16384  # about so many are looked at in a large image

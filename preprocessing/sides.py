@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from scipy import ndimage
-
-from preprocessing.degrade import NoiseModel
-from preprocessing.stabilize import stabilize
 
 EDGE_SHARE = 0.25  # of full scale in units of the noise: least step across 5 pixels of an edge that is taken apart ...
 EDGE_RANGE = 7.0, 20.0  # ... within these: below is noise and texture, above every filter fails
@@ -34,9 +30,9 @@ class Sides:
         return np.where(other, self.fills[bright] + noise, values).astype(np.float32)
 
 
-def least_step(noise: NoiseModel) -> float:
-    """The least step, in units of the noise, of an edge that is taken apart."""
-    return float(np.clip(EDGE_SHARE * stabilize(torch.ones(()), noise), *EDGE_RANGE))
+def least_step(full_scale: float) -> float:
+    """The least step of an edge that is taken apart; like `full_scale` in units of the noise."""
+    return float(np.clip(EDGE_SHARE * full_scale, *EDGE_RANGE))
 
 
 def part_sides(values: np.ndarray, step: float) -> Sides | None:

@@ -1,34 +1,71 @@
-"""The generalised Anscombe transform: Poisson-Gaussian noise to unit variance, and back."""
+"""Noise of any kind to white noise of unit variance, and back: the generalised Anscombe transform, and a whitening filter."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
+from scipy.fft import next_fast_len
 from torch import Tensor
 
-from preprocessing.degrade import NoiseModel
+from preprocessing.noise import NoiseModel, power_spectrum
 
-
-def _dark_variance(noise: NoiseModel) -> Tensor | float:
-    """What stands beside x / N under the root: 3 / (8 N^2) + sigma^2."""
-    return 0.375 / noise.quanta**2 + noise.sigma**2
+MIRRORED = 16  # pixels by which an image is mirrored at its borders before it is filtered
+LEAST_POWER = 0.01  # of the noise's mean: where a kernel leaves less, whitening would blow up what is stored
 
 
 def stabilize(image: Tensor, noise: NoiseModel) -> Tensor:
-    """Images in [0, 1] to units of their noise's standard deviation, 0 staying 0.
+    """Images in units of their noise's standard deviation, rising with the exposure, 0 where there is no signal.
 
-    2 sqrt(N x + 3/8 + (N sigma)^2) less its value at x = 0, in a form that loses no digits if N is large: without quantum
-    noise it is x / sigma. `noise` holds floats, or tensors that broadcast against the image, and some noise: at noise level
-    0 there is no unit.
+    It is the integral of 1 / sqrt(gain s + R^2 + structural^2 s^2) over the signal s, R^2 = sigma^2 + 3/8 gain^2; without
+    structural noise 2 sqrt(s / gain + 3/8 + (sigma / gain)^2) less its value at s = 0. The form loses no digits if there is
+    hardly any quantum noise. Below 0, where noise is all there is, it counts in R. `noise` must not be none.
 
     Source: Starck, Murtagh & Bijaoui, "Image Processing and Data Analysis", 1998, section 2.3; as written by Makitalo &
     Foi, "Optimal inversion of the generalized Anscombe transformation for Poisson-Gaussian noise", IEEE TIP 2013, eq. 3.
     """
-    dark = _dark_variance(noise)
-    return 2 * image / ((image / noise.quanta + dark).clamp(min=0).sqrt() + dark**0.5)
+    signal, dark, structural = noise.signal(image), noise.dark_deviation, noise.structural
+    seen = signal.clamp(min=0)
+    half = seen / ((abs(noise.gain) * seen + (structural * seen) ** 2 + dark**2).sqrt() + dark)
+    half = torch.atanh(structural * half) / structural if structural else half
+    return 2 * half + (signal - seen) / dark
 
 
 def unstabilize(values: Tensor, noise: NoiseModel) -> Tensor:
-    """Algebraic inverse of `stabilize`: right for an estimate of `stabilize(x)`, biased for one of E[stabilize(y)].
+    """Algebraic inverse of `stabilize`: right for an estimate of `stabilize(x)`, biased for one of E[stabilize(y)]."""
+    dark, structural = noise.dark_deviation, noise.structural
+    half = values.clamp(min=0) / 2
+    half = torch.tanh(structural * half) / structural if structural else half
+    signal = (abs(noise.gain) * half + 2 * dark) * half / (1 - (structural * half) ** 2)
+    return (signal + dark * values.clamp(max=0)) * noise.sign + noise.offset
 
-    Below 0, where no image is, it goes on as an odd function.
+
+def whiten(values: Tensor, noise: NoiseModel) -> Tensor:
+    """Stabilised images (..., H, W), or (N, C, H, W) of kernels (N, 1, k, k), filtered for their noise to be white.
+
+    The filter has no phase, and 1 / sqrt(power spectrum of the noise) for a frequency response.
     """
-    return values * _dark_variance(noise) ** 0.5 + values.abs() * values / (4 * noise.quanta)
+    return _filtered(values, noise, -0.5)
+
+
+def colour(values: Tensor, noise: NoiseModel) -> Tensor:
+    """Inverse of `whiten`, but for what mirroring makes of the borders."""
+    return _filtered(values, noise, 0.5)
+
+
+def _filtered(values: Tensor, noise: NoiseModel, exponent: float) -> Tensor:
+    if noise.kernel is None:
+        return values
+    height, width = values.shape[-2:]
+    pad = [min(MIRRORED, side - 1) for side in (width, height)]
+    # on the far side as much more as makes the transform fast
+    far = [
+        next_fast_len(max(side + 2 * p, noise.kernel.shape[-1]), real=True) - side - p
+        for side, p in zip((width, height), pad, strict=True)
+    ]
+    mode = "reflect" if max(far[0] - width, far[1] - height) < 0 else "replicate"
+    planes = values.reshape(-1, 1, height, width) if values.ndim < 4 else values
+    padded = F.pad(planes, (pad[0], far[0], pad[1], far[1]), mode=mode)
+    power = power_spectrum(noise.kernel.to(padded), padded.shape[-2:]).clamp(min=LEAST_POWER)
+    response = power[..., : padded.shape[-1] // 2 + 1] ** exponent
+    filtered = torch.fft.irfft2(torch.fft.rfft2(padded) * response, s=padded.shape[-2:])
+    return filtered[..., pad[1] : pad[1] + height, pad[0] : pad[0] + width].reshape(values.shape)

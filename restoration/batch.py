@@ -21,9 +21,10 @@ from evaluation.uncertainty import Calibration
 from files.images import Mammogram, read_mammogram
 from helper import UserError, format_table, seeded_generator
 from preprocessing.breast import breast_mask
-from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.degrade import simulate_low_dose
 from preprocessing.estimate import estimate_noise, level_at
 from preprocessing.grid import Grid
+from preprocessing.noise import NoiseModel
 from restoration.denoiser import Restoration
 from restoration.outputs import TABLES, Job, remove_stale, write_maps
 from restoration.restore import restore_image

@@ -11,7 +11,7 @@ import torch
 from scipy.special import gammaln, xlogy
 
 from helper import UserError
-from preprocessing.degrade import NoiseModel
+from preprocessing.noise import NoiseModel
 from preprocessing.stabilize import stabilize, unstabilize
 from restoration.denoiser import Restoration
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from preprocessing.degrade import NoiseModel
+from preprocessing.noise import NoiseModel
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from helper import format_table, half_precision, seeded_generator, tracked
 from hps import HParams
 from loading.batches import Batch
 from loading.mammograms import MammogramDataset
-from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.degrade import simulate_low_dose
+from preprocessing.noise import NoiseModel
 from preprocessing.phantom import Calcification
 from preprocessing.stabilize import stabilize
 from restoration.classical import bm3d_is_there, restore_by_bm3d

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from helper import seeded_generator
 from preprocessing.breast import breast_mask
-from preprocessing.degrade import NoiseModel
 from preprocessing.estimate import level_at
+from preprocessing.noise import NoiseModel
 from preprocessing.sides import EDGE_REACH, least_step, part_sides
 from preprocessing.stabilize import stabilize, unstabilize
 from restoration.denoiser import Restoration

@@ -15,8 +15,8 @@ from diffusion import LatentDiffusion, LatentEncoder, make_diffusion, sample_lat
 from helper import UserError
 from hps import HParams
 from models.samplers import NoiseField, Sampling, dpm_timesteps
-from preprocessing.degrade import NoiseModel
 from preprocessing.estimate import level_at
+from preprocessing.noise import NoiseModel
 from restoration.denoiser import Restoration
 from running.checkpoints import Checkpoint, build_model, load_checkpoint, load_weights, weights_digest
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from helper import UserError
-from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.degrade import simulate_low_dose
+from preprocessing.noise import NoiseModel
 from preprocessing.stabilize import stabilize, unstabilize
 from restoration.classical import expected_stabilized, inverse_table, unbiased_inverse, vst_bm3d
 

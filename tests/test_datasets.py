@@ -21,8 +21,9 @@ from loading.batches import Batch, KeyedSampler, Meta, PendingNoise, SampleKey, 
 from loading.mammograms import one_side
 from preprocessing.augment import bordered, calcified, draw_crop, enhanced, oriented, windowed
 from preprocessing.breast import breast_mask
-from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.degrade import simulate_low_dose
 from preprocessing.grid import Grid
+from preprocessing.noise import NoiseModel
 from preprocessing.phantom import generate_phantom
 from preprocessing.stabilize import stabilize
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.degrade import simulate_low_dose
+from preprocessing.noise import NoiseModel
 
 
 def seeded(seed=0):

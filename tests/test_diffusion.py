@@ -15,7 +15,7 @@ from models import linear
 from models import unet as unet_module
 from models.linear import LinearView
 from models.samplers import DDIMSampler, DPMSolverSampler, NoiseField, Prediction, Sampling, dpm_timesteps
-from preprocessing.degrade import NoiseModel
+from preprocessing.noise import NoiseModel
 from vqvae import VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper
 

@@ -9,8 +9,9 @@ import torch
 
 from files.images import read_image
 from preprocessing.breast import breast_mask
-from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.degrade import simulate_low_dose
 from preprocessing.estimate import estimate_noise, level_at
+from preprocessing.noise import NoiseModel
 from preprocessing.phantom import generate_phantom
 
 # what the estimate of the variance may be off by, relatively: texture and film grain weigh most at low levels

@@ -18,7 +18,7 @@ from evaluation.table import METRICS, Evaluation
 from evaluation.uncertainty import Calibration, Interval
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from models.samplers import Sampling
-from preprocessing.degrade import NoiseModel
+from preprocessing.noise import NoiseModel
 from restoration import evaluate
 from restoration.denoiser import Restoration
 from restoration.evaluate import (

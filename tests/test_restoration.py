@@ -17,8 +17,9 @@ from helper import UserError, seeded_generator
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from models.samplers import NoiseField, Sampling
 from preprocessing.breast import breast_mask
-from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.degrade import simulate_low_dose
 from preprocessing.estimate import estimate_noise
+from preprocessing.noise import NoiseModel
 from preprocessing.phantom import generate_phantom
 from restoration.restore import matching_factor, restore_image, stein_share
 from restoration.restorer import Restorer, sampling_of

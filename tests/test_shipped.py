@@ -17,7 +17,8 @@ from files.images import read_image
 from helper import seeded_generator
 from models.samplers import Sampling
 from preprocessing.breast import breast_mask
-from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.degrade import simulate_low_dose
+from preprocessing.noise import NoiseModel
 from preprocessing.phantom import generate_phantom
 from preprocessing.sides import least_step, part_sides
 from preprocessing.stabilize import stabilize

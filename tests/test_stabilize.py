@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from preprocessing.degrade import NoiseModel, simulate_low_dose
+from preprocessing.degrade import simulate_low_dose
+from preprocessing.noise import NoiseModel
 from preprocessing.stabilize import stabilize, unstabilize
 from vqvae import FULL_SCALE, VQVAE
 from vqvae2_wrapper import VQVAE2Wrapper
