@@ -33,6 +33,22 @@ def noise_level(text: str, words: Sequence[str] = ()) -> float | str:
     raise argparse.ArgumentTypeError(f"must be {known}0 or a number from {least:g} to {most:g}, not {text!r}")
 
 
+def dose_fraction(text: str) -> float:
+    """An argparse type: a fraction of a dose."""
+    with contextlib.suppress(ValueError):
+        if 0.01 <= (fraction := float(text)) < 1:
+            return fraction
+    raise argparse.ArgumentTypeError(f"must be a fraction from 0.01 to below 1, not {text!r}")
+
+
+def dose_factor(text: str) -> float:
+    """An argparse type: how many times a dose."""
+    with contextlib.suppress(ValueError):
+        if 1 < (factor := float(text)) <= 100:
+            return factor
+    raise argparse.ArgumentTypeError(f"must be a number above 1, up to 100, not {text!r}")
+
+
 def sample_count(text: str) -> int:
     """An argparse type: a number of samples that have a spread."""
     count = positive_int(text)
@@ -77,6 +93,18 @@ def parse_arguments() -> argparse.Namespace:
         "--degrade", type=noise_level, metavar="NOISE_LEVEL",
         help="simulate a low dose of full-dose inputs first, and report PSNR and SSIM against them",
     )  # fmt: skip
+    add(
+        "--detector", type=path_argument, metavar="FILE",
+        help="noise of the inputs: detector.json of preprocessing/calibrate.py, which measures it on flat fields",
+    )  # fmt: skip
+    add(
+        "--dose", type=dose_fraction, metavar="FRACTION",
+        help="simulate that fraction of the dose of full-dose inputs first, by their own noise, and report PSNR and SSIM",
+    )  # fmt: skip
+    add(
+        "--to-dose", type=dose_factor, metavar="FACTOR",
+        help="blend the restoration with the input, to the noise of so many times its dose (default: as little as there can be)",
+    )  # fmt: skip
     add("--resize", action="store_true", help="work on the training grid, not at the image's own pixels")
     tile_help = "side of tiles in pixels (default: seven training crops, or the training grid)"
     add("--tile", type=positive_int, default=0, help=tile_help)
@@ -101,6 +129,19 @@ def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpar
     for flag, value in (("--sampler", args.sampler), ("--steps", args.steps)):
         if value and not (args.sample or args.samples):
             parser.error(f"{flag} goes with --sample or --samples; the posterior mean is not sampled")
+    exclusive = (
+        (
+            "--detector",
+            args.detector,
+            {"--noise-level": args.noise_level, "--degrade": args.degrade, "--resize": args.resize},
+        ),
+        ("--dose", args.dose, {"--noise-level": args.noise_level, "--degrade": args.degrade, "--resize": args.resize}),
+        ("--to-dose", args.to_dose, {"--sample": args.sample, "--samples": args.samples, "--resize": args.resize}),
+    )
+    for flag, value, others in exclusive:
+        for other, given in others.items():
+            if value is not None and given not in (None, False, 0):
+                parser.error(f"{flag} does not go with {other}; leave one of them out")
     args.sampler = args.sampler or ("dpm++" if args.samples else "ddim")
     if args.noise_level is None:
         args.noise_level = "auto" if args.degrade is None else args.degrade

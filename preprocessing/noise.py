@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 QUANTA_AT_LEVEL_ONE = 1000.0  # mean quanta per pixel at full scale when noise_level is 1
 ELECTRONIC_SIGMA_AT_LEVEL_ONE = 0.05  # standard deviation of the electronic noise, in units of full scale
+FILM_SPAN = 0.85  # of full scale, up to which a film's breast is bright (mini-MIAS)
 KERNEL_SIDE = 31  # pixels a side of a kernel that is made from a spectrum: GE's noise correlates over 12
 ROOT_ANSCOMBE = 0.375**0.5  # of quanta: what the Anscombe transform adds to the electronic noise
 
@@ -67,6 +68,15 @@ class NoiseModel:
         return 1 / abs(self.gain) if self.gain else math.inf
 
     @property
+    def correlation(self) -> float:
+        """Mean correlation of neighbours in a row and in a column."""
+        if self.kernel is None:
+            return 0.0
+        side = 2 * self.kernel.shape[-1] + 1
+        covariance = torch.fft.ifft2(power_spectrum(self.kernel, (side, side))).real
+        return float((covariance[..., 0, 1] + covariance[..., 1, 0]).mean() / 2)
+
+    @property
     def sign(self) -> float | Tensor:
         """1 if values rise with the exposure, -1 if they fall."""
         return torch.where(self.gain < 0, -1.0, 1.0) if isinstance(self.gain, Tensor) else math.copysign(1.0, self.gain)
@@ -90,6 +100,10 @@ class NoiseModel:
         gain, sigma = factor * self.gain, abs(factor) * self.sigma
         return replace(self, gain=gain, sigma=sigma, offset=factor * self.offset + shift)
 
+    def of_dose(self, fraction: float) -> NoiseModel:
+        """The noise at a fraction of the dose of images that are brought back to the brightness of the whole."""
+        return replace(self, gain=self.gain / fraction, sigma=self.sigma / fraction)
+
     def at(self, image: Tensor | float) -> NoiseModel:
         """The model whose noise is all correlated as that of this one is at a value (), if some of it is white."""
         if self.kernel is None or not self.electronic_is_white:
@@ -101,6 +115,16 @@ class NoiseModel:
         side = 2 * self.kernel.shape[-1] + 1
         spectrum = (1 - white) * power_spectrum(self.kernel, (side, side)) + white
         return replace(self, kernel=kernel_of(spectrum, self.kernel.shape[-1]), electronic_is_white=False)
+
+
+def level_of_range(span: float) -> float:
+    """The noise level at which a film's breast spans so many standard deviations of the noise from black up.
+
+    `FILM_SPAN` of full scale counts as the breast: 2 (sqrt(N x + d^2) - d) = span at x = `FILM_SPAN`, N = 1000 / level, and
+    d^2 = 3/8 + (N sigma)^2, which no level changes.
+    """
+    dark = (0.375 + (QUANTA_AT_LEVEL_ONE * ELECTRONIC_SIGMA_AT_LEVEL_ONE) ** 2) ** 0.5
+    return QUANTA_AT_LEVEL_ONE * FILM_SPAN / (span**2 / 4 + span * dark)
 
 
 UNIT_NOISE = NoiseModel(0.0, 1.0)  # of images that are stabilised
@@ -127,22 +151,21 @@ def kernel_of(spectrum: Tensor, side: int = KERNEL_SIDE) -> Tensor:
     return kernel / kernel.square().sum((-2, -1), keepdim=True).sqrt()
 
 
-def correlated(white: Tensor, kernel: Tensor | None) -> Tensor:
-    """White noise (..., H + k - 1, W + k - 1) filtered by a kernel (k, k) of unit energy: (..., H, W), of the same variance."""
+def filtered(draw: Callable[[tuple[int, ...]], Tensor], shape: Sequence[int], kernel: Tensor | None) -> Tensor:
+    """Noise (..., H, W) of unit variance, correlated by a kernel (k, k), if there is one; `draw` makes white noise of a shape."""
+    if kernel is None:
+        return draw(tuple(shape))
+    reach = kernel.shape[-1] - 1
+    white = draw((*shape[:-2], *(side + reach for side in shape[-2:])))
     kernel = (kernel / kernel.square().sum().sqrt()).to(white)
-    filtered = F.conv2d(white.reshape(-1, 1, *white.shape[-2:]), kernel[None, None])
-    return filtered.reshape(*white.shape[:-2], *filtered.shape[-2:])
+    return F.conv2d(white.reshape(-1, 1, *white.shape[-2:]), kernel[None, None]).reshape(tuple(shape))
 
 
 def unit_noise(
     shape: Sequence[int], kernel: Tensor | None, generator: torch.Generator | None = None, **like: Any
 ) -> Tensor:
     """Gaussian noise (..., H, W) of unit variance, correlated by a kernel (k, k), if there is one; `like` is dtype and device."""
-    if kernel is None:
-        return torch.randn(shape, generator=generator, **like)
-    reach = kernel.shape[-1] - 1
-    white = torch.randn(*shape[:-2], *(side + reach for side in shape[-2:]), generator=generator, **like)
-    return correlated(white, kernel)
+    return filtered(lambda size: torch.randn(size, generator=generator, **like), shape, kernel)
 
 
 def draw_kernel(share: float, generator: torch.Generator) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from preprocessing.detector import Detector
 
 from evaluation.metrics import ImageMetrics, image_metrics
 from evaluation.pictures import comparison, save_picture
@@ -21,11 +22,12 @@ from evaluation.uncertainty import Calibration
 from files.images import Mammogram, read_mammogram
 from helper import UserError, format_table, seeded_generator
 from preprocessing.breast import breast_mask
-from preprocessing.degrade import simulate_low_dose
-from preprocessing.estimate import estimate_noise, level_at
+from preprocessing.degrade import simulate_dose, simulate_low_dose
+from preprocessing.estimate import estimate_noise
 from preprocessing.grid import Grid
 from preprocessing.noise import NoiseModel
 from restoration.denoiser import Restoration
+from restoration.dose import to_dose
 from restoration.outputs import TABLES, Job, remove_stale, write_maps
 from restoration.restore import restore_image
 from restoration.restorer import SHIPPED_CALIBRATION, Restorer
@@ -64,17 +66,21 @@ class InputImage:
     reference: np.ndarray  # (H, W): the input
     image: np.ndarray  # (H, W): what is restored; with --degrade the low dose of the input
     mask: torch.Tensor  # (1, H, W) bool, the breast
-    noise: NoiseModel | None  # None: that of the training, whatever it is
-
-    @property
-    def intensity(self) -> float:
-        """Mean inside the breast of what is restored."""
-        return float(self.image[self.mask[0].numpy()].mean())
+    noise: NoiseModel | None  # of it, in [0, 1]; None: that of the training, whatever it is
+    doubt: str = ""  # why the estimate of the noise is not sure
 
     @property
     def is_noisy(self) -> bool:
         """Whether the noise is not known to be none."""
-        return self.noise is None or self.noise.variance(1.0) > 0
+        return self.noise is None or not self.noise.is_none
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the noise at the breast's mean, in stored values."""
+        if self.noise is None:
+            return None
+        mean = torch.tensor(float(self.image[self.mask[0].numpy()].mean()))
+        return abs(self.mammogram.scale.factor) * float(self.noise.variance(mean).mean()) ** 0.5
 
     def at_own_size(self, pixels: np.ndarray) -> np.ndarray:
         """Restored pixels (H, W) at the size of the mammogram."""
@@ -93,6 +99,11 @@ class BatchRestorer:
     calibration: Calibration | None
     args: argparse.Namespace
 
+    @property
+    def is_simulated(self) -> bool:
+        """Whether a low dose of the inputs is made, which they are the truth of."""
+        return self.args.degrade is not None or self.args.dose is not None
+
     def restore(self, job: Job) -> Listed:
         """Restore an image, and write it and what belongs beside it. Raises UserError naming the file."""
         args, own = self.args, self._read(job)
@@ -103,10 +114,13 @@ class BatchRestorer:
             if "allocate" not in str(error):
                 raise
             raise UserError(f"{job.source}: not enough memory for its tiles; pass a smaller --tile") from None
+        if args.to_dose is not None and own.is_noisy:
+            pixels = to_dose(own.image, result.pixels, own.noise or self.restorer.noise, args.to_dose)
+            result = dataclasses.replace(result, products=pixels[None])
         self._write(job, own, result)
         images, figures = {self.restorer.product: result.pixels}, {}
         clean = torch.from_numpy(own.reference)[None]
-        if args.degrade is not None:
+        if self.is_simulated:
             images = {INPUT: own.image} | images
             sample = {f"posterior sample, {self.restorer.sampling}": result.products[0]} if args.samples else {}
             for method, image in (images | sample).items():
@@ -128,16 +142,33 @@ class BatchRestorer:
             image = grid.apply(image)
         name = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
         reference, mask = image, breast_mask(torch.from_numpy(image)[None])
+        generator = seeded_generator("degrade", args.seed, name)
         if args.degrade is not None:
-            generator = seeded_generator("degrade", args.seed, name)
             image = simulate_low_dose(torch.from_numpy(reference), args.degrade, generator).numpy()
+        noise, doubt = self._noise(mammogram, image, mask[0].numpy())
+        if args.dose is not None:
+            if noise is None or noise.is_none:
+                raise UserError(
+                    f"{job.source}: {doubt or 'its noise is not known'}, so no dose can be simulated; pass --detector"
+                )
+            low = simulate_dose(torch.from_numpy(reference), args.dose, noise, generator)
+            # as bright as the full dose, for both to be compared
+            image = (noise.offset + (low - noise.offset) / args.dose).numpy().astype(np.float32)
+            noise = noise.of_dose(args.dose)
+        return InputImage(mammogram, grid, name, reference, image, mask, noise, doubt)
+
+    def _noise(self, mammogram: Mammogram, image: np.ndarray, mask: np.ndarray) -> tuple[NoiseModel | None, str]:
+        """The noise of an image (H, W) in [0, 1], and why it is not sure, if it is not."""
+        args, scale = self.args, mammogram.scale
+        if args.detector is not None:
+            stored = Detector.from_json(args.detector).noise(image.shape)
+            return stored.scaled(1 / scale.factor, -scale.shift / scale.factor), ""
         if args.noise_level == "trained":
-            noise = None
-        elif args.noise_level == "auto":
-            noise = estimate_noise(image, mask[0].numpy())
-        else:
-            noise = NoiseModel.from_level(args.noise_level)
-        return InputImage(mammogram, grid, name, reference, image, mask, noise)
+            return None, ""
+        if args.noise_level != "auto":
+            return NoiseModel.from_level(args.noise_level), ""
+        estimate = estimate_noise(image, mask)
+        return estimate.noise, estimate.reason
 
     def _write(self, job: Job, own: InputImage, result: Restoration) -> None:
         args, restorer = self.args, self.restorer
@@ -150,9 +181,8 @@ class BatchRestorer:
             said = self._description(own, f"posterior sample number {number} of {samples}, {restorer.sampling}")
             own.mammogram.write(job.sample(number), own.at_own_size(sample), said, series=description)
         if samples:
-            level = restorer.level_of(own.noise or restorer.noise, own.intensity)
-            factor = None if self.calibration is None else self.calibration.factor(level)
-            clean = None if args.degrade is None else own.reference
+            factor = None if self.calibration is None else self.calibration.factor(result.level)
+            clean = own.reference if self.is_simulated else None
             write_maps(job, own.mammogram, result.products, factor, description, clean)
 
     def _description(self, own: InputImage, product: str) -> str:
@@ -160,11 +190,17 @@ class BatchRestorer:
         args, parts = self.args, [self.restorer.name]
         if args.degrade is not None:
             parts.append(f"from a simulated low dose of noise level {args.degrade:g}")
+        if args.dose is not None:
+            parts.append(f"from a simulated {100 * args.dose:g} % of the dose")
         if own.noise is not None:
-            how = "estimated" if args.noise_level == "auto" else "given"
-            strength = f"{own.noise.quanta:.0f} quanta at full scale and sigma {own.noise.sigma:.5f}"
+            how = "calibrated" if args.detector else "estimated" if args.noise_level == "auto" else "given"
+            strength = (
+                f"{own.deviation:.3g} stored values at the breast's mean, correlation {own.noise.correlation:.2f}"
+            )
             parts.append(f"noise {how} as {strength if own.is_noisy else 'none'}")
         parts.append(product)
+        if args.to_dose is not None:
+            parts.append(f"blended with the input to the noise of {args.to_dose:g} times its dose")
         if args.resize:
             parts.append(f"on a grid of {self.restorer.shape[1]} x {self.restorer.shape[0]}")
         return "; ".join([*parts, f"seed {args.seed}", RESEARCH_USE])
@@ -180,59 +216,83 @@ class BatchRestorer:
             "bits": own.mammogram.bits,
             "quanta": None if own.noise is None else own.noise.quanta,
             "sigma": None if own.noise is None else own.noise.sigma,
-            "level": None if own.noise is None else level_at(own.noise, own.intensity),
+            "deviation": own.deviation,
+            "correlation": None if own.noise is None else own.noise.correlation,
+            "level": None if own.noise is None else result.level,
+            "doubt": own.doubt,
+            "detector": printable(own.mammogram.detector),
+            "processed": own.mammogram.is_processed,
             "factor": result.factor,
             "strength": result.strength,
         }
 
     def report(self, done: Sequence[Listed]) -> None:
-        """Write the tables and print them; with --degrade the figures stand beside the input's."""
-        out, degrade = self.args.out, self.args.degrade
+        """Write the tables and print them; if a low dose was simulated, the figures stand beside the input's."""
+        args = self.args
         images = pd.DataFrame([row for row, _ in done])
-        write_text(out / "restore.csv", images.to_csv(index=False, lineterminator="\n"))
+        write_text(args.out / "restore.csv", images.to_csv(index=False, lineterminator="\n"))
         lines = []
         for row in images.head(TABLE_ROWS).itertuples():
-            level = "as trained" if pd.isna(row.level) else f"{row.level:.3f}"
-            lines.append([row.path, f"{row.width} x {row.height}", row.bits, level, f"{row.strength:.2f}"])
-        print(format_table(["image", "size", "bits", "noise level", "correction applied"], lines))
+            noise = [row.deviation, row.correlation, row.level]
+            noise = ["as trained"] * 3 if pd.isna(row.deviation) else [f"{value:.3g}" for value in noise]
+            size = f"{row.width} x {row.height}"
+            lines.append([row.path, row.detector, size, row.bits, *noise, f"{row.strength:.2f}"])
+        names = [
+            "image",
+            "detector",
+            "size",
+            "bits",
+            "noise, stored values",
+            "correlation",
+            "noise level",
+            "correction applied",
+        ]
+        print(format_table(names, lines))
         if len(images) > TABLE_ROWS:
-            print(f"... and {len(images) - TABLE_ROWS} more in {out / 'restore.csv'}")
+            print(f"... and {len(images) - TABLE_ROWS} more in {args.out / 'restore.csv'}")
         self._remark(images)
-        if degrade is None:
+        if not self.is_simulated:
             for name in TABLES[1:]:  # of an earlier run, on other images
-                (out / name).unlink(missing_ok=True)
+                (args.out / name).unlink(missing_ok=True)
             return
         rows = [
             {"path": row["path"], "patient": "", "method": method, **dataclasses.asdict(figure)}
             for row, figures in done
             for method, figure in figures.items()
         ]
-        result = Evaluation(pd.DataFrame(rows), {"noise_level": degrade})
-        write_evaluation(result, out)
-        print(f"\n{len(images)} images, low dose of noise level {degrade:g} simulated")
+        what = {"noise_level": args.degrade} if args.dose is None else {"dose": args.dose}
+        result = Evaluation(pd.DataFrame(rows), what)
+        write_evaluation(result, args.out)
+        how = f"noise level {args.degrade:g}" if args.dose is None else f"{100 * args.dose:g} % of the dose"
+        print(f"\n{len(images)} images, low dose of {how} simulated")
         print(result.table())
+        if args.dose is not None:
+            print("the full dose that these figures compare with is no truth: it has noise of its own")
 
     def _remark(self, images: pd.DataFrame) -> None:
-        """Print how many images show no noise, or are of a noise level that the model does not know."""
-        is_estimated = self.args.noise_level == "auto"
-        if is_estimated and (untouched := int((images["strength"] < UNTOUCHED).sum())):
+        """Print what is not known of images: their noise, or how to restore its level."""
+        is_estimated = self.args.detector is None and self.args.noise_level == "auto"
+        for reason, doubtful in images[images["doubt"] != ""].groupby("doubt") if is_estimated else ():
             print(
-                f"{untouched} images look free of noise and are as good as untouched; noise that was resized or compressed "
-                "as JPEG does not show: give its --noise-level if you know it"
+                f"the noise of {len(doubtful)} images is not sure: {reason}; give --detector, or --noise-level if you know it"
+            )
+        if is_estimated and (processed := int(images["processed"].sum())):
+            print(
+                f"{processed} images are processed for presentation: the estimate takes their noise as it stands, but processing "
+                "leaves it neither Poisson nor alike all over; restore the FOR PROCESSING image if you have it"
             )
         if not self.args.samples:
             return
-        if is_estimated and (unseen := int((images["level"] == 0).sum())):
+        if unseen := int((images["deviation"] == 0).sum()):
             print(
                 f"{unseen} images show no noise to tell an expected error from: no samples and no maps are written of them"
             )
         low, high = self.restorer.level_range if self.restorer.stabilized else (0.0, math.inf)
-        slack = 1e-3  # a level that was given comes back through its variance
-        known = images["level"].between(low * (1 - slack), high * (1 + slack))
-        if outside := int((images["level"].notna() & (images["level"] > 0) & ~known).sum()):
+        # the level is held within the range
+        if outside := int((images["level"].notna() & ~images["level"].between(low * 1.001, high * 0.999)).sum()):
             print(
-                f"{outside} images are of noise levels that the model was not trained at ({low:g} to {high:g}): "
-                "their expected error and interval are not to be trusted"
+                f"{outside} images are at the ends of the noise levels that the model was trained at ({low:g} to {high:g}), or "
+                "beyond them: their expected error and interval are not to be trusted"
             )
 
 

@@ -1,4 +1,4 @@
-"""Restoring a mammogram of any size and noise with a trained model."""
+"""Restoring a mammogram of any size, units and noise with a trained model."""
 
 from __future__ import annotations
 
@@ -6,76 +6,152 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from helper import seeded_generator
-from preprocessing.breast import breast_mask
-from preprocessing.estimate import level_at
-from preprocessing.noise import NoiseModel
+from preprocessing.breast import breast_mask, clipped_background
+from preprocessing.noise import NoiseModel, filtered, level_of_range, unit_noise
 from preprocessing.sides import EDGE_REACH, least_step, part_sides
-from preprocessing.stabilize import stabilize, unstabilize
+from preprocessing.stabilize import colour, stabilize, unstabilize, whiten
 from restoration.denoiser import Restoration
 from restoration.restorer import Restorer
 from restoration.tiles import MARGIN, TileFunction, box_weights, changed_box, restore_in_tiles
 
-PEAK_QUANTILE = 0.999  # of the breast's intensities: brought to full scale at most
+DARK_QUANTILE, PEAK_QUANTILE = 0.001, 0.999  # of an image, and of its breast: between them lies what is to be seen
+SMOOTHING = 2.0  # pixels; sigma of the Gaussian that takes the noise from these quantiles
 PROBE = 0.1  # standard deviations by which an image is moved to see how its correction follows
+
+
+class Domain(Protocol):
+    """What a model sees of images (..., H, W), and back."""
+
+    level: float  # noise level that the networks are told
+    factor: float  # of `Restoration`
+    is_cleaner: bool  # the image has less noise than those of the training
+    noise: NoiseModel | None  # of its values; None: nobody knows
+
+    def values(self, image: Tensor) -> Tensor: ...
+
+    def image(self, values: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class UnitNoise:
+    """Images in units of their noise, whatever it is and whatever they are stored in; 0 is the darkest.
+
+    The noise is correlated still: `whiten` and `colour` stand around the networks, once edges are taken apart.
+    """
+
+    stored: NoiseModel  # in the units of the images
+    reference: float  # what is taken off
+    span: float  # of the breast, from the darkest of the image up
+    level: float
+    is_cleaner: bool
+    factor: float = 1.0
+
+    @classmethod
+    def of(cls, image: np.ndarray, noise: NoiseModel, mask: np.ndarray, restorer: Restorer) -> UnitNoise:
+        """That of an image (H, W); its level is the one at which a film has as much contrast in units of the noise."""
+        noise = noise.at(float(image[mask].mean()))
+        smooth = ndimage.gaussian_filter(stabilize(torch.from_numpy(image), noise).numpy(), SMOOTHING)
+        reference = float(np.quantile(smooth, DARK_QUANTILE))
+        span = max(float(np.quantile(smooth[mask], PEAK_QUANTILE)) - reference, 1e-3)
+        own, (least, most) = level_of_range(span), restorer.level_range
+        return cls(noise, reference, span, float(np.clip(own, least, most)), own < least)
+
+    @property
+    def noise(self) -> NoiseModel:
+        return NoiseModel(0.0, 1.0, kernel=self.stored.kernel)
+
+    def values(self, image: Tensor) -> Tensor:
+        return stabilize(image, self.stored) - self.reference
+
+    def image(self, values: Tensor) -> Tensor:
+        return unstabilize(values + self.reference, self.stored)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Images in [0, 1], multiplied so that their noise is what a model knows that is not stabilised."""
+
+    level: float
+    factor: float
+    is_cleaner: bool
+    noise: NoiseModel | None
+
+    @classmethod
+    def of(cls, image: np.ndarray, noise: NoiseModel | None, mask: np.ndarray, restorer: Restorer) -> Matched:
+        """That of an image (H, W), of which nothing is multiplied past full scale."""
+        level, known = restorer.hps.noise_level, restorer.noise
+        if noise is None:
+            return cls(level, 1.0, False, None)
+        wanted = matching_factor(noise, known, float(image[mask].mean()))
+        factor = min(wanted, max(1.0, 1.0 / max(float(np.quantile(image[mask], PEAK_QUANTILE)), 1e-6)))
+        return cls(level, factor, factor < wanted, noise.scaled(factor))
+
+    def values(self, image: Tensor) -> Tensor:
+        return image * self.factor
+
+    def image(self, values: Tensor) -> Tensor:
+        return values / self.factor
 
 
 def matching_factor(noise: NoiseModel, known: NoiseModel, intensity: float) -> float:
     """The factor a that gives an image the noise that the model knows: a^2 Var[y | x] = Var_known[y | a x] at x = `intensity`.
 
-    Levels of `preprocessing/degrade.py` match at every x alike: level s times s_known / s is level s_known. Infinite if the
+    Levels of `NoiseModel.from_level` match at every x alike: level s times s_known / s is level s_known. Infinite if the
     image has no noise.
     """
-    own = float(noise.variance(intensity))
+    own = float(noise.variance(torch.tensor(intensity)))
     if own <= 0:
         return math.inf
-    linear = intensity / known.quanta
+    linear = intensity * known.gain
     return (linear + math.sqrt(linear**2 + 4 * own * known.sigma**2)) / (2 * own)
 
 
 @dataclass(frozen=True)
 class TiledRestorer:
-    """Restores whole images (H, W) of one noise tile by tile."""
+    """Restores whole images (H, W) in the model's domain tile by tile."""
 
     restorer: Restorer
-    noise: NoiseModel | None  # that a stabilised model is told; None: the model is not stabilised
-    level: float | None  # noise level that the networks are told; None: that of the training
-    factor: float  # images are multiplied by it, and what is restored is divided by it
+    domain: Domain
     name: str  # keys what is drawn
     tile: int  # side in pixels; 0: the restorer's own
     progress: bool
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Products (K, H, W) in [0, 1] of an image (H, W)."""
-        factor = np.float32(self.factor)
-        return (self._restore(image * factor) / factor).clip(0, 1)
+    @property
+    def is_stabilized(self) -> bool:
+        return isinstance(self.domain, UnitNoise)
 
-    def _restore(self, image: np.ndarray) -> np.ndarray:
-        """Products (K, H, W) of an image (H, W); at edges far above the noise, each side is restored by itself."""
-        sides, whole = None, torch.from_numpy(image)
-        if self.noise is not None:
-            values = stabilize(whole, self.noise).numpy()
-            sides = part_sides(values, least_step(self.noise))
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Products (K, H, W) of values (H, W); at edges far above the noise, each side is restored by itself."""
+        sides = None
+        if self.is_stabilized:
+            sides = part_sides(values, least_step(self.domain.span))
         if sides is None:
-            return self._in_tiles(whole[None], self._one)
-        drawn = torch.randn(values.shape, generator=seeded_generator("sides", self.restorer.seed, self.name)).numpy()
+            return self._in_tiles(torch.from_numpy(values)[None], self._one)
+        generator = seeded_generator("sides", self.restorer.seed)
+        drawn = unit_noise(values.shape, self.domain.noise.kernel, generator).numpy()
         parts = [torch.from_numpy(sides.side(values, bright, drawn)) for bright in (True, False)]
-        layers = self._in_tiles(torch.stack([unstabilize(part, self.noise) for part in parts]), self._both)
-        return np.where(sides.is_bright, *np.split(layers, 2))
+        return np.where(sides.is_bright, *np.split(self._in_tiles(torch.stack(parts), self._both), 2))
 
     def _in_tiles(self, layers: Tensor, function: TileFunction) -> np.ndarray:
+        """Products of layers (C, H, W): of all of one, then of all of the next."""
         multiple = self.restorer.scale
         wanted = (self.tile, self.tile) if self.tile else self.restorer.tile
         tile = tuple(max(2, math.ceil(side / multiple)) * multiple for side in wanted)
-        return restore_in_tiles(layers[None], function, tile, multiple, progress=self.progress)[0].numpy()
+        if self.is_stabilized:
+            layers = whiten(layers, self.domain.noise)
+        products = restore_in_tiles(layers[None], function, tile, multiple, progress=self.progress)[0]
+        return (colour(products, self.domain.noise) if self.is_stabilized else products).numpy()
 
     def _one(self, part: Tensor, origin: tuple[int, int]) -> Tensor:
-        told = dict(noise=self.noise, level=self.level, origin=origin, progress=self.progress)
+        told = dict(level=self.domain.level, origin=origin, progress=self.progress)
         return self.restorer.restore(part.to(self.restorer.device), self.name, **told).cpu()
 
     def _both(self, part: Tensor, origin: tuple[int, int]) -> Tensor:
@@ -92,54 +168,49 @@ class TiledRestorer:
 def restore_image(
     restorer: Restorer, image: np.ndarray, noise: NoiseModel | None, name: str, *, tile: int = 0, progress: bool = False
 ) -> Restoration:
-    """Restore an image (H, W) in [0, 1] at its own size, given its noise; None: that of the training, whatever it is.
+    """Restore an image (H, W) at its own size, given its noise in the same units; None: that of the training, whatever it is.
 
-    A stabilised model is told the noise. For another the image is multiplied so that its noise is what the model knows, but
-    not past full scale, and divided again once restored. If an image is cleaner than those of the training, the share of the
-    correction is applied that lowers the error of the posterior mean most (`stein_share`), which takes a second look at it.
+    For a stabilised model the units are whatever they are: factor, offset and sign of the stored values change nothing. For
+    another they are [0, 1], and the image is multiplied so that its noise is what the model knows. If an image is cleaner
+    than those of the training, the share of the correction is applied that lowers the error of the posterior mean most
+    (`stein_share`), which takes a second look at it. A background that is clipped stays as it is.
     """
     mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
-    intensity = float(image[mask].mean())
-    if noise is not None and noise.variance(intensity) <= 0:
-        return Restoration(np.repeat(image[None], max(1, restorer.samples), 0), math.inf, 0.0)
-    told, level, factor, is_cleaner = None, None, 1.0, False
+    if noise is not None and noise.is_none:
+        return Restoration(np.repeat(image[None], max(1, restorer.samples), 0), 0.0, math.inf, 0.0)
     if restorer.stabilized:
-        told = noise or restorer.noise
-        level = restorer.level_of(told, intensity)
-        is_cleaner = noise is not None and level_at(told, intensity) < level
-    elif noise is not None:
-        wanted = matching_factor(noise, restorer.noise, intensity)
-        factor = min(wanted, max(1.0, 1.0 / max(float(np.quantile(image[mask], PEAK_QUANTILE)), 1e-6)))
-        is_cleaner = factor < wanted
-    denoise = TiledRestorer(restorer, told, level, factor, name, tile, progress)
-    restored = denoise(image)
-    if not is_cleaner or not restorer.model.has_mean:
-        return Restoration(restored, factor)
-    mean = dataclasses.replace(denoise, restorer=dataclasses.replace(restorer, samples=0))
-    deviation = np.sqrt(noise.variance(torch.from_numpy(restored.mean(0))).numpy())
-    generator = seeded_generator("probe", restorer.seed, name)
-    share = stein_share(lambda pixels: pixels - mean(pixels)[0], image, deviation, mask, generator)
-    return Restoration((image + share * (restored - image)).clip(0, 1), factor, float(share))
+        domain = UnitNoise.of(image, noise or restorer.noise, mask, restorer)
+    else:
+        domain = Matched.of(image, noise, mask, restorer)
+    denoise = TiledRestorer(restorer, domain, name, tile, progress)
+    values = domain.values(torch.from_numpy(image)).numpy()
+    restored, share = denoise(values), 1.0
+    if domain.is_cleaner and noise is not None and restorer.model.has_mean:
+        mean = dataclasses.replace(denoise, restorer=dataclasses.replace(restorer, samples=0))
+        deviation = domain.noise.variance(torch.from_numpy(restored.mean(0))).sqrt()
+        generator = seeded_generator("probe", restorer.seed)
+        signs = filtered(
+            lambda size: 2.0 * torch.randint(2, size, generator=generator) - 1, values.shape, domain.noise.kernel
+        )
+        probe = (deviation * signs).numpy().astype(np.float32)
+        share = stein_share(lambda at: at - mean(at)[0], values, probe, mask)
+        restored = values + np.float32(share) * (restored - values)
+    products = domain.image(torch.from_numpy(restored)).numpy().clip(image.min(), image.max())
+    products = np.where(clipped_background(image, mask), image, products.astype(np.float32))
+    return Restoration(products, domain.level, domain.factor, float(share))
 
 
 def stein_share(
-    correct: Callable[[np.ndarray], np.ndarray],
-    image: np.ndarray,
-    deviation: np.ndarray,
-    mask: np.ndarray,
-    generator: torch.Generator,
+    correct: Callable[[np.ndarray], np.ndarray], image: np.ndarray, probe: np.ndarray, mask: np.ndarray
 ) -> np.float32:
     """The share a, in [0, 1], of a correction c = `correct(image)` at which the squared error of image - a c is least.
 
-    That is E[n c] / E[c^2] over the mask. The covariance with the Gaussian noise n of standard deviation `deviation`, which
-    nobody sees, is sum sd^2 dc/dy, and that divergence is measured by a random probe of the image: no clean one is needed.
-    Arrays are (H, W).
+    That is E[n c] / E[c^2] over the mask. The covariance with the Gaussian noise n, which nobody sees, is the expectation of
+    p (c(image + e p) - c(image)) / e over noise p like n, of which `probe` is a draw: no clean image is needed. Arrays are (H, W).
 
     Source: Stein, Annals of Statistics 1981, lemma 2; Ramani, Blu & Unser, IEEE Transactions on Image Processing 2008, theorem 2.
     """
     own = correct(image)
-    signs = (2 * torch.randint(2, image.shape, generator=generator) - 1).numpy()
-    moved = correct(image + np.float32(PROBE) * deviation * signs.astype(np.float32))
-    covariance = deviation * signs * (moved - own) / PROBE
+    covariance = probe * (correct(image + np.float32(PROBE) * probe) - own) / PROBE
     energy = max(float((own[mask] ** 2).sum()), np.finfo(np.float32).tiny)
     return np.float32(min(max(float(covariance[mask].sum()) / energy, 0.0), 1.0))

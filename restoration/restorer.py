@@ -15,8 +15,7 @@ from diffusion import LatentDiffusion, LatentEncoder, make_diffusion, sample_lat
 from helper import UserError
 from hps import HParams
 from models.samplers import NoiseField, Sampling, dpm_timesteps
-from preprocessing.estimate import level_at
-from preprocessing.noise import NoiseModel
+from preprocessing.noise import UNIT_NOISE, NoiseModel
 from restoration.denoiser import Restoration
 from running.checkpoints import Checkpoint, build_model, load_checkpoint, load_weights, weights_digest
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
@@ -151,52 +150,45 @@ class Restorer:
         """Least and greatest noise level that the model was trained at."""
         return tuple(self.hps.noise_levels) or (self.hps.noise_level,) * 2
 
-    def level_of(self, noise: NoiseModel, intensity: float) -> float:
-        """The noise level, of those it knows, that the network is told for an image of this noise and mean intensity."""
-        return float(np.clip(level_at(noise, intensity), *self.level_range))
-
     @torch.no_grad()
     def restore(
         self,
-        degraded: Tensor,
+        values: Tensor,
         name: str,
         *,
-        noise: NoiseModel | None = None,
         level: float | None = None,
         origin: tuple[int, int] = (0, 0),
         progress: bool = False,
     ) -> Tensor:
-        """Restore an image (1, 1, H, W) in [0, 1]: returns (1, K, H, W), its posterior mean (K = 1) or K samples.
+        """Restore values (1, 1, H, W): returns (1, K, H, W), their posterior mean (K = 1) or K samples.
 
-        `noise` is that of the image; None, and for models that are not stabilised: that of the training. The networks are
-        told `level`; None: that of the noise at half of full scale. `name` keys the samplers' noise, `origin` is the place in
-        pixels of the image's first row and column on it.
+        They are an image in units of its noise, which is white, or for models that are not stabilised in [0, 1]. The networks
+        are told `level`; None: that of the training. `name` keys the samplers' noise, `origin` is the place in pixels of the
+        first row and column on it.
         """
-        noise = noise or self.noise
-        level = self.level_of(noise, 0.5) if level is None else level
+        level = self.hps.noise_level if level is None else level
         rate = self.first_stage.vqvae.scaling_rates[0]
-        height, width = degraded.shape[-2:]
-        padded = F.pad(degraded, (0, -width % self.scale, 0, -height % self.scale), mode="replicate")
+        height, width = values.shape[-2:]
+        padded = F.pad(values, (0, -width % self.scale, 0, -height % self.scale), mode="replicate")
         encoder = LatentEncoder(self.first_stage, self.model)
-        cond = encoder.encode(padded, noise)
+        cond = encoder.encode(padded, UNIT_NOISE)
         field = NoiseField((self.seed, name), self.first_stage.latent_channels)
-        with torch.autocast(degraded.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
-            view = self.model.view(cond, torch.full((1,), level, device=degraded.device))
+        with torch.autocast(values.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+            view = self.model.view(cond, torch.full((1,), level, device=values.device))
             drawn = dict(origin=(origin[0] // rate, origin[1] // rate), progress=progress)
             latents = [
                 sample_latents(self.model, view, [field], self.sampling, number=number, **drawn)
                 for number in range(self.samples)
             ] or [view.mean]
-        images = [encoder.decode(z, padded.shape[-2:], noise) for z in latents]
+        images = [encoder.decode(z, padded.shape[-2:], UNIT_NOISE) for z in latents]
         return torch.cat(images, dim=1)[..., :height, :width]
 
     def restore_in_one_piece(
         self, image: np.ndarray, noise: NoiseModel, name: str, *, progress: bool = False
     ) -> Restoration:
-        """The `Denoiser` of images (H, W) like those of the training, in size and noise."""
-        degraded = torch.from_numpy(image)[None, None].to(self.device)
-        products = self.restore(degraded, name, noise=noise, progress=progress)
-        return Restoration(products[0].float().clamp(0, 1).cpu().numpy())
+        """The `Denoiser` of images (H, W) like those of the training, in size and noise, for models that are not stabilised."""
+        products = self.restore(torch.from_numpy(image)[None, None].to(self.device), name, progress=progress)
+        return Restoration(products[0].float().clamp(0, 1).cpu().numpy(), self.hps.noise_level)
 
 
 def sampling_of(hps: HParams, sampler: str, steps: int | None = None) -> Sampling:

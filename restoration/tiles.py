@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+LEAST_CHANGE = 0.01  # standard deviations of the noise; a whitening filter reaches across the image, ever less
 MARGIN = 32  # pixels by which an image is mirrored at its borders
 
 
@@ -94,9 +95,9 @@ def restore_in_tiles(
 
 
 def changed_box(a: Tensor, b: Tensor, margin: int, multiple: int) -> tuple[slice, slice] | None:
-    """Rows and columns around all pixels in which images (H, W) differ, and `margin` more; they start and, inside the
-    image, stop at multiples of `multiple`. None if nothing differs."""
-    differs = a != b
+    """Rows and columns around all pixels in which images (H, W) in units of their noise differ by more than `LEAST_CHANGE`,
+    and `margin` more; they start and, inside the image, stop at multiples of `multiple`. None if nothing differs."""
+    differs = (a - b).abs() > LEAST_CHANGE
     if not differs.any():
         return None
     box = []
