@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from preprocessing.noise import NoiseModel
-from preprocessing.stabilize import colour, stabilize, unstabilize, whiten
+from preprocessing.stabilize import colour, full_scale_of, stabilize, unstabilize, whiten
 from running import distributed
 
 REFERENCE_LEVEL = 0.2  # noise level at which a stabilised image is divided by its full scale, and lies in [0, 1] again
-FULL_SCALE = float(stabilize(torch.ones(()), NoiseModel.from_level(REFERENCE_LEVEL)))
+FULL_SCALE = full_scale_of(REFERENCE_LEVEL)
 LOOKUP_ROWS = 2048  # rows of the distance matrix held at once in a codebook lookup: what a core's cache holds ...
 LOOKUP_ROWS_GPU = 65536  # ... and what keeps a GPU busy
 LOOKUP_BLOCK = 32  # distances that are compared at once

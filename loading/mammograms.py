@@ -22,7 +22,7 @@ from preprocessing.grid import Prepared
 from preprocessing.noise import NoiseModel, draw_kernel, unit_noise
 from preprocessing.phantom import generate_phantom
 from preprocessing.sides import least_step, part_sides
-from preprocessing.stabilize import stabilize, unstabilize
+from preprocessing.stabilize import full_scale_of, stabilize, unstabilize
 
 STAND_INS = 8  # images tried in the place of one that cannot be read
 
@@ -159,7 +159,7 @@ def one_side(sample: Batch, generator: torch.Generator) -> Batch:
     noise = NoiseModel.from_level(float(sample.level), None if sample.kernel is None else sample.kernel[0, 0])
     images = sample.clean, sample.clean if sample.degraded is None else sample.degraded
     clean, degraded = (stabilize(image[0, 0], noise).numpy() for image in images)
-    sides = part_sides(degraded, least_step(float(stabilize(torch.ones(()), noise))))
+    sides = part_sides(degraded, least_step(full_scale_of(float(sample.level)), noise.kernel))
     if sides is None:
         return sample
     share = float(sides.is_bright[sides.near].mean())  # the larger side is seen more often

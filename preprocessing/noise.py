@@ -13,8 +13,8 @@ from torch import Tensor
 
 QUANTA_AT_LEVEL_ONE = 1000.0  # mean quanta per pixel at full scale when noise_level is 1
 ELECTRONIC_SIGMA_AT_LEVEL_ONE = 0.05  # standard deviation of the electronic noise, in units of full scale
-FILM_SPAN = 0.85  # of full scale, up to which a film's breast is bright (mini-MIAS)
-KERNEL_SIDE = 31  # pixels a side of a kernel that is made from a spectrum: GE's noise correlates over 12
+FILM_DETAIL = 0.0108  # of full scale: what `detail` finds on film at half of it (mini-MIAS)
+KERNEL_SIDE = 21  # pixels a side of a kernel that is made from a spectrum: GE's noise correlates over 10
 ROOT_ANSCOMBE = 0.375**0.5  # of quanta: what the Anscombe transform adds to the electronic noise
 
 
@@ -117,14 +117,14 @@ class NoiseModel:
         return replace(self, kernel=kernel_of(spectrum, self.kernel.shape[-1]), electronic_is_white=False)
 
 
-def level_of_range(span: float) -> float:
-    """The noise level at which a film's breast spans so many standard deviations of the noise from black up.
+def level_of_detail(detail: float) -> float:
+    """The noise level at which a film's detail is so many times as large as its noise, at half of full scale.
 
-    `FILM_SPAN` of full scale counts as the breast: 2 (sqrt(N x + d^2) - d) = span at x = `FILM_SPAN`, N = 1000 / level, and
-    d^2 = 3/8 + (N sigma)^2, which no level changes.
+    It is the positive root L of (0.05 L)^2 + L / 2000 = (`FILM_DETAIL` / detail)^2.
     """
-    dark = (0.375 + (QUANTA_AT_LEVEL_ONE * ELECTRONIC_SIGMA_AT_LEVEL_ONE) ** 2) ** 0.5
-    return QUANTA_AT_LEVEL_ONE * FILM_SPAN / (span**2 / 4 + span * dark)
+    half, variance = 0.25 / QUANTA_AT_LEVEL_ONE, (FILM_DETAIL / detail) ** 2
+    # the root's form without a difference of near equals
+    return variance / (half + math.sqrt(half**2 + ELECTRONIC_SIGMA_AT_LEVEL_ONE**2 * variance))
 
 
 UNIT_NOISE = NoiseModel(0.0, 1.0)  # of images that are stabilised
@@ -169,7 +169,7 @@ def unit_noise(
 
 
 def draw_kernel(share: float, generator: torch.Generator) -> Tensor:
-    """A random kernel (31, 31) of a detector's noise; with a probability of 1 - `share` it leaves noise white.
+    """A random kernel (21, 21) of a detector's noise; with a probability of 1 - `share` it leaves noise white.
 
     The power spectrum is w + (1 - w) (1 + (f / f0)^2)^-p, f0 from 0.08 to 0.8 cycles a pixel, p from 0.75 to 2, w from 0.03
     to 0.5: from nearly white to a correlation of neighbours of 0.6, with short and with long tails. Rows and columns differ

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
+from torch import Tensor
 
 EDGE_SHARE = 0.25  # of full scale in units of the noise: least step across 5 pixels of an edge that is taken apart ...
 EDGE_RANGE = 7.0, 20.0  # ... within these: below is noise and texture, above every filter fails
@@ -30,9 +31,16 @@ class Sides:
         return np.where(other, self.fills[bright] + noise, values).astype(np.float32)
 
 
-def least_step(full_scale: float) -> float:
-    """The least step of an edge that is taken apart; like `full_scale` in units of the noise."""
-    return float(np.clip(EDGE_SHARE * full_scale, *EDGE_RANGE))
+def least_step(full_scale: float, kernel: Tensor | None = None) -> float:
+    """The least step of an edge that is taken apart; like `full_scale` in units of the noise, which a kernel (k, k) correlates.
+
+    The range grows with the noise that is left in means of 3 x 3 pixels, a third of it if it is white.
+    """
+    left = 1.0
+    if kernel is not None:
+        unit = (kernel / kernel.square().sum().sqrt()).numpy()
+        left = 3 * float(np.sqrt((ndimage.uniform_filter(np.pad(unit, 1), 3, mode="constant") ** 2).sum()))
+    return float(np.clip(EDGE_SHARE * full_scale, *(left * limit for limit in EDGE_RANGE)))
 
 
 def part_sides(values: np.ndarray, step: float) -> Sides | None:

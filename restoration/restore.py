@@ -15,15 +15,18 @@ from torch import Tensor
 
 from helper import seeded_generator
 from preprocessing.breast import breast_mask, clipped_background
-from preprocessing.noise import NoiseModel, filtered, level_of_range, unit_noise
+from preprocessing.noise import NoiseModel, filtered, level_of_detail, unit_noise
 from preprocessing.sides import EDGE_REACH, least_step, part_sides
-from preprocessing.stabilize import colour, stabilize, unstabilize, whiten
+from preprocessing.stabilize import colour, full_scale_of, stabilize, unstabilize, whiten
 from restoration.denoiser import Restoration
 from restoration.restorer import Restorer
 from restoration.tiles import MARGIN, TileFunction, box_weights, changed_box, restore_in_tiles
 
-DARK_QUANTILE, PEAK_QUANTILE = 0.001, 0.999  # of an image, and of its breast: between them lies what is to be seen
-SMOOTHING = 2.0  # pixels; sigma of the Gaussian that takes the noise from these quantiles
+PEAK_QUANTILE = 0.999  # of the breast's intensities: brought to full scale at most
+DETAIL_SIGMAS = 2.0, 8.0  # pixels; of the Gaussians between which the detail of an image is
+LEAST_DETAIL = 1e-6  # variance in units of the noise's
+NORMAL_MEDIAN = 0.6745  # of the magnitude of standard normal numbers
+FILM_MEAN = 0.5  # of full scale, of a film's breast (mini-MIAS)
 PROBE = 0.1  # standard deviations by which an image is moved to see how its correction follows
 
 
@@ -40,29 +43,45 @@ class Domain(Protocol):
     def image(self, values: Tensor) -> Tensor: ...
 
 
+def detail(values: np.ndarray, mask: np.ndarray, kernel: Tensor | None) -> float:
+    """Robust deviation, without the noise, of what is between `DETAIL_SIGMAS` in size in images (H, W) in units of the noise.
+
+    Inside the mask, away from its border; at least `LEAST_DETAIL`.
+    """
+
+    def band(image: np.ndarray) -> np.ndarray:
+        fine, coarse = (ndimage.gaussian_filter(image, sigma, mode="constant") for sigma in DETAIL_SIGMAS)
+        return fine - coarse
+
+    unit = np.ones((1, 1)) if kernel is None else (kernel / kernel.square().sum().sqrt()).numpy()
+    noise = float((band(np.pad(unit, math.ceil(4 * DETAIL_SIGMAS[1]))) ** 2).sum())
+    inside = ndimage.binary_erosion(mask, iterations=math.ceil(DETAIL_SIGMAS[1]), border_value=1)
+    level = float(values[mask].mean())
+    found = np.median(np.abs(band(values - level)[inside if inside.any() else mask])) / NORMAL_MEDIAN
+    return max(LEAST_DETAIL, float(found) ** 2 - noise) ** 0.5
+
+
 @dataclass(frozen=True)
 class UnitNoise:
-    """Images in units of their noise, whatever it is and whatever they are stored in; 0 is the darkest.
+    """Images in units of their noise, whatever it is and whatever they are stored in; the breast's mean is that of a film.
 
     The noise is correlated still: `whiten` and `colour` stand around the networks, once edges are taken apart.
     """
 
     stored: NoiseModel  # in the units of the images
     reference: float  # what is taken off
-    span: float  # of the breast, from the darkest of the image up
     level: float
     is_cleaner: bool
     factor: float = 1.0
 
     @classmethod
     def of(cls, image: np.ndarray, noise: NoiseModel, mask: np.ndarray, restorer: Restorer) -> UnitNoise:
-        """That of an image (H, W); its level is the one at which a film has as much contrast in units of the noise."""
+        """That of an image (H, W); its level is the one at which a film has as much detail in units of the noise."""
         noise = noise.at(float(image[mask].mean()))
-        smooth = ndimage.gaussian_filter(stabilize(torch.from_numpy(image), noise).numpy(), SMOOTHING)
-        reference = float(np.quantile(smooth, DARK_QUANTILE))
-        span = max(float(np.quantile(smooth[mask], PEAK_QUANTILE)) - reference, 1e-3)
-        own, (least, most) = level_of_range(span), restorer.level_range
-        return cls(noise, reference, span, float(np.clip(own, least, most)), own < least)
+        values = stabilize(torch.from_numpy(image), noise).numpy()
+        own, (least, most) = level_of_detail(detail(values, mask, noise.kernel)), restorer.level_range
+        level = float(np.clip(own, least, most))
+        return cls(noise, float(values[mask].mean()) - full_scale_of(level, FILM_MEAN), level, own < least)
 
     @property
     def noise(self) -> NoiseModel:
@@ -132,7 +151,7 @@ class TiledRestorer:
         """Products (K, H, W) of values (H, W); at edges far above the noise, each side is restored by itself."""
         sides = None
         if self.is_stabilized:
-            sides = part_sides(values, least_step(self.domain.span))
+            sides = part_sides(values, least_step(full_scale_of(self.domain.level), self.domain.noise.kernel))
         if sides is None:
             return self._in_tiles(torch.from_numpy(values)[None], self._one)
         generator = seeded_generator("sides", self.restorer.seed)
