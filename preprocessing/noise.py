@@ -38,6 +38,7 @@ class NoiseModel:
         default=None, compare=False
     )  # (k, k) or (N, 1, k, k), k odd; None: the noise is white
     electronic_is_white: bool = True  # though the rest is correlated
+    level: float | None = None  # noise level of the specification, if it is one of its noises
 
     @classmethod
     def from_level(cls, noise_level: float, kernel: Tensor | None = None) -> NoiseModel:
@@ -48,7 +49,7 @@ class NoiseModel:
         if not 0 <= noise_level < math.inf:
             raise ValueError(f"noise_level must be a finite number of at least 0, not {noise_level}")
         gain, sigma = noise_level / QUANTA_AT_LEVEL_ONE, ELECTRONIC_SIGMA_AT_LEVEL_ONE * noise_level
-        return cls(gain, sigma, kernel=kernel, electronic_is_white=False)
+        return cls(gain, sigma, kernel=kernel, electronic_is_white=False, level=noise_level)
 
     @classmethod
     def of_levels(cls, levels: Tensor, kernel: Tensor | None = None) -> NoiseModel:
@@ -102,7 +103,7 @@ class NoiseModel:
 
     def of_dose(self, fraction: float) -> NoiseModel:
         """The noise at a fraction of the dose of images that are brought back to the brightness of the whole."""
-        return replace(self, gain=self.gain / fraction, sigma=self.sigma / fraction)
+        return replace(self, gain=self.gain / fraction, sigma=self.sigma / fraction, level=None)
 
     def at(self, image: Tensor | float) -> NoiseModel:
         """The model whose noise is all correlated as that of this one is at a value (), if some of it is white."""

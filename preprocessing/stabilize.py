@@ -39,9 +39,9 @@ def unstabilize(values: Tensor, noise: NoiseModel) -> Tensor:
     return (signal + dark * values.clamp(max=0)) * noise.sign + noise.offset
 
 
-def full_scale_of(level: float, share: float = 1.0) -> float:
-    """Full scale of images in [0, 1], or a share of it, in units of the noise at a noise level."""
-    return float(stabilize(torch.tensor(share), NoiseModel.from_level(level)))
+def full_scale_of(level: float) -> float:
+    """Full scale of images in [0, 1] in units of the noise at a noise level."""
+    return float(stabilize(torch.ones(()), NoiseModel.from_level(level)))
 
 
 def whiten(values: Tensor, noise: NoiseModel) -> Tensor:

@@ -26,7 +26,7 @@ PEAK_QUANTILE = 0.999  # of the breast's intensities: brought to full scale at m
 DETAIL_SIGMAS = 2.0, 8.0  # pixels; of the Gaussians between which the detail of an image is
 LEAST_DETAIL = 1e-6  # variance in units of the noise's
 NORMAL_MEDIAN = 0.6745  # of the magnitude of standard normal numbers
-FILM_MEAN = 0.5  # of full scale, of a film's breast (mini-MIAS)
+DARK_QUANTILE = 0.001  # of a smoothed image: the darkest, unless something is wrong with a few pixels
 PROBE = 0.1  # standard deviations by which an image is moved to see how its correction follows
 
 
@@ -56,16 +56,18 @@ def detail(values: np.ndarray, mask: np.ndarray, kernel: Tensor | None) -> float
     unit = np.ones((1, 1)) if kernel is None else (kernel / kernel.square().sum().sqrt()).numpy()
     noise = float((band(np.pad(unit, math.ceil(4 * DETAIL_SIGMAS[1]))) ** 2).sum())
     inside = ndimage.binary_erosion(mask, iterations=math.ceil(DETAIL_SIGMAS[1]), border_value=1)
-    level = float(values[mask].mean())
-    found = np.median(np.abs(band(values - level)[inside if inside.any() else mask])) / NORMAL_MEDIAN
+    mean = values[mask].mean()
+    found = np.median(np.abs(band(values - mean)[inside if inside.any() else mask])) / NORMAL_MEDIAN
     return max(LEAST_DETAIL, float(found) ** 2 - noise) ** 0.5
 
 
 @dataclass(frozen=True)
 class UnitNoise:
-    """Images in units of their noise, whatever it is and whatever they are stored in; the breast's mean is that of a film.
+    """Images in units of their noise, whatever it is and whatever they are stored in.
 
-    The noise is correlated still: `whiten` and `colour` stand around the networks, once edges are taken apart.
+    As in training, black is 0 and the networks are told the noise level. If nobody knows them, black is the darkest of an image,
+    and the level the one at which a film has as much detail in units of the noise. The noise is correlated still: `whiten` and
+    `colour` stand around the networks, once edges are taken apart.
     """
 
     stored: NoiseModel  # in the units of the images
@@ -76,12 +78,14 @@ class UnitNoise:
 
     @classmethod
     def of(cls, image: np.ndarray, noise: NoiseModel, mask: np.ndarray, restorer: Restorer) -> UnitNoise:
-        """That of an image (H, W); its level is the one at which a film has as much detail in units of the noise."""
-        noise = noise.at(float(image[mask].mean()))
-        values = stabilize(torch.from_numpy(image), noise).numpy()
-        own, (least, most) = level_of_detail(detail(values, mask, noise.kernel)), restorer.level_range
-        level = float(np.clip(own, least, most))
-        return cls(noise, float(values[mask].mean()) - full_scale_of(level, FILM_MEAN), level, own < least)
+        """That of an image (H, W)."""
+        noise, reference, own = noise.at(float(image[mask].mean())), 0.0, noise.level
+        if own is None:
+            values = stabilize(torch.from_numpy(image), noise).numpy()
+            reference = float(np.quantile(ndimage.gaussian_filter(values, DETAIL_SIGMAS[0]), DARK_QUANTILE))
+            own = level_of_detail(detail(values, mask, noise.kernel))
+        least, most = restorer.level_range
+        return cls(noise, reference, float(np.clip(own, least, most)), own < least)
 
     @property
     def noise(self) -> NoiseModel:

@@ -21,7 +21,7 @@ from preprocessing.degrade import simulate_low_dose
 from preprocessing.noise import NoiseModel
 from preprocessing.phantom import generate_phantom
 from preprocessing.sides import least_step, part_sides
-from preprocessing.stabilize import stabilize
+from preprocessing.stabilize import full_scale_of, stabilize
 from restoration import evaluate, restore
 from restoration.restore import restore_image
 from restoration.restorer import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer
@@ -130,6 +130,28 @@ def test_noise_of_another_make_is_told_as_it_is(shipped, phantom):
         low = (quanta + noise.sigma * torch.randn(image.shape, generator=generator)).clamp(0, 1).numpy()
         restored = restore_image(shipped, low, noise, "phantom").pixels
         assert psnr(restored, phantom) > psnr(low, phantom) + 5
+
+
+@pytest.mark.parametrize("factor, shift", [(4095.0, 0.0), (4095 / 16, 50.0), (65520.0, 1000.0), (-4095.0, 4095.0)])
+def test_how_an_image_is_stored_changes_nothing(shipped, phantom, factor, shift):
+    low, noise = low_dose(phantom[:160, :128], 0.2), NoiseModel.from_level(0.2)
+    stored = (np.float64(factor) * low + shift).astype(np.float32)
+    restored = restore_image(shipped, low, noise, "x").pixels
+    again = restore_image(shipped, stored, noise.scaled(factor, shift), "x").pixels
+    assert np.abs((again - shift) / factor - restored).max() < 0.2 / 4095
+
+
+@pytest.mark.parametrize("rho, more", [(0.2, 0.4), (0.4, 1.5)])
+def test_noise_that_neighbours_share_is_removed_if_it_is_told(shipped, phantom, rho, more):
+    b = (1 - math.sqrt(1 - 2 * rho**2)) / (2 * rho)
+    row = torch.tensor([b, 1, b])
+    told, generator = NoiseModel.from_level(0.2, row[:, None] * row), torch.Generator().manual_seed(1)
+    low = simulate_low_dose(torch.from_numpy(phantom), 0.2, generator, told.kernel).numpy()
+    white, restored = (
+        psnr(restore_image(shipped, low, noise, "x").pixels, phantom) for noise in (NoiseModel.from_level(0.2), told)
+    )
+    print(psnr(low, phantom), white, restored)
+    assert restored > white + more > psnr(low, phantom) + 3
 
 
 def test_a_sample_has_the_texture_that_the_mean_lacks(shipped, mammogram_dir):
@@ -322,7 +344,7 @@ def test_texture_and_noise_are_no_edges():
     for level in (0.2, 1.0):
         noise = NoiseModel.from_level(level)
         values = stabilize(torch.from_numpy(low_dose(image, level)), noise).numpy()
-        assert part_sides(values, least_step(noise)) is None
+        assert part_sides(values, least_step(full_scale_of(level))) is None
 
 
 def test_along_a_films_border_the_noise_goes_too(shipped):
