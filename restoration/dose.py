@@ -49,4 +49,4 @@ def to_dose(
         residual = colour(whiten(residual, noise.at(at_value)), wanted.at(at_value))
     weight = (wanted.variance(estimate) / noise.variance(estimate)).sqrt().nan_to_num(nan=1.0)
     result = estimate + weight * residual
-    return (result + (factor - 1) * (result - noise.offset) if rescale else result).numpy()
+    return (result + (factor - 1) * (result - noise.offset) if rescale else result).to(estimate).numpy()

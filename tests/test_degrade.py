@@ -1,10 +1,12 @@
 """Low-dose simulation against the moments of the Poisson-Gaussian model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from preprocessing.degrade import simulate_low_dose
-from preprocessing.noise import NoiseModel
+from preprocessing.degrade import simulate_dose, simulate_low_dose
+from preprocessing.noise import NoiseModel, power_spectrum
 
 
 def seeded(seed=0):
@@ -70,3 +72,90 @@ def test_an_impossible_noise_level_is_refused(level):
 def test_an_integer_image_is_refused():
     with pytest.raises(ValueError, match="floating-point"):
         simulate_low_dose(torch.zeros(1, dtype=torch.uint8), 0.2)
+
+
+# A detector as a GE Pristina: quantum noise that its scintillator correlates, electronic noise that is white, an offset.
+AXIS = torch.arange(-2.0, 3.0)
+KERNEL = torch.exp(-(AXIS[:, None].abs() + AXIS.abs()) / 0.8)
+DETECTOR = NoiseModel(gain=0.06, sigma=3.0, offset=20.0, kernel=KERNEL)
+SIDE, DRAWS = 256, 24
+QUANTUM = power_spectrum(KERNEL, (SIDE, SIDE))
+
+
+def measured(signal, noise, generator):
+    """DRAWS direct simulations (DRAWS, H, W) of a signal (256, 256), of Gaussian noise that wraps round."""
+    quantum, electronic = torch.randn(2, DRAWS, SIDE, SIDE, generator=generator)
+    shapes = QUANTUM, torch.ones_like(QUANTUM) if noise.electronic_is_white else QUANTUM
+    parts = [
+        torch.fft.ifft2(torch.fft.fft2(part) * shape.sqrt()).real
+        for part, shape in zip((quantum, electronic), shapes, strict=True)
+    ]
+    return noise.offset + signal + (noise.gain * signal).sqrt() * parts[0] + noise.sigma * parts[1]
+
+
+def by_frequency(spectrum):
+    """Means of a power spectrum (256, 256) in 16 rings of equally many frequencies."""
+    frequency = torch.fft.fftfreq(SIDE)
+    order = frequency[:, None].hypot(frequency).flatten().argsort()
+    return spectrum.flatten()[order].reshape(16, -1).mean(1)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.75])
+@pytest.mark.parametrize("electronic_is_white", [True, False])
+def test_a_fraction_of_the_dose_has_its_mean_variance_and_spectrum(fraction, electronic_is_white):
+    noise = replace(DETECTOR, electronic_is_white=electronic_is_white)
+    full = measured(torch.full((SIDE, SIDE), 300.0), noise, seeded())
+    residual = simulate_dose(full, fraction, noise, seeded(1)) - (20 + fraction * 300)
+    quantum, electronic = 0.06 * fraction * 300, 9.0
+    assert float(residual.mean()) == pytest.approx(0, abs=0.02)
+    assert float(residual.square().mean()) == pytest.approx(quantum + electronic, rel=0.01)
+    wanted = quantum * QUANTUM + electronic * (1 if electronic_is_white else QUANTUM)
+    spectrum = torch.fft.fft2(residual).abs().square().mean(0) / SIDE**2
+    assert torch.allclose(by_frequency(spectrum), by_frequency(wanted), rtol=0.02)
+
+
+def test_the_noise_of_a_fraction_follows_the_signal():
+    ramp = torch.linspace(0, 400, SIDE).expand(SIDE, -1)
+    drawn = simulate_dose(measured(ramp, DETECTOR, seeded()), 0.5, DETECTOR, seeded(1))
+    variance = (drawn - 20 - 0.5 * ramp).square().mean((0, 1)).reshape(8, -1).mean(1)
+    wanted = (0.06 * 0.5 * ramp + 9)[0].reshape(8, -1).mean(1)
+    assert torch.allclose(variance, wanted, rtol=0.02)
+
+
+def test_few_quanta_keep_their_skewness():
+    """Poisson counts thinned to a half are Poisson counts: E[(n - E n)^3] = E n."""
+    counts = torch.poisson(torch.full((400_000,), 40.0, dtype=torch.float64), generator=seeded())
+    half = simulate_dose(counts, 0.5, NoiseModel(1.0, 0.0), seeded(1))
+    assert float(half.var()) == pytest.approx(20, rel=0.01)
+    # Gaussian noise has no third moment; nor has the binomial distribution at a half
+    assert float((half - half.mean()).pow(3).mean()) == pytest.approx(20, rel=0.05)
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(16.0, 0.0), (1 / 4096, 0.0), (-1.0, 16383.0), (-0.25, 50.0)])
+def test_storing_the_values_otherwise_changes_no_fraction_of_the_dose(factor, shift):
+    image = 420 * torch.rand(64, 64, generator=seeded(), dtype=torch.float64)
+    one = simulate_dose(image, 0.5, DETECTOR, seeded(1))
+    other = simulate_dose(factor * image + shift, 0.5, DETECTOR.scaled(factor, shift), seeded(1))
+    assert torch.allclose((other - shift) / factor, one, rtol=0, atol=1e-9)
+
+
+def test_structural_noise_scales_with_the_signal():
+    fixed = NoiseModel(0.0, 0.0, offset=20.0, structural=0.01)
+    image = 20 + torch.full((64, 64), 300.0) * (1 + 0.01 * torch.randn(64, 64, generator=seeded()))
+    assert torch.allclose(simulate_dose(image, 0.5, fixed), 20 + (image - 20) / 2)
+
+
+def test_the_whole_dose_is_the_image_itself():
+    image = torch.rand(8, 8, generator=seeded())
+    assert torch.equal(simulate_dose(image, 1.0, replace(DETECTOR, kernel=None)), image)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.01, float("nan"), float("inf")])
+def test_an_impossible_fraction_is_refused(fraction):
+    with pytest.raises(ValueError, match="fraction"):
+        simulate_dose(torch.zeros(1, 1), fraction, DETECTOR)
+
+
+def test_a_fraction_of_integers_is_refused():
+    with pytest.raises(ValueError, match="floating-point"):
+        simulate_dose(torch.zeros(1, 1, dtype=torch.uint8), 0.5, DETECTOR)
