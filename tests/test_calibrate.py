@@ -1,0 +1,283 @@
+"""Calibration on simulated flat fields returns what was put in."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+from PIL import Image
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import DigitalMammographyXRayImageStorageForProcessing, ExplicitVRLittleEndian, generate_uid
+from scipy import signal
+
+from helper import UserError
+from preprocessing import calibrate
+from preprocessing.calibrate import Level
+from preprocessing.detector import Detector
+from preprocessing.noise import NoiseModel, power_spectrum
+from scripts import ROOT
+
+SIDE, MAS, REPEATS = 384, (5, 20, 60, 140), 3
+
+
+def kernel(centre, columns, rows, tail):
+    """A kernel (21, 21) of a centre, its neighbours in a row and in a column, and a tail that falls off slowly."""
+    y, x = np.mgrid[-10:11, -10:11]
+    values = tail * np.exp(-np.hypot(y, x) / 3)
+    values[10, 10], values[10, [9, 11]], values[[9, 11], 10] = centre, columns, rows
+    return values / np.sqrt(np.square(values).sum())
+
+
+# published figures of an indirect and of a direct detector (Brandao et al., IWBI 2026)
+GE, HOLOGIC = kernel(0.898, 0.188, 0.159, 0.07), kernel(0.997, 0.021, 0.044, 0)
+
+
+def simulated(
+    blur, gain=0.05, sigma=2.8, offset=40.0, slope=20.0, structural=0.005, shading=0.1, repeats=REPEATS, seed=0
+):
+    """Flat fields (len(MAS), repeats, SIDE, SIDE) uint16. A negative slope is that of inverted storage."""
+    rng, reach = np.random.default_rng(seed), len(blur) - 1
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE - 0.5
+    fixed = 1 + structural * rng.standard_normal((SIDE, SIDE))
+    images = []
+    for mas in MAS:
+        mean = abs(slope) * mas * (1 + shading * x - shading * y**2)
+        for _ in range(repeats):
+            output = 1 + 0.003 * rng.standard_normal()  # of the tube
+            quantum = signal.fftconvolve(rng.standard_normal((SIDE + reach, SIDE + reach)), blur, "valid")
+            exposed = output * mean * fixed + np.sqrt(gain * mean) * quantum + sigma * rng.standard_normal((SIDE, SIDE))
+            images.append(np.rint(offset + np.copysign(1, slope) * exposed).clip(0, 65535).astype(np.uint16))
+    return np.array(images).reshape(len(MAS), repeats, SIDE, SIDE)
+
+
+def measured(images):
+    levels = [Level.of(mas, stack) for mas, stack in zip(MAS, images, strict=True)]
+    return calibrate.calibrate(levels, (SIDE, SIDE), "simulated", 0.1)
+
+
+@pytest.fixture(scope="module")
+def ge():
+    return measured(simulated(GE))[0]
+
+
+def correlations(blur):
+    """Autocorrelation at lags 0 to 3 in either direction, (4, 4)."""
+    full = signal.correlate(blur, blur)
+    centre = len(blur) - 1
+    return full[centre : centre + 4, centre : centre + 4] / full[centre, centre]
+
+
+@pytest.mark.parametrize(
+    "blur, slope, offset", [(GE, 20.0, 40.0), (HOLOGIC, -20.0, 16383.0)], ids=["GE", "Hologic, inverted"]
+)
+def test_the_estimate_is_what_was_put_in(blur, slope, offset):
+    detector, response = measured(simulated(blur, slope=slope, offset=offset))
+    assert detector.gain == pytest.approx(np.copysign(0.05, slope), rel=0.02)
+    assert detector.sigma == pytest.approx(np.sqrt(2.8**2 + 1 / 12), rel=0.05)  # 1/12: rounding to whole numbers
+    assert detector.offset == pytest.approx(offset, abs=2)
+    assert detector.structural == pytest.approx(0.005, rel=0.1)
+    assert detector.gain_map is None
+    np.testing.assert_allclose(correlations(detector.kernel), correlations(blur), atol=0.02)
+    assert response.is_linear and response.slope == pytest.approx(slope, rel=0.01)
+
+
+def test_white_noise_filtered_by_the_kernel_has_the_true_spectrum(ge):
+    own, true = (power_spectrum(torch.as_tensor(k), (64, 64)) for k in (ge.kernel, GE))
+    assert float((own - true).abs().mean()) < 0.03
+
+
+def test_one_image_at_each_exposure_is_enough_for_the_curve():
+    detector, _ = measured(simulated(HOLOGIC, structural=0.02, repeats=1))
+    assert detector.structural == pytest.approx(0.02, rel=0.05)
+    assert detector.gain == pytest.approx(0.05, rel=0.2)
+
+
+def test_a_gain_that_varies_becomes_a_map():
+    x = np.linspace(-1, 1, SIDE)
+    varied = 0.05 * (1 + 0.15 * x) * np.ones((SIDE, 1))
+    detector, _ = measured(simulated(GE, gain=varied, repeats=4))
+    gain = detector.noise((SIDE, SIDE)).gain.numpy()
+    assert np.abs(gain / varied - 1).max() < 0.05
+    assert gain.mean() == pytest.approx(0.05, rel=0.02)
+    half = detector.noise((SIDE // 2, SIDE // 2), flipped=True)
+    np.testing.assert_allclose(
+        half.gain.numpy(), gain.reshape(SIDE // 2, 2, SIDE // 2, 2).mean((1, 3))[:, ::-1], rtol=0.01
+    )
+
+
+def test_the_nnps_is_the_variance_by_the_signal_and_the_pixel_area():
+    """Its integral over frequency is the relative variance, and for white noise it is flat: gain x area / signal."""
+    detector, _ = measured(simulated(kernel(1, 0, 0, 0), sigma=0, structural=0))
+    expected = 0.05 * 0.01 / (20 * np.array(MAS))
+    np.testing.assert_allclose(detector.nnps.mean(1), expected, rtol=0.03)
+    assert detector.frequencies[-1] == pytest.approx(5, abs=0.2)  # Nyquist's of 0.1 mm
+    assert np.abs(detector.nnps / detector.nnps.mean(1, keepdims=True) - 1).max() < 0.15
+
+
+def test_values_that_are_not_linear_are_told():
+    images = simulated(HOLOGIC).astype(float)
+    _, response = measured(images - 2e-5 * images**2)
+    assert not response.is_linear and response.deviation > 0.02
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def small():
+    return Detector("d", 0.03, 2.8, 1.9, 0.01, np.eye(3), gain_map=np.array([[0.9, 1.1]]), pixel_mm=0.1)
+
+
+def test_a_detector_survives_its_file(ge, tmp_path):
+    ge.to_json(tmp_path / "d.json")
+    back = Detector.from_json(tmp_path / "d.json")
+    for name in ("gain", "sigma", "offset", "structural", "kernel", "nnps", "frequencies", "exposures", "variances"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(ge, name))
+    noise = small().noise((2, 4))
+    assert isinstance(noise, NoiseModel)
+    # bilinear between the tiles' centres, which lie at 0.5 and 2.5 of the 4 pixels
+    np.testing.assert_allclose(noise.gain.numpy(), 0.03 * np.array([[0.9, 0.95, 1.05, 1.1]] * 2), rtol=1e-6)
+    assert (noise.sigma, noise.offset, noise.structural, noise.electronic_is_white) == (2.8, 1.9, 0.01, True)
+
+
+ENTRIES = {
+    "gain": [0.0, None, "0.1", True, [0.1], 1e300], "sigma": [-1], "structural": [-0.1], "pixel_mm": [0, -0.1],
+    "kernel": [[[0.0]], [[1, 2], [3, 4]], [[1, 2, 3]], [1], [[[1]]], [[1], [1, 2]], np.ones((33, 33)).tolist()],
+    "gain_map": [[[0.0]], [[]], [[1, -1]], np.ones((2, 40)).tolist()], "name": [3], "electronic_is_white": [1],
+    "exposures": [[1.0]], "nnps": [[[1.0]]], "extra": [1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in ENTRIES.items() for value in values])
+def test_a_file_that_cannot_be_a_detector_is_refused(tmp_path, name, value):
+    path = tmp_path / "d.json"
+    small().to_json(path)
+    entries = json.loads(path.read_text()) | {name: value} | ({"sigma": 0} if name == "gain" and value == 0 else {})
+    path.write_text(json.dumps(entries))
+    with pytest.raises(UserError, match=r"d\.json: not the calibration of a detector.*preprocessing/calibrate\.py"):
+        Detector.from_json(path)
+
+
+@pytest.mark.parametrize("text", [b"", b"[1]", b"{}", b"\xff\xfe", b"NaN", b"[" * 100_000])
+def test_a_file_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "d.json").write_bytes(text)
+    with pytest.raises(UserError, match=r"d\.json: not the calibration"):
+        Detector.from_json(tmp_path / "d.json")
+    with pytest.raises(UserError, match=r"none\.json: cannot be read"):
+        Detector.from_json(tmp_path / "none.json")
+
+
+def test_not_a_number_is_refused(tmp_path):
+    small().to_json(tmp_path / "d.json")
+    text = (tmp_path / "d.json").read_text().replace('"sigma": 2.8', '"sigma": NaN')
+    (tmp_path / "d.json").write_text(text)
+    with pytest.raises(UserError, match="sigma"):
+        Detector.from_json(tmp_path / "d.json")
+
+
+# --- the script ------------------------------------------------------------------------------------------------------
+
+
+def write_dicom(path, stored, **tags):
+    header = pydicom.Dataset()
+    header.file_meta = FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    header.SOPClassUID, header.SOPInstanceUID = DigitalMammographyXRayImageStorageForProcessing, generate_uid()
+    header.Manufacturer, header.ManufacturerModelName = "Maker", "Model"
+    header.PresentationIntentType = "FOR PROCESSING"
+    for name, value in tags.items():
+        setattr(header, name, value)
+    header.set_pixel_data(stored, "MONOCHROME2", 14)
+    header.save_as(path, enforce_file_format=True)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def flats(tmp_path_factory):
+    """Two flats at each of two exposures, as PNG, and their exposures."""
+    folder, paths = tmp_path_factory.mktemp("flats"), []
+    for mas, stack in zip(MAS[::2], simulated(HOLOGIC, repeats=2)[::2, :, :200, :256], strict=True):
+        for i, image in enumerate(stack):
+            paths.append(folder / f"{mas}-{i}.png")
+            Image.fromarray(image).save(paths[-1])
+    return SimpleNamespace(folder=folder, paths=[*map(str, paths)], mas=["5", "5", "60", "60"])
+
+
+def refused(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", *map(str, arguments)])
+    with pytest.raises(UserError) as refusal:
+        calibrate.main()
+    return str(refusal.value)
+
+
+def test_the_script_runs_from_the_root(flats, tmp_path):
+    command = [
+        sys.executable,
+        "preprocessing/calibrate.py",
+        *flats.paths,
+        "--exposures",
+        *flats.mas,
+        "--pixel-mm",
+        "0.1",
+    ]
+    out = tmp_path / "detector.json"
+    done = subprocess.run(
+        [*command, "--out", str(out), "--no-tqdm"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"detector written to {out}" in done.stdout and "NNPS u" in done.stdout
+    assert Detector.from_json(out).gain == pytest.approx(0.05, rel=0.05)
+    assert [path.name for path in tmp_path.iterdir()] == ["detector.json"]
+
+
+def test_a_header_states_exposure_pitch_and_name(tmp_path, monkeypatch, capsys):
+    paths = []
+    for mas, stack in zip(MAS, simulated(HOLOGIC, repeats=2)[..., :200, :256], strict=True):
+        stated = {"ExposureInuAs": 1000 * mas, "Exposure": 1, "ImagerPixelSpacing": [0.07, 0.07]}
+        paths += [write_dicom(tmp_path / f"{mas}-{i}.dcm", image, **stated) for i, image in enumerate(stack)]
+    saturated = np.full((200, 256), 16383, np.uint16)
+    paths.append(write_dicom(tmp_path / "saturated.dcm", saturated, ExposureInuAs=900_000))
+    out = tmp_path / "new" / "detector.json"
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", *paths, "--out", str(out), "--no-tqdm"])
+    calibrate.main()
+    detector = Detector.from_json(out)
+    assert (detector.name, detector.pixel_mm, detector.exposures) == ("Maker Model", 0.07, [*map(float, MAS)])
+    assert detector.offset == pytest.approx(40, abs=2)
+    assert "saturated.dcm: 100.0 % of its pixels are clipped; left out" in capsys.readouterr().err
+
+
+def test_wrong_calls_are_refused_in_a_line(flats, tmp_path, monkeypatch):
+    out = ["--out", tmp_path / "d.json", "--no-tqdm"]
+    assert "one exposure" in refused(monkeypatch, flats.paths[0], "--exposures", 5, *out)
+    assert "one exposure" in refused(monkeypatch, *flats.paths[:2], "--exposures", 5, 5.001, *out)
+    assert "two images at each" in refused(monkeypatch, *flats.paths[::2], "--exposures", 5, 60, *out)
+    assert "5-0.png: states no exposure; pass --exposures" in refused(monkeypatch, *flats.paths, *out)
+    assert "--exposures: 1 numbers for 4 files" in refused(monkeypatch, *flats.paths, "--exposures", 5, *out)
+    assert "does not follow the exposure" in refused(monkeypatch, *flats.paths, "--exposures", 1, 4, 2, 3, *out)
+    assert "noise does not rise" in refused(monkeypatch, *flats.paths, "--exposures", 60, 60, 5, 5, *out)
+    Image.fromarray(np.zeros((300, 256), np.uint16)).save(tmp_path / "other.png")
+    Image.fromarray(np.zeros((64, 256), np.uint16)).save(tmp_path / "small.png")
+    sizes = refused(monkeypatch, flats.paths[0], tmp_path / "other.png", "--exposures", 5, 60, *out)
+    assert "other.png: 256 x 300 pixels, but" in sizes and "256 x 200" in sizes
+    assert "small.png: 256 x 64 pixels are too few" in refused(
+        monkeypatch, tmp_path / "small.png", "--exposures", 5, *out
+    )
+    assert not (tmp_path / "d.json").exists()
+
+
+def test_an_out_that_cannot_be_written_is_found_before_the_work(flats, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "read_levels", lambda *_: pytest.fail("worked in vain"))
+    (tmp_path / "file").write_text("")
+    call = [*flats.paths, "--exposures", *flats.mas, "--out"]
+    assert "cannot be written" in refused(monkeypatch, *call, tmp_path / "file" / "d.json")
+    assert "a folder; name a file" in refused(monkeypatch, *call, tmp_path)
+
+
+def test_an_image_for_display_is_refused(tmp_path, monkeypatch):
+    path = write_dicom(
+        tmp_path / "p.dcm", np.zeros((200, 256), np.uint16), Exposure=5, PresentationIntentType="FOR PRESENTATION"
+    )
+    assert "p.dcm: processed for display" in refused(monkeypatch, path, "--out", tmp_path / "d.json", "--no-tqdm")
