@@ -20,13 +20,17 @@ from pydicom.encaps import get_frame
 from pydicom.filereader import read_dataset, read_file_meta_info, read_preamble
 from pydicom.multival import MultiValue
 from pydicom.pixels import apply_modality_lut, get_decoder
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless, generate_uid
 
 from files.pictures import MAX_PIXELS, PICTURE_SUFFIXES, SOFTWARE, refuse_size, stream_size
 from helper import ImageError, UserError, reason_of
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
 MAX_HEADER_BYTES = 2**24  # of a data set, beside its pixels
+FOR_PROCESSING, FOR_PRESENTATION = "FOR PROCESSING", "FOR PRESENTATION"  # PresentationIntentType
+LEAST_TURNING = (
+    -0.2
+)  # correlation of neighbouring steps: white noise has -0.5, that of a scintillator -0.3, fillings none
 # Elements that are wrong once the pixels change: thumbnails, signatures, and where compressed frames begin.
 _STALE_TAGS = (
     "IconImageSequence", "MACParametersSequence", "DigitalSignaturesSequence", "ExtendedOffsetTable",
@@ -82,29 +86,32 @@ def read_dicom(path: Path) -> tuple[np.ndarray, int, pydicom.Dataset, np.ndarray
     stored = _decode(path, header)
     pixels = scaling.unit(_through_lut(stored, header) if scaling.from_lut else stored).astype(np.float32)
     padding = _padding(header, stored)
-    if padding is not None:
-        pixels[padding] = 0
+    if padding is not None:  # the background of a detector's own image is bright
+        is_raw = intent_of(header) == FOR_PROCESSING
+        pixels[padding] = pixels[~padding].max(initial=0) if is_raw else 0
     return pixels, scaling.bits, header, padding
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How stored values, modality values and [0, 1] are related (PS3.3 C.11.1)."""
+    """How stored values, modality values and [0, 1] are related (PS3.3 C.11.1): stored = factor * unit + shift.
+
+    A noise model of stored values is that of [0, 1] by `noise.scaled(1 / factor, -shift / factor)`.
+    """
 
     bits: int
-    signed: bool
+    signed: bool = False
     falling: bool = False  # [0, 1] falls as stored values rise
     from_lut: bool = False  # the values come from a modality LUT: a derived image stores those
 
     @classmethod
     def of(cls, header: pydicom.Dataset) -> Scaling:
         """The scaling that a data set declares."""
-        inverted = header.get("PhotometricInterpretation") == "MONOCHROME1"
         if header.get("ModalityLUTSequence"):
-            return cls(int(header.ModalityLUTSequence[0].LUTDescriptor[2]), False, inverted, from_lut=True)
-        # only the sign of the slope matters: the range of stored values is brought to [0, 1]
-        falling = inverted != (float(header.get("RescaleSlope") or 1) < 0)
-        return cls(int(header.BitsStored), bool(header.get("PixelRepresentation", 0)), falling)
+            bits, signed = int(header.ModalityLUTSequence[0].LUTDescriptor[2]), False
+        else:
+            bits, signed = int(header.BitsStored), bool(header.get("PixelRepresentation", 0))
+        return cls(bits, signed, _falls(header), from_lut=bool(header.get("ModalityLUTSequence")))
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -112,18 +119,54 @@ class Scaling:
         offset = 2 ** (self.bits - 1) if self.signed else 0
         return -offset, 2**self.bits - 1 - offset
 
+    @property
+    def factor(self) -> float:
+        """What [0, 1] is multiplied by to give stored values; below 0 if they fall as it rises."""
+        low, high = self.limits
+        return float(low - high if self.falling else high - low)
+
+    @property
+    def shift(self) -> float:
+        """The stored value of 0."""
+        return float(self.limits[1 if self.falling else 0])
+
     def unit(self, values: np.ndarray) -> np.ndarray:
         """Bring stored values, or those of the modality LUT, to [0, 1]."""
-        low, high = self.limits
-        unit = ((values.astype(np.float64) - low) / (high - low)).clip(0, 1)
-        return 1 - unit if self.falling else unit
+        return ((values.astype(np.float64) - self.shift) / self.factor).clip(0, 1)
 
     def stored(self, unit: np.ndarray) -> np.ndarray:
         """Bring [0, 1] to values to store."""
-        low, high = self.limits
-        unit = 1 - unit if self.falling else unit
         kind = ("i" if self.signed else "u") + ("1" if self.bits <= 8 else "2")
-        return np.rint(low + unit.clip(0, 1) * (high - low)).astype(kind)
+        return np.rint(self.factor * unit.clip(0, 1) + self.shift).astype(kind)
+
+
+def intent_of(header: pydicom.Dataset) -> str:
+    """FOR PROCESSING, which is a detector's own image, FOR PRESENTATION, or empty if neither intent nor class tells.
+
+    PS3.3 C.8.11.1; the class (PS3.4 B.5) stands in for an intent that is missing.
+    """
+    words = str(header.get("PresentationIntentType") or "").strip() or UID(str(header.get("SOPClassUID") or "")).name
+    return next((known for known in (FOR_PROCESSING, FOR_PRESENTATION) if words.upper().endswith(known)), "")
+
+
+def detector_of(header: pydicom.Dataset) -> str:
+    """Manufacturer and model in printable words; empty if the data set names neither."""
+    words = " ".join(str(header.get(tag) or "") for tag in ("Manufacturer", "ManufacturerModelName"))
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in words).split())
+
+
+def _falls(header: pydicom.Dataset) -> bool:
+    """Whether [0, 1] falls as stored values rise.
+
+    It rises with the exposure if the image is a detector's own, as PS3.3 C.8.11.3.1.2 says of stored values whatever their
+    photometric interpretation is; else from black to white. Of a slope only the sign matters, for the range of the stored
+    values is brought to [0, 1].
+    """
+    slope_falls = not header.get("ModalityLUTSequence") and float(header.get("RescaleSlope") or 1) < 0
+    if intent_of(header) == FOR_PROCESSING:
+        sign = header.get("PixelIntensityRelationshipSign")
+        return slope_falls if sign is None else int(sign) < 0
+    return (header.get("PhotometricInterpretation") == "MONOCHROME1") != slope_falls
 
 
 def _through_lut(stored: np.ndarray, header: pydicom.Dataset) -> np.ndarray:
@@ -136,12 +179,24 @@ def _through_lut(stored: np.ndarray, header: pydicom.Dataset) -> np.ndarray:
 
 
 def _padding(header: pydicom.Dataset, stored: np.ndarray) -> np.ndarray | None:
-    """Where the stored values are padding (PS3.3 C.7.5.1.1.2); None if the file declares no padding value."""
+    """Where the stored values are padding (PS3.3 C.7.5.1.1.2); None if the file declares no padding value that holds.
+
+    A value that the stored type cannot hold is left over from another depth. A range in which neighbours go up
+    and down as noise does reaches into the air: that is image.
+    """
     if header.get("PixelPaddingValue") is None:
         return None
     value, limit = header.PixelPaddingValue, header.get("PixelPaddingRangeLimit")
-    ends = np.array([int(value), int(value if limit is None else limit)]).astype(stored.dtype)  # some write -1 as 65535
-    return (stored >= ends.min()) & (stored <= ends.max())
+    ends, held = np.array([int(value), int(value if limit is None else limit)]), np.iinfo(stored.dtype)
+    # the elements have 16 bits, and some files write -1 as 65535 or the other way round
+    ends[ends > held.max] -= 2**16 if held.min < 0 else 0
+    ends[ends < held.min] += 0 if held.min < 0 else 2**16
+    if ends.min() < held.min or ends.max() > held.max:
+        return None
+    padding = (stored >= ends.min()) & (stored <= ends.max())
+    step = np.diff(stored.astype(np.float64), axis=1)
+    steps = np.stack([step[:, :-1], step[:, 1:]])[:, padding[:, :-2] & padding[:, 1:-1] & padding[:, 2:]]
+    return None if steps.prod(0).sum() < LEAST_TURNING * (steps**2).sum() / 2 else padding
 
 
 def _refuse_inflation(path: Path) -> None:

@@ -14,7 +14,18 @@ import pydicom
 from PIL import Image, UnidentifiedImageError
 from pydicom.errors import InvalidDicomError
 
-from files.dicom import DICOM_SUFFIXES, derived_dicom, dicom_tag, is_dicom, read_dicom
+from files.dicom import (
+    DICOM_SUFFIXES,
+    FOR_PRESENTATION,
+    FOR_PROCESSING,
+    Scaling,
+    derived_dicom,
+    detector_of,
+    dicom_tag,
+    intent_of,
+    is_dicom,
+    read_dicom,
+)
 from files.pictures import FORMATS, MAX_PIXELS, PICTURE_SUFFIXES, SOFTWARE, read_picture, write_picture
 from helper import ImageError, UserError, reason_of
 from running.writing import atomic_path
@@ -27,7 +38,7 @@ class Mammogram:
     """A mammogram and what is needed to write it back."""
 
     path: Path
-    pixels: np.ndarray  # (H, W) float32 in [0, 1], dense tissue bright
+    pixels: np.ndarray  # (H, W) float32 in [0, 1]; dense tissue is bright unless `is_raw`
     bits: int  # 8 or 16 in a picture, the bits stored in DICOM
     header: pydicom.Dataset | None = None  # of DICOM: the whole data set
     padding: np.ndarray | None = None  # of DICOM: (H, W) bool, True outside the image
@@ -39,6 +50,26 @@ class Mammogram:
     def suffix(self) -> str:
         """Suffix of the file that `write` makes: `.dcm` for DICOM, else `.png`."""
         return ".png" if self.header is None else ".dcm"
+
+    @property
+    def scale(self) -> Scaling:
+        """How stored values follow from pixels: factor * pixels + shift. A picture's are those of the PNG to write."""
+        return Scaling(self.bits) if self.header is None else Scaling.of(self.header)
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether it is a detector's own image, FOR PROCESSING: pixels rise with the exposure, and air is bright."""
+        return self.header is not None and intent_of(self.header) == FOR_PROCESSING
+
+    @property
+    def is_processed(self) -> bool:
+        """Whether it is processed FOR PRESENTATION; neither this nor `is_raw` if the file does not say, as of film."""
+        return self.header is not None and intent_of(self.header) == FOR_PRESENTATION
+
+    @property
+    def detector(self) -> str:
+        """Manufacturer and model in words; empty if the file names none."""
+        return "" if self.header is None else detector_of(self.header)
 
     def write(self, path: Path, pixels: np.ndarray, description: str, *, series: str = "") -> None:
         """Write `pixels` (H, W) in [0, 1] in place of this mammogram's: its size, depth, orientation, and patient.
@@ -65,9 +96,10 @@ def read_image(path: Path) -> np.ndarray:
 def read_mammogram(path: Path) -> Mammogram:
     """Read a grayscale mammogram: DICOM, PNG or TIFF of 8 or 16 bits, JPEG, PGM.
 
-    DICOM values go through the modality LUT but through no VOI window, which is for viewing and cannot be undone. They are
-    divided by the greatest value that the stored bits can hold; MONOCHROME1 is inverted; padding becomes background. If a
-    file declares more than `MAX_PIXELS`, it is refused before it is decoded. Raises ImageError naming the file.
+    DICOM values go through the modality LUT but through no VOI window, which is for viewing and cannot be undone. The range
+    that the stored bits can hold becomes [0, 1]; MONOCHROME1 is inverted, but a detector's own image (FOR PROCESSING) rises
+    with the exposure in any case; padding becomes background. If a file declares more than `MAX_PIXELS`, it is refused
+    before it is decoded. Raises ImageError naming the file.
     """
     try:
         with warnings.catch_warnings():
