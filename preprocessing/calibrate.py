@@ -1,8 +1,8 @@
 """Measure a detector's noise on flat fields, and write it for `main-restore.py --detector`.
 
-Sources: Monnin et al., "Image quality assessment in digital mammography: part I", Phys. Med. Biol. 2007, and "A comprehensive
-model for quantum noise characterization in digital mammography", Phys. Med. Biol. 2016 (the variance law); Brandao et al.,
-IWBI 2026 (kernel, gain over the detector); IEC 62220-1-2:2007 (regions and noise power spectrum).
+Sources: Monnin et al., "Comparison of the polynomial model against explicit measurements of noise components for different
+mammography systems", Phys. Med. Biol. 2014, for the law of the variance; Brandao et al., IWBI 2026, for the kernel and the gain
+over the detector; IEC 62220-1-2:2007 for regions and noise power spectrum.
 """
 
 from __future__ import annotations

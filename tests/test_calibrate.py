@@ -32,7 +32,7 @@ def kernel(centre, columns, rows, tail):
     return values / np.sqrt(np.square(values).sum())
 
 
-# published figures of an indirect and of a direct detector (Brandao et al., IWBI 2026)
+# an indirect and a direct detector: centre and neighbours as Brandao et al. (IWBI 2026) have them, the tail is made up
 GE, HOLOGIC = kernel(0.898, 0.188, 0.159, 0.07), kernel(0.997, 0.021, 0.044, 0)
 
 
