@@ -78,6 +78,7 @@ _DATA = _declared(
     image_shape=([1, 1024, 768], SHAPE),  # C, H, W of the training grid: the breast is scaled onto it, never stretched
     noise_level=(0.2, NOT_NEGATIVE),  # low dose: 1000 / level quanta at full scale, electronic sigma 0.05 * level
     noise_levels=([], PAIR_OR_EMPTY),  # range of training samples, drawn log-uniformly; empty: noise_level alone
+    dose_fraction=(0.0, FRACTION),  # low dose: this share of the images' own dose, by their own noise; 0: noise_level
     stabilize=False,  # work in units of the noise's deviation (generalised Anscombe), so that one model serves all levels
     crop_size=(0, NOT_NEGATIVE),  # pixels; side of training crops, a multiple of the product of scaling_rates; 0: none
     crops_per_image=(1, POSITIVE),  # crops drawn from each image in an epoch
@@ -378,6 +379,12 @@ def _clashes(hps: HParams) -> Iterator[tuple[bool, str, str]]:
     yield hps.stabilize and not hps.noise_level, "stabilize", "needs a noise_level greater than 0"
     words = "edges are taken apart in the loader; pass part_edges=False too"
     yield hps.degrade_on_device and hps.part_edges, "degrade_on_device", words
+    for key, usable in {"native": hps.native, "stabilize": hps.stabilize, "phantoms": not hps.phantoms}.items():
+        words = f"dose_fraction needs {key}={0 if key == 'phantoms' else True}: it takes images with their own noise"
+        yield hps.dose_fraction and not usable, key, words
+    words = "a fraction of the dose of one's own images is drawn in the loader, as it is; pass {0}=False too"
+    for key in ("part_edges", "degrade_on_device"):
+        yield hps.dose_fraction and hps[key], "dose_fraction", words.format(key)
     words = "one model serves several levels with stabilize=True alone"
     yield hps.noise_levels and not hps.stabilize, "noise_levels", words
     rest = hps.batch_size % (hps.mini_batch_size or hps.batch_size)

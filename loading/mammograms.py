@@ -16,10 +16,11 @@ from files.splits import SPLITS
 from helper import ImageError, one_line, seeded_generator, tracked
 from hps import HParams
 from loading.batches import Batch, Meta, PackedBatch, PendingNoise, SampleKey
-from preprocessing.augment import CHANGES_OF_INTENSITIES, augment, log_uniform, switched_on
-from preprocessing.degrade import simulate_low_dose
+from preprocessing.augment import CHANGES_OF_INTENSITIES, augment, grained, log_uniform, switched_on, toss
+from preprocessing.degrade import simulate_dose, simulate_low_dose
+from preprocessing.estimate import estimate_noise, level_at
 from preprocessing.grid import Prepared
-from preprocessing.noise import NoiseModel, draw_kernel, unit_noise
+from preprocessing.noise import KERNEL_SIDE, NoiseModel, draw_kernel, kernel_of, unit_noise
 from preprocessing.phantom import generate_phantom
 from preprocessing.sides import least_step, part_sides
 from preprocessing.stabilize import full_scale_of, stabilize, unstabilize
@@ -46,6 +47,7 @@ class MammogramDataset(Dataset):
             scale_range=[1.0, 1.0], gamma_range=[1.0, 1.0], windowing=0.0, enhancement=0.0, grain=0.0
         )
         self._cache: dict[int, Prepared] = {}
+        self._noises: dict[int, NoiseModel] = {}
 
     def without_noise(self) -> None:
         """Leave the low dose of training samples to the device, and undrawn if no step asks for it."""
@@ -70,7 +72,8 @@ class MammogramDataset(Dataset):
     @property
     def noise(self) -> str:
         """What degrades the images, in words."""
-        return f"noise level {self.hps.noise_level}"
+        fraction = self.hps.dose_fraction
+        return f"{fraction:g} of the dose of real images" if fraction else f"noise level {self.hps.noise_level}"
 
     def patients(self) -> list[str]:
         """Whose images these are, each once, in order."""
@@ -85,9 +88,21 @@ class MammogramDataset(Dataset):
         if index in self._cache:
             return self._cache[index]
         image = self.prepare(index)
+        if self.hps.dose_fraction:
+            # as a measured pair is, it is only cropped and turned: nothing else leaves its noise as it is
+            image = replace(image, degraded=image.clean, info=image.info | {"noise": self._noise_of(index, image)})
         if self.hps.cache_images:
             self._cache[index] = image
         return image
+
+    def _noise_of(self, index: int, image: Prepared) -> NoiseModel:
+        """The noise of a full-dose image, estimated once. Raises ImageError naming the image if it shows none."""
+        if index not in self._noises:
+            self._noises[index] = estimate_noise(image.clean[0].numpy(), image.mask[0].numpy()).noise
+        if self._noises[index].is_none:
+            path = self.meta(index, SampleKey(0, index, index)).path
+            raise ImageError(f"{path}: shows no noise of its own, of which dose_fraction could make more; leave it out")
+        return self._noises[index]
 
     def __len__(self) -> int:
         return self.image_count() * (self.hps.crops_per_image if self.train else 1)
@@ -103,7 +118,8 @@ class MammogramDataset(Dataset):
         image, meta = self._image_or_another(key)
         generator = seeded_generator("sample", self.seed, key.epoch, key.index)
         hps = self.unaltered if 0 < self.hps.altered_epochs <= key.epoch else self.hps
-        sample = self._sample(augment(image, hps, generator), meta, generator, self.degrade_on_device)
+        crop = replace(augment(image, hps, generator), info={k: image.info[k] for k in image.info.keys() & {"noise"}})
+        sample = self._sample(crop, meta, generator, self.degrade_on_device)
         return one_side(sample, generator) if self.hps.part_edges else sample
 
     def _image_or_another(self, key: SampleKey) -> tuple[Prepared, Meta]:
@@ -133,10 +149,14 @@ class MammogramDataset(Dataset):
     def _sample(self, image: Prepared, meta: Meta, generator: torch.Generator, on_device: bool = False) -> Batch:
         """The sample of an image; `on_device` leaves a simulated low dose to `Batch.degrade` and sends no mask."""
         meta.info.update(image.info)
+        if "noise" in image.info:
+            return self._fraction_of_dose(image, meta, generator)
         degraded, level, pending, kernel = image.degraded, self.hps.noise_level, [], None
         if degraded is None:
             if self.train and self.hps.noise_levels:
                 level = log_uniform(*self.hps.noise_levels, generator)
+            if self.train and toss(self.hps.grain, generator):
+                image = replace(image, clean=grained(image.clean, level, generator))
             if self.train and self.hps.correlation:
                 kernel = draw_kernel(self.hps.correlation, generator)
             if on_device:
@@ -148,6 +168,23 @@ class MammogramDataset(Dataset):
         kind = Batch if image.clean.is_floating_point() else PackedBatch
         kernel = None if kernel is None else kernel[None, None]
         return kind(*images, [meta], torch.tensor([float(level)]), mask, pending, kernel)
+
+    def _fraction_of_dose(self, image: Prepared, meta: Meta, generator: torch.Generator) -> Batch:
+        """The sample of a full-dose image of its own noise: a fraction of its dose, brought back to its brightness.
+
+        The networks are told the noise level that has as much noise at the image's mean, within the range of training.
+        """
+        fraction, full = self.hps.dose_fraction, image.info["noise"]
+        low = simulate_dose(image.clean, fraction, full, generator)
+        degraded, mean = full.offset + (low - full.offset) / fraction, image.clean.mean()
+        noise = full.of_dose(fraction).at(mean)
+        flat = torch.ones((2 * KERNEL_SIDE + 1,) * 2)
+        kernel = kernel_of(flat) if noise.kernel is None else noise.kernel
+        levels = self.hps.noise_levels or [self.hps.noise_level] * 2
+        level = min(max(level_at(noise, float(mean)), levels[0]), levels[1])
+        told = torch.tensor([[float(noise.gain), float(noise.sigma), float(noise.offset)]])
+        images = image.clean[None], degraded[None], [meta], torch.tensor([level]), image.mask[None]
+        return Batch(*images, kernel=kernel.float()[None, None], told=told)
 
 
 def one_side(sample: Batch, generator: torch.Generator) -> Batch:
@@ -210,7 +247,7 @@ class RecordDataset(MammogramDataset):
     @property
     def sends_grey_values(self) -> bool:
         """Whether training images go to the device as the cache keeps them, half the bytes: if nothing is computed here."""
-        computes = switched_on(self.hps, ("crop_size", "phantoms", *CHANGES_OF_INTENSITIES))
+        computes = switched_on(self.hps, ("dose_fraction", "crop_size", "phantoms", *CHANGES_OF_INTENSITIES))
         return self.train and self.degrade_on_device and not computes
 
     def image_count(self) -> int:
@@ -247,7 +284,7 @@ class RecordDataset(MammogramDataset):
             raise ImageError(f"{self.left_out[0]} (and no other image for {self.split} can be read)")
         for failure in self.left_out:
             print(f"warning: {failure}; left out", file=sys.stderr)
-        self.records, self._cache = kept, {}
+        self.records, self._cache, self._noises = kept, {}, {}
 
     def meta(self, index: int, key: SampleKey) -> Meta:
         if index >= len(self.records):

@@ -25,7 +25,7 @@ SETTINGS_ADDED = {
     "noise_levels": [], "stabilize": False, "dihedral": False, "native": False, "scale_range": [1.0, 1.0], "phantoms": 0,
     "noise_conditioning": False, "part_edges": False, "calcifications": 0.0, "calcification_contrast": [0.01, 0.6],
     "borders": 0.0, "altered_epochs": 0, "gamma_range": [1.0, 1.0], "windowing": 0.0, "most_gain": 8.0, "enhancement": 0.0,
-    "enhancement_sigma": [2.0, 24.0], "grain": 0.0, "negatives": 0.0, "correlation": 0.0,
+    "enhancement_sigma": [2.0, 24.0], "grain": 0.0, "negatives": 0.0, "correlation": 0.0, "dose_fraction": 0.0,
     "degrade_on_device": False, "checkpoint_minutes": 10.0,
 }  # fmt: skip
 CHECKPOINT_FORMAT = {"vqvae": 1, "diffusion": 2}  # raised when the layout of a kind of checkpoint changes

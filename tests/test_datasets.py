@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pydicom
@@ -15,8 +16,8 @@ from pydicom.uid import ExplicitVRLittleEndian
 from datasets import get_dataset, get_datasets
 from files.images import find_images, read_image
 from files.splits import SPLITS, folder_records, patient_of, split_patients
-from helper import UserError, seeded_generator
-from hps import HPS_DIFFUSION, HPS_VQVAE
+from helper import ImageError, UserError, seeded_generator
+from hps import HPS_DIFFUSION, HPS_VQVAE, apply_overrides
 from loading.batches import Batch, KeyedSampler, Meta, PendingNoise, SampleKey, make_loader
 from loading.mammograms import one_side
 from preprocessing.augment import bordered, calcified, draw_crop, enhanced, oriented, windowed
@@ -750,3 +751,60 @@ def test_details_of_the_changes_of_crops_are_settings(more):
     usual = dict(list(more.items())[:1])
     changed, plain = (get_dataset("phantom", SETTINGS.updated(**hps), "train") for hps in (more, usual))
     assert any(not torch.equal(changed[i].clean, plain[i].clean) for i in range(9))
+
+
+# --- fractions of the dose of real images ----------------------------------------------------------------------------
+
+
+OWN = NoiseModel(1e-4, 5e-3, 0.02)  # of full-dose images in [0, 1]
+OWN_IMAGES = FOLDER.updated(native=True, stabilize=True, dose_fraction=0.5, crop_size=128, image_shape=[1, 512, 384])
+
+
+@pytest.fixture
+def full_doses(tmp_path, monkeypatch):
+    """Ten 16-bit images with the noise OWN, whose estimate is taken for right."""
+    monkeypatch.setattr("loading.mammograms.estimate_noise", lambda image, mask: SimpleNamespace(noise=OWN))
+    clean = half_ellipse(400, 300, depth=250)
+    for i in range(10):
+        drawn = np.random.default_rng(i).standard_normal(clean.shape)
+        noisy = clean + np.sqrt(OWN.variance(torch.from_numpy(clean)).numpy()) * drawn
+        Image.fromarray((noisy.clip(0, 1) * 65535).round().astype(np.uint16)).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_fraction_of_a_real_dose_has_unit_noise_once_it_is_stabilised(full_doses, split):
+    sample = get_dataset("folder", OWN_IMAGES, split, data_root=full_doses)[0]
+    values = stabilize(sample.degraded, sample.noise)
+    breast = sample.clean[0, 0] > 0.5
+    assert float(values[0, 0][breast].var()) == pytest.approx(1, abs=0.05)
+    added = (sample.degraded - sample.clean)[0, 0][breast]
+    assert float(added.mean()) == pytest.approx(0, abs=5e-4)
+    signal = 0.6 - 0.02
+    assert float(added.var()) == pytest.approx(1e-4 * signal * (2 - 1) + 5e-3**2 * (4 - 1), rel=0.05)
+
+
+def test_a_batch_of_fractions_carries_the_noise_of_each_image(full_doses):
+    data = get_dataset("folder", OWN_IMAGES, "train", data_root=full_doses)
+    batch = next(iter(make_loader(data, 3)))
+    assert batch.told.tolist() == [pytest.approx([2e-4, 1e-2, 0.02])] * 3
+    assert batch.kernel.shape[:2] == (3, 1)
+    assert float(batch.kernel.sum()) == pytest.approx(3, abs=1e-4)  # white
+    assert len({float(batch.degraded[i].mean()) for i in range(3)}) == 3
+    again = next(iter(make_loader(data, 3)))
+    assert torch.equal(batch.degraded, again.degraded)
+
+
+def test_an_image_without_noise_gives_no_fraction_of_its_dose(full_doses, monkeypatch):
+    none = SimpleNamespace(noise=NoiseModel(0.0, 0.0))
+    monkeypatch.setattr("loading.mammograms.estimate_noise", lambda image, mask: none)
+    with pytest.raises(ImageError, match="shows no noise"):
+        get_dataset("folder", OWN_IMAGES, "validation", data_root=full_doses)[0]
+
+
+@pytest.mark.parametrize(
+    "clash", ["native=False", "stabilize=False", "phantoms=3", "part_edges=True", "degrade_on_device=True"]
+)
+def test_fractions_of_a_dose_take_images_as_they_are(clash):
+    with pytest.raises(ValueError, match="dose_fraction"):
+        apply_overrides(OWN_IMAGES, [clash])
