@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hps import HParams
 from preprocessing.grid import Prepared
-from preprocessing.noise import draw_kernel, unit_noise
+from preprocessing.noise import NoiseModel, draw_kernel, unit_noise
 from preprocessing.phantom import Calcification, add_calcifications
 
 # Settings that change the values of training images, and all that change the images before they are encoded.
@@ -41,30 +41,28 @@ def augment(image: Prepared, hps: HParams, generator: torch.Generator) -> Prepar
     if simulated:
         if hps.gamma_range != [1, 1]:
             gamma = log_uniform(*hps.gamma_range, generator)
-            if _toss(0.5, generator):
+            if toss(0.5, generator):
                 parts[0] = parts[0] ** gamma
-        if _toss(hps.enhancement, generator):
+        if toss(hps.enhancement, generator):
             parts[0] = enhanced(parts[0], hps.enhancement_sigma, hps.most_gain, generator)
-        if _toss(hps.windowing, generator):
+        if toss(hps.windowing, generator):
             parts[0] = windowed(*parts, hps.most_gain, generator)
-        if _toss(hps.grain, generator):
-            parts[0] = grained(parts[0], generator)
-        if _toss(hps.negatives, generator):
+        if toss(hps.negatives, generator):
             parts[0] = 1 - parts[0]
     if hps.dihedral:
         orientation = int(torch.randint(8, (), generator=generator))
         parts = [oriented(part, orientation) for part in parts]
-    elif hps.flip and _toss(0.5, generator):
+    elif hps.flip and toss(0.5, generator):
         parts = [part.flip(-1) for part in parts]
     if simulated:  # drawn last: their contrast is the same in any window
-        if _toss(hps.calcifications, generator):
+        if toss(hps.calcifications, generator):
             parts[0] = calcified(*parts, hps.calcification_contrast, generator)
-        if _toss(hps.borders, generator):
+        if toss(hps.borders, generator):
             parts[0] = bordered(parts[0], generator)
     return Prepared(*parts)
 
 
-def _toss(share: float, generator: torch.Generator) -> bool:
+def toss(share: float, generator: torch.Generator) -> bool:
     """True with a probability of `share`; if it is 0, nothing is drawn."""
     return share > 0 and bool(torch.rand((), generator=generator) < share)
 
@@ -74,7 +72,7 @@ def _cropped(parts: list[Tensor], hps: HParams, resizes: bool, generator: torch.
     side = hps.crop_size
     if resizes and hps.scale_range != [1, 1]:
         factor = log_uniform(*hps.scale_range, generator)
-        side = side if _toss(0.5, generator) else round(side / factor)
+        side = side if toss(0.5, generator) else round(side / factor)
     short = [max(0, side - length) for length in parts[1].shape[-2:]]
     if any(short):  # padding by nothing would copy the whole image
         parts = [F.pad(part, (0, short[1], 0, short[0])) for part in parts]
@@ -126,9 +124,13 @@ def enhanced(clean: Tensor, sigmas: list[float], most_gain: float, generator: to
     return (mean + gain * (clean - mean)).clamp(0, 1)
 
 
-def grained(clean: Tensor, generator: torch.Generator) -> Tensor:
-    """An image (1, H, W) in [0, 1] with grain that counts as its own: correlated, of a deviation log-uniform from 0.003 to 0.05."""
-    deviation, kernel = log_uniform(0.003, 0.05, generator), draw_kernel(0.5, generator)
+def grained(clean: Tensor, noise_level: float, generator: torch.Generator) -> Tensor:
+    """An image (1, H, W) in [0, 1] with grain that counts as its own, and so strong that it is not taken for noise.
+
+    Its deviation is log-uniform from 1.5 to 4 times that of the noise at half of full scale; half of the time it is correlated.
+    """
+    noise = float(NoiseModel.from_level(noise_level).variance(torch.tensor(0.5))) ** 0.5
+    deviation, kernel = noise * log_uniform(1.5, 4, generator), draw_kernel(0.5, generator)
     return (clean + deviation * unit_noise(clean.shape, kernel, generator)).clamp(0, 1)
 
 
