@@ -25,7 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import quality_tables as tables
-from quality_images import PHANTOM_PITCH, SHARES, Case, KeptBM3D, Scene, crop_place, read_case, window
+from quality_images import (
+    PHANTOM_PITCH,
+    SHARES,
+    Case,
+    KeptBM3D,
+    Scene,
+    crop_place,
+    kernel_of_correlation,
+    read_case,
+    window,
+)
 from quality_tables import MEAN
 
 from evaluation import metrics
@@ -116,13 +126,14 @@ class CropLevel:
 
     level: float
     factor: float  # of the calibration
+    kernel: torch.Tensor | None = None  # of the noise
     rows: list[dict] = dataclasses.field(default_factory=list)
     power: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # sums of `band_power` by method
     tally: Tally = dataclasses.field(default_factory=Tally)
 
     @property
     def noise(self) -> NoiseModel:
-        return NoiseModel.from_level(self.level)
+        return NoiseModel.from_level(self.level, self.kernel)
 
     def add(self, bench: Bench, crop: Case, low: np.ndarray, rival: np.ndarray) -> None:
         """Take note of what every method makes of a crop's noisy image (H, W); `rival` is its BM3D."""
@@ -166,17 +177,18 @@ def run_crops(bench: Bench) -> dict:
     """Every method on the fixed crop of every image, at each level."""
     args, calibration = bench.args, Calibration.from_json(bench.args.calibration)
     places = {case.key: crop_place(case, args.crop) for case in bench.cases}
-    levels, rows = {}, []
+    levels, rows, kernel = {}, [], kernel_of_correlation(args.correlation)
     for level in args.levels:
-        lows = [window(case.low_dose(level), places[case.key]) for case in bench.cases]
-        result = CropLevel(level, calibration.factor(level))
+        lows = [window(case.low_dose(level, kernel=kernel), places[case.key]) for case in bench.cases]
+        result = CropLevel(level, calibration.factor(level), kernel)
         rivals = bench.bm3d.restore(lows, result.noise, f"crops, level {level:g}")
         given = list(zip(bench.cases, lows, rivals, strict=True))
         for case, low, rival in bench.bar(given, f"crops, level {level:g}"):
             result.add(bench, case.crop(places[case.key]), low, rival)
         rows += result.rows
         bench.write_rows("crops", rows)
-        print(f"\ncrops: {len(places)} images, {args.crop} x {args.crop} native pixels, noise level {level:g}")
+        noise = f"noise level {level:g}, correlation {args.correlation:g}"
+        print(f"\ncrops: {len(places)} images, {args.crop} x {args.crop} native pixels, {noise}")
         levels[f"{level:g}"] = result.report()
     return {"levels": levels, "crop": args.crop, "places": places}
 
@@ -296,6 +308,14 @@ def positive(text: str) -> float:
     return value
 
 
+def correlation(text: str) -> float:
+    """An argparse type: a correlation of neighbours that a kernel of three pixels can make."""
+    value = 0.0 if text == "0" else positive(text)
+    if value > 0.7:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 0.7, not {text!r}")
+    return value
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
@@ -323,6 +343,7 @@ def parse_arguments() -> argparse.Namespace:
         default=SHIPPED_CALIBRATION,
         help="uncertainty.json (default: the shipped one)",
     )
+    add("--correlation", type=correlation, default=0.0, help="of neighbours in the noise, part `crops` (default: 0)")
     add("--realisations", type=positive_int, default=8, help="of the noise, part `mnse` (default: 8)")
     add("--phantoms", type=positive_int, default=6, help="with calcifications (default: 6)")
     add("--pitch", type=positive, default=0.2, help="of the images' pixels in mm (default: 0.2)")

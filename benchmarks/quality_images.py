@@ -50,10 +50,13 @@ class Case:
     clean: np.ndarray  # (H, W) float32 in [0, 1]
     mask: np.ndarray  # (H, W) bool
 
-    def low_dose(self, level: float, *realisation: int) -> np.ndarray:
-        """The image with the noise that belongs to its name, a level and, if there are several, a realisation."""
+    def low_dose(self, level: float, *realisation: int, kernel: torch.Tensor | None = None) -> np.ndarray:
+        """The image with the noise that belongs to its name, a level and, if there are several, a realisation.
+
+        A `kernel` (k, k) correlates it.
+        """
         generator = seeded_generator("benchmark", self.key, level, *realisation)
-        return simulate_low_dose(torch.from_numpy(self.clean), level, generator).numpy()
+        return simulate_low_dose(torch.from_numpy(self.clean), level, generator, kernel).numpy()
 
     def crop(self, place: Place) -> Case:
         """The part in a square."""
@@ -161,14 +164,30 @@ class Scene:
                 )
 
 
+def kernel_of_correlation(correlation: float) -> torch.Tensor | None:
+    """The kernel (3, 3) that gives neighbours in rows and columns a correlation of at most 0.7; None for 0.
+
+    It is that of [b 1 b] along each axis, whose correlation is 2 b / (1 + 2 b^2).
+    """
+    if correlation == 0:
+        return None
+    b = (1 - (1 - 2 * correlation**2) ** 0.5) / (2 * correlation)
+    return torch.outer(*[torch.tensor([b, 1.0, b])] * 2)
+
+
 # --- BM3D ------------------------------------------------------------------------------------------------------------
 
 
 def bm3d_path(folder: Path, image: np.ndarray, noise: NoiseModel) -> Path:
     """Where the BM3D of an image is kept: everything that it depends on is in the name."""
     digest = hashlib.blake2b(repr((image.shape, noise, importlib.metadata.version("bm3d"))).encode(), digest_size=16)
-    for part in (np.ascontiguousarray(image), *classical.inverse_table(noise)):
-        digest.update(part.tobytes())
+    kernel = np.empty(0) if noise.kernel is None else noise.kernel.numpy()
+    for part in (
+        image,
+        kernel,
+        *classical.inverse_table(dataclasses.replace(noise, kernel=None), classical.FILM_LIMITS),
+    ):
+        digest.update(np.ascontiguousarray(part).tobytes())
     return folder / f"{digest.hexdigest()}.npy"
 
 
@@ -199,12 +218,17 @@ class KeptBM3D:
     def _made(self, images: dict[Path, np.ndarray], noise: NoiseModel) -> Iterator[tuple[Path, np.ndarray]]:
         workers = min(worker_count(self.workers), len(images))
         if workers == 1:
-            yield from ((path, classical.vst_bm3d(image, noise)) for path, image in images.items())
+            yield from (
+                (path, classical.vst_bm3d(image, noise, classical.FILM_LIMITS)) for path, image in images.items()
+            )
             return
         # a forked process would inherit torch's threads in whatever state they are
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-            jobs = {pool.submit(classical.vst_bm3d, image, noise): path for path, image in images.items()}
+            jobs = {
+                pool.submit(classical.vst_bm3d, image, noise, classical.FILM_LIMITS): path
+                for path, image in images.items()
+            }
             try:
                 yield from ((jobs[job], job.result()) for job in as_completed(jobs))
             except BaseException:

@@ -314,6 +314,15 @@ def test_a_kept_bm3d_belongs_to_image_and_noise(images, tmp_path):
     assert path == images.bm3d_path(tmp_path, image.copy(), noise)
     assert path != images.bm3d_path(tmp_path, image + np.float32(1e-6), noise)
     assert path != images.bm3d_path(tmp_path, image, images.NoiseModel.from_level(0.3))
+    correlated = images.NoiseModel.from_level(0.2, torch.ones(3, 3))
+    assert path != images.bm3d_path(tmp_path, image, correlated)
+
+
+@pytest.mark.parametrize("correlation", [0.2, 0.4])
+def test_a_kernel_has_the_correlation_that_is_asked_for(images, correlation):
+    kernel = images.kernel_of_correlation(correlation)
+    assert images.NoiseModel.from_level(0.2, kernel).correlation == pytest.approx(correlation, abs=1e-6)
+    assert images.kernel_of_correlation(0.0) is None
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -323,7 +332,7 @@ def test_a_kept_bm3d_belongs_to_image_and_noise(images, tmp_path):
 def one_image(tmp_path, monkeypatch):
     """A folder with one test image, and no BM3D, which is an extra: it returns what it is given."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(classical, "vst_bm3d", lambda image, noise: image)
+    monkeypatch.setattr(classical, "vst_bm3d", lambda image, *noise: image)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")
     Image.fromarray((generate_phantom(0, 0).image[0].numpy() * 255).astype(np.uint8)).save("a.png")
     Path("split.csv").write_text("file,split\na,test\n")
