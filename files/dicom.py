@@ -151,7 +151,9 @@ def intent_of(header: pydicom.Dataset) -> str:
 
 def detector_of(header: pydicom.Dataset) -> str:
     """Manufacturer and model in printable words; empty if the data set names neither."""
-    words = " ".join(str(header.get(tag) or "") for tag in ("Manufacturer", "ManufacturerModelName"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom warns of letters that it does not know
+        words = " ".join(str(header.get(tag) or "") for tag in ("Manufacturer", "ManufacturerModelName"))
     return " ".join("".join(letter if letter.isprintable() else " " for letter in words).split())
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+import torch
 from PIL import Image
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -27,10 +28,12 @@ from pydicom.uid import (
     JPEGLSLossless,
     RLELossless,
 )
+from scipy import ndimage
 
 from files import dicom, images
 from files.images import Mammogram, find_images, is_dicom, is_restored, read_image, read_mammogram
 from helper import UserError
+from preprocessing.noise import NoiseModel
 
 SHAPE = 5, 7  # an odd number of pixels
 VALUES = {bits: (np.arange(35).reshape(SHAPE) * (2**bits - 1) // 34).astype(np.uint16) for bits in range(1, 17)}
@@ -404,6 +407,121 @@ def test_values_go_through_the_modality_lut_once(bits, signed, tmp_path):
     )
     np.testing.assert_array_equal(read_image(target), mammogram.pixels)
     assert "ModalityLUTSequence" in mammogram.header  # another file can be written
+
+
+RAW = {"PresentationIntentType": "FOR PROCESSING"}
+# Tags of a detector's own image, and whether its stored values fall as the exposure rises.
+RAWS = {
+    "intent": (RAW, False),
+    "class": ({"SOPClassUID": f"{MAMMOGRAPHY}.1"}, False),
+    "MONOCHROME1": (RAW | {"PhotometricInterpretation": "MONOCHROME1"}, False),
+    "sign of 1": (RAW | {"PixelIntensityRelationshipSign": 1, "PhotometricInterpretation": "MONOCHROME1"}, False),
+    "sign of -1": (RAW | {"PixelIntensityRelationshipSign": -1}, True),
+    "negative slope": (RAW | {"RescaleSlope": -1, "RescaleIntercept": 4095}, True),
+    "both": (RAW | {"PixelIntensityRelationshipSign": -1, "RescaleSlope": -1, "RescaleIntercept": 4095}, True),
+    "signed": (RAW | {"PixelRepresentation": 1, "PixelIntensityRelationshipSign": -1}, True),
+}
+
+
+@pytest.mark.parametrize("kind", RAWS)
+def test_a_raw_image_rises_with_the_exposure_and_is_written_as_it_was(kind, tmp_path):
+    tags, falls = RAWS[kind]
+    signed = "PixelRepresentation" in tags
+    values = S12 if signed else V12
+    source = dicom_file(tmp_path / "a.dcm", values, **tags)
+    target, mammogram = restored(source)
+    assert mammogram.is_raw and not mammogram.is_processed
+    rising = (V12 if not falls else 4095 - V12) / 4095
+    np.testing.assert_allclose(mammogram.pixels, rising, rtol=0, atol=6e-8)
+    scale = mammogram.scale
+    assert scale.factor == (-4095 if falls else 4095)
+    assert scale.shift == (4095 if falls else 0) - (2048 if signed else 0)
+    np.testing.assert_allclose(scale.factor * mammogram.pixels + scale.shift, values, rtol=0, atol=1e-3)
+    before, after = pydicom.dcmread(source), pydicom.dcmread(target)
+    np.testing.assert_array_equal(after.pixel_array, before.pixel_array)
+    for name in ("SOPClassUID", "PhotometricInterpretation", *tags):
+        assert after.get(name) == before.get(name), name
+
+
+@pytest.mark.parametrize(
+    "tags, raw, processed",
+    [
+        ({}, False, True),  # by its class
+        ({"without": ["SOPClassUID"]}, False, False),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, False, False),  # secondary capture
+        ({"SOPClassUID": f"{MAMMOGRAPHY}.1", "PresentationIntentType": "FOR PRESENTATION"}, False, True),
+        ({"PresentationIntentType": "FOR PROCESSING"}, True, False),
+        ({"PixelIntensityRelationship": "LIN"}, False, True),
+    ],
+)
+def test_the_intent_tells_raw_and_processed_apart_and_the_class_stands_in_for_it(tags, raw, processed, tmp_path):
+    mammogram = read_mammogram(dicom_file(tmp_path / "a.dcm", **tags))
+    assert (mammogram.is_raw, mammogram.is_processed) == (raw, processed)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_padding_of_a_raw_image_is_as_bright_as_its_brightest_pixel(sign, tmp_path):
+    tags = RAW | {"PixelIntensityRelationshipSign": sign, "PixelPaddingValue": 0}
+    values = V12.copy()
+    values[1:3, 2:5], values[values > 3000] = 0, 3000
+    target, mammogram = restored(dicom_file(tmp_path / "a.dcm", values, **tags))
+    brightest = (3000 if sign > 0 else 4095 - values[values > 0].min()) / 4095
+    np.testing.assert_allclose(mammogram.pixels[values == 0], brightest, atol=1e-7)
+    np.testing.assert_array_equal(pydicom.dcmread(target).pixel_array, values)
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        ({"Manufacturer": "GE MEDICAL  SYSTEMS ", "ManufacturerModelName": "Senographe\tPristina"},
+         "GE MEDICAL SYSTEMS Senographe Pristina"),
+        ({"Manufacturer": "HOLOGIC, Inc."}, "HOLOGIC, Inc."),
+        ({"Manufacturer": None, "ManufacturerModelName": "\x1b[31mred"}, "[31mred"),
+        ({}, ""),
+    ],
+)  # fmt: skip
+def test_the_detector_is_named_in_printable_words(names, words, tmp_path):
+    assert read_mammogram(dicom_file(tmp_path / "a.dcm", **names)).detector == words
+
+
+def test_a_noise_model_of_stored_values_becomes_one_of_pixels(tmp_path):
+    stored = NoiseModel(gain=0.08, sigma=3.0, offset=53.0)
+    for tags in ({}, {"PhotometricInterpretation": "MONOCHROME1"}, RAW | {"PixelIntensityRelationshipSign": -1}):
+        mammogram = read_mammogram(dicom_file(tmp_path / "a.dcm", **tags))
+        factor = mammogram.scale.factor
+        noise = stored.scaled(1 / factor, -mammogram.scale.shift / factor)
+        expected = (0.08 * np.maximum(V12 - 53.0, 0) + 9) / 4095**2
+        np.testing.assert_allclose(noise.variance(torch.from_numpy(mammogram.pixels)), expected, rtol=1e-4)
+    for bits in (8, 16):
+        picture = Mammogram(Path("x"), np.zeros(SHAPE, np.float32), bits)
+        assert (picture.scale.factor, picture.scale.shift) == (2**bits - 1, 0)
+        assert (picture.is_raw, picture.is_processed, picture.detector) == (False, False, "")
+
+
+@pytest.mark.parametrize("value, limit", [(-2000, None), (1000, None), (65535, None), (4095, None), (0, 658)])
+def test_padding_that_eight_bits_cannot_hold_is_none(value, limit, tmp_path):
+    path = dicom_file(tmp_path / "a.dcm", V8, bits=8, allocated=8)
+    dataset = pydicom.dcmread(path)
+    for name, number in (("PixelPaddingValue", value), ("PixelPaddingRangeLimit", limit)):
+        if number is not None:
+            dataset.add_new(name, "SS" if number < 0 else "US", number)
+    dataset.save_as(path)
+    mammogram = read_mammogram(path)
+    assert mammogram.padding is None
+    np.testing.assert_array_equal(mammogram.pixels, np.float32(V8 / 255))
+
+
+@pytest.mark.parametrize("blur", [0.0, 0.6])
+def test_a_padding_range_that_reaches_into_the_noise_is_image_and_one_of_fillings_is_not(blur, tmp_path):
+    noise = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal((64, 48)), blur)
+    air = np.rint(530 + 35 * (noise / noise.std()).clip(-0.8)).astype(np.uint16)
+    air[20:40, :30] += 1500
+    tags = {"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 658}
+    assert read_mammogram(dicom_file(tmp_path / "a.dcm", air, **tags)).padding is None
+    air[:10], air[-10:] = 0, 600
+    filled = np.where(air < 700, np.where(np.arange(48) < 20, 0, 600), air)
+    padding = read_mammogram(dicom_file(tmp_path / "b.dcm", filled, **tags)).padding
+    np.testing.assert_array_equal(padding, filled <= 658)
 
 
 def compressed(path, syntax, values=V12, bits=12):
