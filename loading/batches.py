@@ -110,15 +110,18 @@ class Batch(Samples):
     # by image: the noise that `degrade` is to draw, or a measured low dose (C, H, W) among such images; or empty
     pending: list[PendingNoise | Tensor] = field(default_factory=list)
     kernel: Tensor | None = None  # (N, 1, k, k): what correlates the noise of each image; None: it is white
-    told: Tensor | None = None  # (N, 3): gain, sigma and offset of the noise of each image; None: those of its level
+    told: Tensor | None = (
+        None  # (N, 4): gain, sigma, offset and reference of the noise of each image; None: those of its level
+    )
 
     @property
     def noise(self) -> NoiseModel:
         """What degraded each image, as tensors (N, 1, 1, 1)."""
         if self.told is None:
             return NoiseModel.of_levels(self.level, self.kernel)
-        gain, sigma, offset = self.told.T[..., None, None, None]
-        return NoiseModel(gain, sigma, offset, kernel=self.kernel, electronic_is_white=False)
+        gain, sigma, offset, reference = self.told.T[..., None, None, None]
+        how = dict(kernel=self.kernel, electronic_is_white=False, reference=reference)
+        return NoiseModel(gain, sigma, offset, **how)
 
     def degrade(self) -> Batch:
         """The batch with its pending noise drawn, on its own device."""

@@ -18,12 +18,12 @@ from hps import HParams
 from loading.batches import Batch, Meta, PackedBatch, PendingNoise, SampleKey
 from preprocessing.augment import CHANGES_OF_INTENSITIES, augment, grained, log_uniform, switched_on, toss
 from preprocessing.degrade import simulate_dose, simulate_low_dose
-from preprocessing.estimate import estimate_noise, level_at
+from preprocessing.estimate import estimate_noise
 from preprocessing.grid import Prepared
 from preprocessing.noise import KERNEL_SIDE, NoiseModel, draw_kernel, kernel_of, unit_noise
 from preprocessing.phantom import generate_phantom
 from preprocessing.sides import least_step, part_sides
-from preprocessing.stabilize import full_scale_of, stabilize, unstabilize
+from preprocessing.stabilize import full_scale_of, placed, stabilize, unstabilize
 
 STAND_INS = 8  # images tried in the place of one that cannot be read
 
@@ -176,13 +176,13 @@ class MammogramDataset(Dataset):
         """
         fraction, full = self.hps.dose_fraction, image.info["noise"]
         low = simulate_dose(image.clean, fraction, full, generator)
-        degraded, mean = full.offset + (low - full.offset) / fraction, image.clean.mean()
-        noise = full.of_dose(fraction).at(mean)
-        flat = torch.ones((2 * KERNEL_SIDE + 1,) * 2)
-        kernel = kernel_of(flat) if noise.kernel is None else noise.kernel
-        levels = self.hps.noise_levels or [self.hps.noise_level] * 2
-        level = min(max(level_at(noise, float(mean)), levels[0]), levels[1])
-        told = torch.tensor([[float(noise.gain), float(noise.sigma), float(noise.offset)]])
+        degraded = full.offset + (low - full.offset) / fraction
+        noise = placed(full.of_dose(fraction), degraded[0].numpy(), image.mask[0].numpy())
+        white = kernel_of(torch.ones(2 * KERNEL_SIDE + 1, 2 * KERNEL_SIDE + 1))
+        kernel = white if noise.kernel is None else noise.kernel
+        least, most = self.hps.noise_levels or [self.hps.noise_level] * 2
+        level = min(max(noise.level, least), most)
+        told = torch.tensor([[float(v) for v in (noise.gain, noise.sigma, noise.offset, noise.reference)]])
         images = image.clean[None], degraded[None], [meta], torch.tensor([level]), image.mask[None]
         return Batch(*images, kernel=kernel.float()[None, None], told=told)
 

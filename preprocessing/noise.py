@@ -38,7 +38,8 @@ class NoiseModel:
         default=None, compare=False
     )  # (k, k) or (N, 1, k, k), k odd; None: the noise is white
     electronic_is_white: bool = True  # though the rest is correlated
-    level: float | None = None  # noise level of the specification, if it is one of its noises
+    level: float | None = None  # noise level of the specification, if it is one of its noises or was likened to one
+    reference: float | Tensor = 0.0  # stabilised value that counts as 0
 
     @classmethod
     def from_level(cls, noise_level: float, kernel: Tensor | None = None) -> NoiseModel:
@@ -66,7 +67,7 @@ class NoiseModel:
     @property
     def quanta(self) -> float:
         """Mean quanta per pixel at a signal of 1; infinite without quantum noise."""
-        return 1 / abs(self.gain) if self.gain else math.inf
+        return float(1 / torch.as_tensor(self.gain).double().abs().mean())
 
     @property
     def correlation(self) -> float:
@@ -158,8 +159,9 @@ def filtered(draw: Callable[[tuple[int, ...]], Tensor], shape: Sequence[int], ke
         return draw(tuple(shape))
     reach = kernel.shape[-1] - 1
     white = draw((*shape[:-2], *(side + reach for side in shape[-2:])))
-    kernel = (kernel / kernel.square().sum().sqrt()).to(white)
-    return F.conv2d(white.reshape(-1, 1, *white.shape[-2:]), kernel[None, None]).reshape(tuple(shape))
+    kernel, (height, width) = (kernel / kernel.square().sum().sqrt()).to(white), white.shape[-2:]
+    response = torch.fft.rfft2(kernel, s=(height, width))
+    return torch.fft.irfft2(torch.fft.rfft2(white) * response, s=(height, width))[..., reach:, reach:]
 
 
 def unit_noise(

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-from preprocessing.noise import NoiseModel, power_spectrum
+from preprocessing.noise import NoiseModel, level_of_detail, power_spectrum
 
 MIRRORED = 16  # pixels by which an image is mirrored at its borders before it is filtered
+DETAIL_SIGMAS = 2.0, 8.0  # pixels; of the Gaussians between which the detail of an image is
+LEAST_DETAIL = 1e-6  # variance in units of the noise's
+NORMAL_MEDIAN = 0.6745  # of the magnitude of standard normal numbers
+DARK_QUANTILE = 0.001  # of a smoothed image: the darkest, unless something is wrong with a few pixels
 LEAST_POWER = 0.01  # of the noise's mean: where a kernel leaves less, whitening would blow up what is stored
 
 
@@ -27,12 +36,12 @@ def stabilize(image: Tensor, noise: NoiseModel) -> Tensor:
     seen = signal.clamp(min=0)
     half = seen / ((abs(noise.gain) * seen + (structural * seen) ** 2 + dark**2).sqrt() + dark)
     half = torch.atanh(structural * half) / structural if structural else half
-    return 2 * half + (signal - seen) / dark
+    return 2 * half + (signal - seen) / dark - noise.reference
 
 
 def unstabilize(values: Tensor, noise: NoiseModel) -> Tensor:
     """Algebraic inverse of `stabilize`: right for an estimate of `stabilize(x)`, biased for one of E[stabilize(y)]."""
-    dark, structural = noise.dark_deviation, noise.structural
+    dark, structural, values = noise.dark_deviation, noise.structural, values + noise.reference
     half = values.clamp(min=0) / 2
     half = torch.tanh(structural * half) / structural if structural else half
     signal = (abs(noise.gain) * half + 2 * dark) * half / (1 - (structural * half) ** 2)
@@ -42,6 +51,38 @@ def unstabilize(values: Tensor, noise: NoiseModel) -> Tensor:
 def full_scale_of(level: float) -> float:
     """Full scale of images in [0, 1] in units of the noise at a noise level."""
     return float(stabilize(torch.ones(()), NoiseModel.from_level(level)))
+
+
+def placed(noise: NoiseModel, image: np.ndarray, mask: np.ndarray) -> NoiseModel:
+    """The noise that an image (H, W) is stabilised by: correlated as at the mean in the mask, and likened to that of film.
+
+    As on film, black is 0 and there is a noise level. If nobody knows them, the darkest of the image is black, and the level is
+    the one at which a film has as much detail in units of the noise.
+    """
+    noise = noise.at(float(image[mask].mean()))
+    if noise.level is not None:
+        return noise
+    values = stabilize(torch.from_numpy(image), noise).numpy()
+    reference = float(np.quantile(ndimage.gaussian_filter(values, DETAIL_SIGMAS[0]), DARK_QUANTILE))
+    return replace(noise, reference=reference, level=level_of_detail(_detail(values, mask, noise.kernel)))
+
+
+def _detail(values: np.ndarray, mask: np.ndarray, kernel: Tensor | None) -> float:
+    """Robust deviation, without the noise, of what is between `DETAIL_SIGMAS` in size in images (H, W) in units of the noise.
+
+    Inside the mask, away from its border; at least `LEAST_DETAIL`.
+    """
+
+    def band(image: np.ndarray) -> np.ndarray:
+        fine, coarse = (ndimage.gaussian_filter(image, sigma, mode="constant") for sigma in DETAIL_SIGMAS)
+        return fine - coarse
+
+    unit = np.ones((1, 1)) if kernel is None else (kernel / kernel.square().sum().sqrt()).numpy()
+    noise = float((band(np.pad(unit, math.ceil(4 * DETAIL_SIGMAS[1]))) ** 2).sum())
+    inside = ndimage.binary_erosion(mask, iterations=math.ceil(DETAIL_SIGMAS[1]), border_value=1)
+    mean = values[mask].mean()
+    found = np.median(np.abs(band(values - mean)[inside if inside.any() else mask])) / NORMAL_MEDIAN
+    return max(LEAST_DETAIL, float(found) ** 2 - noise) ** 0.5
 
 
 def whiten(values: Tensor, noise: NoiseModel) -> Tensor:

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from helper import seeded_generator
 from preprocessing.breast import breast_mask, clipped_background
-from preprocessing.noise import NoiseModel, filtered, level_of_detail, unit_noise
+from preprocessing.noise import UNIT_NOISE, NoiseModel, filtered, unit_noise
 from preprocessing.sides import EDGE_REACH, least_step, part_sides
-from preprocessing.stabilize import colour, full_scale_of, stabilize, unstabilize, whiten
+from preprocessing.stabilize import colour, full_scale_of, placed, stabilize, unstabilize, whiten
 from restoration.denoiser import Restoration
 from restoration.restorer import Restorer
 from restoration.tiles import MARGIN, TileFunction, box_weights, changed_box, restore_in_tiles
 
 PEAK_QUANTILE = 0.999  # of the breast's intensities: brought to full scale at most
-DETAIL_SIGMAS = 2.0, 8.0  # pixels; of the Gaussians between which the detail of an image is
-LEAST_DETAIL = 1e-6  # variance in units of the noise's
-NORMAL_MEDIAN = 0.6745  # of the magnitude of standard normal numbers
-DARK_QUANTILE = 0.001  # of a smoothed image: the darkest, unless something is wrong with a few pixels
 PROBE = 0.1  # standard deviations by which an image is moved to see how its correction follows
 
 
@@ -43,35 +37,14 @@ class Domain(Protocol):
     def image(self, values: Tensor) -> Tensor: ...
 
 
-def detail(values: np.ndarray, mask: np.ndarray, kernel: Tensor | None) -> float:
-    """Robust deviation, without the noise, of what is between `DETAIL_SIGMAS` in size in images (H, W) in units of the noise.
-
-    Inside the mask, away from its border; at least `LEAST_DETAIL`.
-    """
-
-    def band(image: np.ndarray) -> np.ndarray:
-        fine, coarse = (ndimage.gaussian_filter(image, sigma, mode="constant") for sigma in DETAIL_SIGMAS)
-        return fine - coarse
-
-    unit = np.ones((1, 1)) if kernel is None else (kernel / kernel.square().sum().sqrt()).numpy()
-    noise = float((band(np.pad(unit, math.ceil(4 * DETAIL_SIGMAS[1]))) ** 2).sum())
-    inside = ndimage.binary_erosion(mask, iterations=math.ceil(DETAIL_SIGMAS[1]), border_value=1)
-    mean = values[mask].mean()
-    found = np.median(np.abs(band(values - mean)[inside if inside.any() else mask])) / NORMAL_MEDIAN
-    return max(LEAST_DETAIL, float(found) ** 2 - noise) ** 0.5
-
-
 @dataclass(frozen=True)
 class UnitNoise:
     """Images in units of their noise, whatever it is and whatever they are stored in.
 
-    As in training, black is 0 and the networks are told the noise level. If nobody knows them, black is the darkest of an image,
-    and the level the one at which a film has as much detail in units of the noise. The noise is correlated still: `whiten` and
-    `colour` stand around the networks, once edges are taken apart.
+    The noise is correlated still: `whiten` and `colour` stand around the networks, once edges are taken apart.
     """
 
-    stored: NoiseModel  # in the units of the images
-    reference: float  # what is taken off
+    stored: NoiseModel  # in the units of the images, `placed`
     level: float
     is_cleaner: bool
     factor: float = 1.0
@@ -79,23 +52,18 @@ class UnitNoise:
     @classmethod
     def of(cls, image: np.ndarray, noise: NoiseModel, mask: np.ndarray, restorer: Restorer) -> UnitNoise:
         """That of an image (H, W)."""
-        noise, reference, own = noise.at(float(image[mask].mean())), 0.0, noise.level
-        if own is None:
-            values = stabilize(torch.from_numpy(image), noise).numpy()
-            reference = float(np.quantile(ndimage.gaussian_filter(values, DETAIL_SIGMAS[0]), DARK_QUANTILE))
-            own = level_of_detail(detail(values, mask, noise.kernel))
-        least, most = restorer.level_range
-        return cls(noise, reference, float(np.clip(own, least, most)), own < least)
+        noise, (least, most) = placed(noise, image, mask), restorer.level_range
+        return cls(noise, float(np.clip(noise.level, least, most)), noise.level < least)
 
     @property
     def noise(self) -> NoiseModel:
-        return NoiseModel(0.0, 1.0, kernel=self.stored.kernel)
+        return replace(UNIT_NOISE, kernel=self.stored.kernel)
 
     def values(self, image: Tensor) -> Tensor:
-        return stabilize(image, self.stored) - self.reference
+        return stabilize(image, self.stored)
 
     def image(self, values: Tensor) -> Tensor:
-        return unstabilize(values + self.reference, self.stored)
+        return unstabilize(values, self.stored)
 
 
 @dataclass(frozen=True)
@@ -209,7 +177,7 @@ def restore_image(
     values = domain.values(torch.from_numpy(image)).numpy()
     restored, share = denoise(values), 1.0
     if domain.is_cleaner and noise is not None and restorer.model.has_mean:
-        mean = dataclasses.replace(denoise, restorer=dataclasses.replace(restorer, samples=0))
+        mean = replace(denoise, restorer=replace(restorer, samples=0))
         deviation = domain.noise.variance(torch.from_numpy(restored.mean(0))).sqrt()
         generator = seeded_generator("probe", restorer.seed)
         signs = filtered(

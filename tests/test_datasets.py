@@ -76,8 +76,8 @@ def test_batches_are_joined_and_moved_with_all_they_hold():
     assert len(batch) == 2 and [meta.path for meta in batch.meta] == ["1", "2"]
     assert batch.clean[:, 0, 0, 0].tolist() == [1, 2] and batch.degraded[:, 0, 1, 2].tolist() == [1.5, 2.5]
     assert batch.mask.shape == (2, 1, 2, 3) and batch.level.tolist() == pytest.approx([0.1, 0.2])
-    assert batch.noise.quanta.shape == (2, 1, 1, 1)
-    assert batch.noise.quanta.flatten().tolist() == pytest.approx([10_000, 5_000])
+    assert batch.noise.gain.shape == (2, 1, 1, 1)
+    assert batch.noise.gain.flatten().tolist() == pytest.approx([1e-4, 2e-4])
     assert batch.noise.sigma.flatten().tolist() == pytest.approx([0.005, 0.01])
     moved = batch.to(torch.device("meta"))
     assert {v.device.type for v in (moved.clean, moved.degraded, moved.level, moved.mask)} == {"meta"}

@@ -25,6 +25,7 @@ ORDER = [
     "main",
     "benchmarks",
 ]
+SCRIPT = ("preprocessing", "calibrate")  # run from a shell as main-*.py are, and imported by none
 MODULES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0] not in (".venv", "tests")]
 
 
@@ -35,6 +36,7 @@ def place(name: str) -> int:
 def test_imports_go_one_way():
     for path in MODULES:
         parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = ("main",) if parts == SCRIPT else parts
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
