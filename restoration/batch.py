@@ -115,7 +115,8 @@ class BatchRestorer:
                 raise
             raise UserError(f"{job.source}: not enough memory for its tiles; pass a smaller --tile") from None
         if args.to_dose is not None and own.is_noisy:
-            pixels = to_dose(own.image, result.pixels, own.noise or self.restorer.noise, args.to_dose)
+            noise, mean = own.noise or self.restorer.noise, float(own.image[own.mask[0].numpy()].mean())
+            pixels = to_dose(own.image, result.pixels, noise, args.to_dose, value=mean)
             result = dataclasses.replace(result, products=pixels[None])
         self._write(job, own, result)
         images, figures = {self.restorer.product: result.pixels}, {}

@@ -22,6 +22,15 @@ def mammogram_dir():
     return Path(folder)
 
 
+@pytest.fixture(scope="session")
+def detector_dir():
+    """Folder of a detector's regions, from the environment variable DETECTOR_DIR."""
+    folder = os.environ.get("DETECTOR_DIR")
+    if not folder:
+        pytest.skip("DETECTOR_DIR names no folder of a detector's regions")
+    return Path(folder)
+
+
 @pytest.fixture
 def own_folder(tmp_path, monkeypatch):
     """What a script writes by default lands here."""
