@@ -114,6 +114,7 @@ def vst_bm3d(image: np.ndarray, noise: NoiseModel, limits: Limits = UNLIMITED) -
         ) from None
     if noise.kernel is not None and not hasattr(np, "trapz"):
         raise UserError(f'BM3D of correlated noise fails with NumPy {np.__version__}: pip install "numpy<2.4"')
+    noise = replace(noise, reference=0.0)  # the inverse counts from where there is no signal
     profile = bm3d.BM3DProfile()
     profile.num_threads = 1  # more of them add in an order that varies
     stabilized = _stabilized(image.astype(np.float64), noise)
