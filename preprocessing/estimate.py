@@ -211,7 +211,7 @@ class _Fit:
         start = np.r_[noise, noise, np.log(spectra[:, :3].mean(1)) - 3, PRIOR[:free]]
         least = np.r_[np.full(2 + self.groups, np.log(FLOOR) - 10), LEAST[:free]]
         most = np.r_[np.full(2 + self.groups, np.inf), MOST[:free]]
-        return least_squares(self.residuals, start, self.jacobian, bounds=(least, most))
+        return least_squares(self.residuals, start, self.jacobian, bounds=(least, most), ftol=1e-7, max_nfev=60)
 
 
 def _judged(

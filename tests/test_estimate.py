@@ -1,7 +1,8 @@
 """Blind estimate of Poisson-Gaussian noise."""
 
-import math
+import os
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,14 +11,13 @@ import torch
 from files.images import read_image
 from preprocessing.breast import breast_mask
 from preprocessing.degrade import simulate_low_dose
-from preprocessing.estimate import estimate_noise, level_at
-from preprocessing.noise import NoiseModel
+from preprocessing.estimate import estimate_noise
+from preprocessing.noise import NoiseModel, draw_kernel
 from preprocessing.phantom import generate_phantom
 
 # what the estimate of the variance may be off by, relatively: texture and film grain weigh most at low levels
-PHANTOM_BOUNDS = {0.05: (-0.05, 0.15), 0.1: (-0.05, 0.12), 0.2: (-0.05, 0.08), 0.5: (-0.05, 0.05), 1.0: (-0.05, 0.05)}
-REAL_BOUNDS = {0.05: (-0.10, 0.25), 0.1: (-0.06, 0.16), 0.2: (-0.05, 0.12), 0.5: (-0.04, 0.06), 1.0: (-0.04, 0.04)}
-NO_NOISE = NoiseModel(math.inf, 0.0)
+PHANTOM_BOUNDS = {0.05: (-0.16, 0.15), 0.1: (-0.12, 0.12), 0.2: (-0.08, 0.08), 0.5: (-0.05, 0.05), 1.0: (-0.05, 0.05)}
+REAL_BOUNDS = {0.05: (-0.10, 0.50), 0.1: (-0.06, 0.25), 0.2: (-0.05, 0.15), 0.5: (-0.04, 0.06), 1.0: (-0.04, 0.04)}
 
 
 def noisy(image, level, seed=0):
@@ -38,12 +38,12 @@ def hill(height=512, width=384):
 
 
 def relative_errors(estimate, truth, intensities):
-    return [estimate.variance(x) / truth.variance(x) - 1 for x in intensities]
+    return [float(estimate.noise.variance(x) / truth.variance(x)) - 1 for x in intensities]
 
 
 @pytest.fixture(scope="module")
 def mammograms(mammogram_dir):
-    images = [read_image(path) for path in sorted(mammogram_dir.glob("*.pgm"))[:6]]
+    images = [read_image(path) for path in sorted(mammogram_dir.glob("*.pgm"))[:4]]
     assert images
     return [(image, breast_mask(torch.from_numpy(image)[None])[0].numpy()) for image in images]
 
@@ -51,7 +51,7 @@ def mammograms(mammogram_dir):
 @pytest.mark.parametrize("level", PHANTOM_BOUNDS)
 def test_the_variance_at_the_mean_intensity_of_phantoms(level):
     low, high = PHANTOM_BOUNDS[level]
-    for index in range(4):
+    for index in range(2):
         image, mask = phantom(index)
         estimate = estimate_noise(noisy(image, level, index), mask)
         (error,) = relative_errors(estimate, NoiseModel.from_level(level), [image[mask].mean()])
@@ -69,33 +69,31 @@ def test_the_variance_over_the_intensities_of_real_mammograms(mammograms, level)
         assert all(low - 0.1 < error < high + 0.1 for error in ends), index
 
 
-def test_a_real_mammogram_has_next_to_no_noise(mammograms):
-    levels = [level_at(estimate_noise(image, mask), image[mask].mean()) for image, mask in mammograms]
-    assert max(levels) < 0.015
+def test_a_real_mammogram_has_next_to_no_noise_and_is_not_sure_of_it(mammograms):
+    for image, mask in mammograms[:3]:
+        estimate = estimate_noise(image, mask)
+        assert float(estimate.noise.variance(0.5)) < (1 / 255) ** 2
+        assert not estimate.is_sure and estimate.reason
 
 
-@pytest.mark.parametrize("shape", [(256, 192), (512, 384)])
-def test_a_phantom_has_next_to_no_noise(shape):
-    for index in range(4):
-        image, mask = phantom(index, shape)
-        assert level_at(estimate_noise(image, mask), image[mask].mean()) < 0.006, index
-
-
-def test_a_smooth_image_has_no_noise_and_rounded_to_8_bit_less_than_half_a_grey_level():
+def test_a_smooth_image_has_no_noise_and_rounded_to_8_bit_that_of_rounding():
     image, mask = hill()
-    assert estimate_noise(image, mask).variance(0.5) < 1e-12
-    rounded = np.round(image * 255).astype(np.float32) / 255
-    assert estimate_noise(rounded, mask).variance(0.5) < (0.5 / 255) ** 2
+    estimate = estimate_noise(image, mask)
+    assert float(estimate.noise.variance(0.5)) < 1e-12 and not estimate.is_sure
+    estimate = estimate_noise(np.round(image * 255).astype(np.float32) / 255, mask)
+    assert float(estimate.noise.variance(0.5)) < (0.5 / 255) ** 2 and not estimate.is_sure
 
 
 @pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("shape", [(64, 48), (5, 5)])
-def test_a_constant_image_has_no_noise(value, shape):
-    assert estimate_noise(np.full(shape, value, dtype=np.float32)) == NO_NOISE
+def test_a_constant_image_tells_nothing(value, shape):
+    estimate = estimate_noise(np.full(shape, value, dtype=np.float32))
+    assert estimate.noise.is_none and not estimate.is_sure and estimate.reason
 
 
-def test_an_empty_mask_gives_no_noise():
-    assert estimate_noise(noisy(hill()[0], 0.5), np.zeros((512, 384), dtype=bool)) == NO_NOISE
+def test_an_empty_mask_tells_nothing():
+    estimate = estimate_noise(noisy(hill()[0], 0.5), np.zeros((512, 384), dtype=bool))
+    assert estimate.noise.is_none and not estimate.is_sure
 
 
 @pytest.mark.parametrize("sigma", [0.001, 0.02])
@@ -103,36 +101,81 @@ def test_pure_gaussian_noise(sigma):
     image, mask = hill()
     image += sigma * np.random.default_rng(0).standard_normal(image.shape, dtype=np.float32)
     estimate = estimate_noise(image, mask)
-    assert estimate.variance(0.5) == pytest.approx(sigma**2, rel=0.05)
-    assert 0.5 / estimate.quanta < 0.1 * sigma**2
+    assert estimate.is_sure and estimate.noise.kernel is None
+    assert [float(estimate.noise.variance(x)) for x in (0.25, 0.5, 0.75)] == pytest.approx([sigma**2] * 3, rel=0.06)
 
 
 @pytest.mark.parametrize("quanta", [500, 20000])
 def test_pure_poisson_noise(quanta):
     image, mask = hill()
     image = (np.random.default_rng(0).poisson(image * quanta) / quanta).astype(np.float32)
-    estimate = estimate_noise(image, mask)
-    assert estimate.quanta == pytest.approx(quanta, rel=0.1)
-    assert estimate.sigma**2 < 0.1 * 0.5 / quanta
+    noise = estimate_noise(image, mask).noise
+    assert noise.quanta == pytest.approx(quanta, rel=0.1)
+    assert float(noise.variance(0.5)) == pytest.approx(0.5 / quanta, rel=0.05)
 
 
-def test_both_noises_are_told_apart():
-    image, mask = hill(1024, 768)
-    truth = NoiseModel(2000.0, 0.015)
-    rng = np.random.default_rng(0)
-    image = rng.poisson(image * truth.quanta) / truth.quanta + truth.sigma * rng.standard_normal(image.shape)
-    estimate = estimate_noise(image.astype(np.float32), mask)
-    assert estimate.quanta == pytest.approx(truth.quanta, rel=0.15)
-    assert estimate.sigma == pytest.approx(truth.sigma, rel=0.1)
-
-
-@pytest.mark.parametrize("scale", [1 / 16, 0.3])
-def test_the_variance_grows_with_the_square_of_the_intensities(scale):
+@pytest.mark.parametrize("factor, shift", [(1 / 16, 0.0), (16.0, 1000.0), (-1.0, 0.0), (-4095.0, 4095.0)])
+@pytest.mark.parametrize("is_correlated", [False, True])
+def test_how_values_are_stored_changes_nothing(factor, shift, is_correlated):
     image, mask = phantom(0)
-    image = noisy(image, 0.3)
-    whole, part = estimate_noise(image, mask), estimate_noise(scale * image, mask)
-    for x in (0.3, 0.6):
-        assert part.variance(scale * x) == pytest.approx(scale**2 * whole.variance(x), rel=1e-2)
+    kernel = draw_kernel(1.0, torch.Generator().manual_seed(3)) if is_correlated else None
+    image = simulate_low_dose(torch.from_numpy(image), 0.5, torch.Generator().manual_seed(0), kernel).double().numpy()
+    reference, other = estimate_noise(image, mask), estimate_noise(factor * image + shift, mask)
+    scaled = reference.noise.scaled(factor, shift)
+    assert other.noise.gain == pytest.approx(scaled.gain, rel=1e-3)
+    assert other.noise.sigma == pytest.approx(scaled.sigma, rel=1e-3)
+    assert other.noise.offset == pytest.approx(scaled.offset, rel=1e-3, abs=1e-3 * abs(factor))
+    assert (other.is_sure, other.reason) == (reference.is_sure, reference.reason)
+    assert (scaled.kernel is not None) == is_correlated == (other.noise.kernel is not None)
+    if is_correlated:
+        torch.testing.assert_close(other.noise.kernel, scaled.kernel, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("level", [0.2, 1.0])
+def test_the_correlation_of_noise_on_real_mammograms(mammograms, level):
+    for index, (image, mask) in enumerate(mammograms[:2]):
+        kernel = draw_kernel(1.0, torch.Generator().manual_seed(3 + index))
+        low = simulate_low_dose(torch.from_numpy(image), level, torch.Generator().manual_seed(index), kernel).numpy()
+        estimate, truth = estimate_noise(low, mask), NoiseModel.from_level(level, kernel)
+        assert estimate.noise.correlation == pytest.approx(truth.correlation, abs=0.06), index
+        assert abs(relative_errors(estimate, truth, [image[mask].mean()])[0]) < 0.2, index
+
+
+@pytest.mark.parametrize("is_inverted", [False, True])
+def test_raw_values_of_a_detector(is_inverted):
+    image, mask = hill()
+    rng, exposure = np.random.default_rng(0), 3000 * np.exp(-2 * image.astype(float))
+    raw = np.rint(4 * rng.poisson(exposure) + 6 * rng.standard_normal(image.shape))
+    raw = 16383 - raw if is_inverted else raw
+    estimate = estimate_noise(raw, mask)
+    assert estimate.is_sure and estimate.noise.kernel is None
+    assert estimate.noise.gain == pytest.approx(-4 if is_inverted else 4, rel=0.1)
+    for value in (3000, 5000, 7000):
+        seen = 16383 - value if is_inverted else value
+        assert float(estimate.noise.variance(seen)) == pytest.approx(4 * value + 36, rel=0.06)
+
+
+def test_regions_of_a_detector():
+    folder = os.environ.get("DETECTOR_DIR")
+    if not folder:
+        pytest.skip("DETECTOR_DIR names no folder of regions of a detector")
+    regions = np.load(Path(folder) / "iwbi2026.npz")
+    errors, correlations = [], []
+    for low, clean in zip(regions["50prct_Noise_absent"][:12], regions["50prct_NoiseFree_absent"][:12], strict=True):
+        estimate = estimate_noise(low.astype(float), np.ones(low.shape, dtype=bool))
+        truth = NoiseModel(0.0315, 2.8, 1.9)
+        errors += relative_errors(estimate, truth, [clean.mean()])
+        correlations.append(estimate.noise.correlation)
+    assert np.mean(np.abs(errors)) < 0.15
+    assert np.mean(correlations) == pytest.approx((0.447 + 0.388) / 2, abs=0.06)
+
+
+def test_noise_that_was_enlarged_is_not_sure():
+    image, mask = hill(256, 192)
+    low = torch.from_numpy(noisy(image, 0.5))[None, None]
+    large = torch.nn.functional.interpolate(low, scale_factor=2, mode="bicubic")[0, 0].numpy()
+    estimate = estimate_noise(large, np.ones(large.shape, dtype=bool))
+    assert not estimate.is_sure and estimate.reason
 
 
 def test_clamped_pixels_do_not_count():
@@ -174,7 +217,7 @@ def test_small_bright_details_are_not_noise():
     rng = np.random.default_rng(0)
     image[rng.integers(0, 512, 300), rng.integers(0, 384, 300)] += 0.15  # calcifications
     image[:, 100:101] = image[200:202] = 0.9  # scratches
-    assert level_at(estimate_noise(image, mask), 0.5) < 0.001
+    assert float(estimate_noise(image, mask).noise.variance(0.5)) < 1e-6
     error = relative_errors(estimate_noise(noisy(image, 0.1), mask), NoiseModel.from_level(0.1), [0.5])
     assert max(np.abs(error)) < 0.1
 
@@ -188,9 +231,3 @@ def test_a_large_image_needs_only_some_of_its_blocks():
 def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="shape"):
         estimate_noise(np.zeros((16, 16), dtype=np.float32), np.ones((16, 17), dtype=bool))
-
-
-@pytest.mark.parametrize("level", [0.0, 1e-6, 0.05, 1.0, 5.0])
-@pytest.mark.parametrize("intensity", [0.0, 0.4])
-def test_level_at_inverts_the_levels(level, intensity):
-    assert level_at(NoiseModel.from_level(level), intensity) == pytest.approx(level, rel=1e-9)
