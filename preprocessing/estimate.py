@@ -244,6 +244,7 @@ def _judged(
         (left < MIN_TOP, "noise that was resized or compressed does not show"),
         (mean < step**2 / 6, "no noise is seen but that of rounding"),
         (drowned or error > MAX_ERROR, "texture drowns the noise"),
+        (is_white and white.cost > correlated.cost + 1, "texture hides whether the noise is correlated"),
         (misfit > MAX_MISFIT, "the spectrum is not that of noise over a breast's texture"),
     )
     reason = next((words for is_so, words in checks if is_so), "")
