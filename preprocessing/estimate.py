@@ -30,7 +30,7 @@ GRID = 128  # frequencies a side on which a spectrum is evaluated
 FLOOR = 1e-14  # variance that rounding leaves, of intensities from 0 to 1
 MAX_RATIO = 6.0  # of the logarithms of the variances at both ends
 TOP = 16.0  # DCT order from which on resizing and compression leave nothing
-SHARE_WORTH = 0.05  # of the misfit of white noise, that correlated noise must explain
+CLEARLY = 5.0  # in the logarithm of the probability: the difference that tells white noise from correlated noise for sure
 MAX_ERROR, MIN_TOP, MAX_MISFIT = 0.25, 0.4, 3.0  # what an estimate is still sure with
 
 # Texture: slope of its power spectrum, 3 in Burgess 2001, logarithms of two anisotropies. Noise: logarithms of corner and
@@ -84,7 +84,7 @@ def estimate_noise(image: np.ndarray, mask: np.ndarray | None = None) -> Estimat
     The DCT spectrum of 16 x 16 blocks is taken as noise, whose variance is affine in intensity, over texture that falls
     as a power of frequency. Blocks are grouped by intensity and by texture, told by coefficients that are not fitted;
     medians over blocks give the spectra, and the logarithms are fitted, errors weighted and with a prior on the slope of
-    texture and on the noise's spectrum. Noise is white unless correlation explains clearly more. The estimate for
+    texture and on the noise's spectrum. Noise is correlated if that explains more than white noise does. The estimate for
     factor * image + shift is that for the image, `scaled`. Film grain counts as noise. Pixels at the extremes of the
     image, background and saturation, are left out as clamped, unless noise clamps pixels of nearly every block.
 
@@ -221,7 +221,7 @@ def _judged(
     span = max(ends[1] - ends[0], FLOOR)
     fit = _Fit((intensities - ends[0]) / span, spectra, count)
     white, correlated = fit.solve(TEXTURE), fit.solve(len(PRIOR))
-    is_white = white.cost - correlated.cost < max(5.0, SHARE_WORTH * white.cost)
+    is_white = white.cost <= correlated.cost  # either holds its own prior
     best = white if is_white else correlated
     variance, frequency = np.exp(best.x[:2]), np.fft.fftfreq(2 * KERNEL_SIDE + 1)
     kernel = None
@@ -244,7 +244,7 @@ def _judged(
         (left < MIN_TOP, "noise that was resized or compressed does not show"),
         (mean < step**2 / 6, "no noise is seen but that of rounding"),
         (drowned or error > MAX_ERROR, "texture drowns the noise"),
-        (is_white and white.cost > correlated.cost + 1, "texture hides whether the noise is correlated"),
+        (abs(white.cost - correlated.cost) < CLEARLY, "texture hides whether the noise is correlated"),
         (misfit > MAX_MISFIT, "the spectrum is not that of noise over a breast's texture"),
     )
     reason = next((words for is_so, words in checks if is_so), "")
