@@ -268,7 +268,7 @@ _MAMMOGRAM = _TWO_CORES | dict(
     dihedral=True,
     scale_range=[0.3, 2.0],
     gamma_range=[0.7, 1.4],
-    phantoms=18,
+    phantoms=36,
 )
 HPS_VQVAE["mammogram"] = HPS_VQVAE["cbis-ddsm"].updated(
     **_MAMMOGRAM,
@@ -295,9 +295,9 @@ HPS_DIFFUSION["mammogram"] = HPS_DIFFUSION["cbis-ddsm"].updated(
     calcifications=0.8,  # at 0.4, with a third as many a crop, the faintest kept less contrast than BM3D leaves them
     borders=0.2,
     windowing=0.5,  # without it BM3D restored better if tissue was cut off at black or white, or far below full scale
-    grain=0.15,
-    negatives=0.5,
-    correlation=0.7,
+    grain=0.07,
+    negatives=0.3,
+    correlation=0.5,
     enhancement=0.2,  # without it BM3D restored images of equalised local contrast better at level 0.2
     ema_decay=0.999,
     max_epochs=158,

@@ -47,8 +47,6 @@ def augment(image: Prepared, hps: HParams, generator: torch.Generator) -> Prepar
             parts[0] = enhanced(parts[0], hps.enhancement_sigma, hps.most_gain, generator)
         if toss(hps.windowing, generator):
             parts[0] = windowed(*parts, hps.most_gain, generator)
-        if toss(hps.negatives, generator):
-            parts[0] = 1 - parts[0]
     if hps.dihedral:
         orientation = int(torch.randint(8, (), generator=generator))
         parts = [oriented(part, orientation) for part in parts]
@@ -59,6 +57,8 @@ def augment(image: Prepared, hps: HParams, generator: torch.Generator) -> Prepar
             parts[0] = calcified(*parts, hps.calcification_contrast, generator)
         if toss(hps.borders, generator):
             parts[0] = bordered(parts[0], generator)
+        if toss(hps.negatives, generator):  # with dark calcifications
+            parts[0] = 1 - parts[0]
     return Prepared(*parts)
 
 

@@ -29,6 +29,8 @@ MISFIT = (
 GRID = 128  # frequencies a side on which a spectrum is evaluated
 FLOOR = 1e-14  # variance that rounding leaves, of intensities from 0 to 1
 MAX_RATIO = 6.0  # of the logarithms of the variances at both ends
+LOWEST, UNCOUNTED = 12.0, 1e3  # DCT order from which on white noise is measured, and the error of bands that do not count
+LIKE_TEXTURE = 0.1  # of the logarithm of the corner: nearer to its least value noise is not told from texture
 TOP = 16.0  # DCT order from which on resizing and compression leave nothing
 CLEARLY = 5.0  # in the logarithm of the probability: the difference that tells white noise from correlated noise for sure
 MAX_ERROR, MIN_TOP, MAX_MISFIT = 0.25, 0.4, 3.0  # what an estimate is still sure with
@@ -221,8 +223,11 @@ def _judged(
     span = max(ends[1] - ends[0], FLOOR)
     fit = _Fit((intensities - ends[0]) / span, spectra, count)
     white, correlated = fit.solve(TEXTURE), fit.solve(len(PRIOR))
-    is_white = white.cost <= correlated.cost  # either holds its own prior
-    best = white if is_white else correlated
+    # either cost holds its own prior; what is correlated as far as texture is texture
+    is_white = white.cost <= correlated.cost or correlated.x[2 + fit.groups + TEXTURE] < LEAST[TEXTURE] + LIKE_TEXTURE
+    if is_white:  # it shows best at high frequencies, where texture is least
+        fit.error = np.where(LOWEST > _ORDER, UNCOUNTED, fit.error)
+    best = fit.solve(TEXTURE) if is_white else correlated
     variance, frequency = np.exp(best.x[:2]), np.fft.fftfreq(2 * KERNEL_SIDE + 1)
     kernel = None
     if not is_white:

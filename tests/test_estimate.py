@@ -16,8 +16,8 @@ from preprocessing.noise import NoiseModel, draw_kernel
 from preprocessing.phantom import generate_phantom
 
 # what the estimate of the variance may be off by, relatively: texture and film grain weigh most at low levels
-PHANTOM_BOUNDS = {0.05: (-0.16, 0.15), 0.1: (-0.12, 0.12), 0.2: (-0.08, 0.08), 0.5: (-0.05, 0.05), 1.0: (-0.05, 0.05)}
-REAL_BOUNDS = {0.05: (-0.10, 0.50), 0.1: (-0.06, 0.25), 0.2: (-0.05, 0.15), 0.5: (-0.04, 0.06), 1.0: (-0.04, 0.04)}
+PHANTOM_BOUNDS = {0.05: (-0.05, 0.15), 0.1: (-0.05, 0.12), 0.2: (-0.05, 0.08), 0.5: (-0.05, 0.05), 1.0: (-0.05, 0.05)}
+REAL_BOUNDS = {0.05: (-0.10, 0.25), 0.1: (-0.06, 0.20), 0.2: (-0.05, 0.12), 0.5: (-0.04, 0.06), 1.0: (-0.04, 0.04)}
 
 
 def noisy(image, level, seed=0):
@@ -43,7 +43,7 @@ def relative_errors(estimate, truth, intensities):
 
 @pytest.fixture(scope="module")
 def mammograms(mammogram_dir):
-    images = [read_image(path) for path in sorted(mammogram_dir.glob("*.pgm"))[:4]]
+    images = [read_image(path) for path in sorted(mammogram_dir.glob("*.pgm"))[:6]]
     assert images
     return [(image, breast_mask(torch.from_numpy(image)[None])[0].numpy()) for image in images]
 
@@ -51,7 +51,7 @@ def mammograms(mammogram_dir):
 @pytest.mark.parametrize("level", PHANTOM_BOUNDS)
 def test_the_variance_at_the_mean_intensity_of_phantoms(level):
     low, high = PHANTOM_BOUNDS[level]
-    for index in range(2):
+    for index in range(4):
         image, mask = phantom(index)
         estimate = estimate_noise(noisy(image, level, index), mask)
         (error,) = relative_errors(estimate, NoiseModel.from_level(level), [image[mask].mean()])
@@ -66,13 +66,13 @@ def test_the_variance_over_the_intensities_of_real_mammograms(mammograms, level)
         points = [image[mask].mean(), *np.percentile(image[mask], [10, 90])]
         mean, *ends = relative_errors(estimate, NoiseModel.from_level(level), points)
         assert low < mean < high, index
-        assert all(low - 0.1 < error < 2 * high + 0.1 for error in ends), index
+        assert all(low - 0.1 < error < 1.5 * high + 0.1 for error in ends), index
 
 
 def test_a_real_mammogram_has_next_to_no_noise_and_is_not_sure_of_it(mammograms):
-    for image, mask in mammograms[:3]:
+    for image, mask in mammograms:
         estimate = estimate_noise(image, mask)
-        assert float(estimate.noise.variance(0.5)) < (1 / 255) ** 2
+        assert estimate.noise.variance(0.5) < NoiseModel.from_level(0.02).variance(0.5)
         assert not estimate.is_sure and estimate.reason
 
 
@@ -215,11 +215,11 @@ def test_the_default_mask_is_the_breast():
 def test_small_bright_details_are_not_noise():
     image, mask = hill()
     rng = np.random.default_rng(0)
-    image[rng.integers(0, 512, 100), rng.integers(0, 384, 100)] += 0.15  # calcifications
+    image[rng.integers(0, 512, 300), rng.integers(0, 384, 300)] += 0.15  # calcifications
     image[:, 100:101] = image[200:202] = 0.9  # scratches
     assert float(estimate_noise(image, mask).noise.variance(0.5)) < 1e-6
     error = relative_errors(estimate_noise(noisy(image, 0.1), mask), NoiseModel.from_level(0.1), [0.5])
-    assert max(np.abs(error)) < 0.1
+    assert max(np.abs(error)) < 0.13
 
 
 def test_a_large_image_needs_only_some_of_its_blocks():
