@@ -13,7 +13,7 @@ from running.checkpoints import Checkpoint
 # so that no image tested on was trained on by either.
 DATA_IDENTITY = (
     "image_shape", "noise_level", "native", "stabilize", "split", "abnormality", "split_csv", "patient_pattern",
-    "validation_fraction", "test_fraction", "phantom_counts",
+    "validation_fraction", "test_fraction", "phantom_counts", "dose_fraction",
 )  # fmt: skip
 
 

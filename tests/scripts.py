@@ -25,6 +25,7 @@ FLAGS = {
     "main-restore": "--cpu --no-tqdm",
     "main-export": "",
     "benchmarks/quality": "",
+    "benchmarks/detector": "--cpu --no-tqdm",
 }
 
 
