@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from helper import UserError, get_device, half_precision, one_line, tracked
+from preprocessing.detector import Detector
 from restoration.batch import RESEARCH_USE, BatchRestorer, Listed, load_calibration
 from restoration.outputs import MAPS, RECORD, make_folder, plan
 from restoration.restorer import SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer
@@ -152,6 +153,7 @@ def main() -> None:
     args = parse_arguments()
     print(RESEARCH_USE)
     calibration = load_calibration(args) if args.samples else None
+    detector = None if args.detector is None else Detector.from_json(args.detector)
     kinds = ("compare",) * args.compare + MAPS * bool(args.samples)
     try:
         jobs = plan(args.inputs, args.out, kinds=kinds, samples=args.samples)
@@ -162,7 +164,7 @@ def main() -> None:
         args.vqvae_path, args.load_path, device, samples=args.samples or int(args.sample), sampler=args.sampler,
         steps=args.steps, seed=args.seed, amp=half_precision(device, args.half),
     )  # fmt: skip
-    batch, made = BatchRestorer(restorer, calibration, args), make_folder(args.out)
+    batch, made = BatchRestorer(restorer, calibration, detector, args), make_folder(args.out)
     done: list[Listed] = []
     failures: list[str] = []
     try:

@@ -29,10 +29,15 @@ MISFIT = (
 GRID = 128  # frequencies a side on which a spectrum is evaluated
 FLOOR = 1e-14  # variance that rounding leaves, of intensities from 0 to 1
 MAX_RATIO = 6.0  # of the logarithms of the variances at both ends
-LOWEST, UNCOUNTED = 12.0, 1e3  # DCT order from which on white noise is measured, and the error of bands that do not count
+LOWEST, UNCOUNTED = (
+    12.0,
+    1e3,
+)  # DCT order from which on white noise is measured, and the error of bands that do not count
 LIKE_TEXTURE = 0.1  # of the logarithm of the corner: nearer to its least value noise is not told from texture
 TOP = 16.0  # DCT order from which on resizing and compression leave nothing
-CLEARLY = 5.0  # in the logarithm of the probability: the difference that tells white noise from correlated noise for sure
+CLEARLY = (
+    5.0  # in the logarithm of the probability: the difference that tells white noise from correlated noise for sure
+)
 MAX_ERROR, MIN_TOP, MAX_MISFIT = 0.25, 0.4, 3.0  # what an estimate is still sure with
 
 # Texture: slope of its power spectrum, 3 in Burgess 2001, logarithms of two anisotropies. Noise: logarithms of corner and

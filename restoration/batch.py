@@ -97,6 +97,7 @@ class BatchRestorer:
 
     restorer: Restorer
     calibration: Calibration | None
+    detector: Detector | None  # that of --detector
     args: argparse.Namespace
 
     @property
@@ -161,8 +162,8 @@ class BatchRestorer:
     def _noise(self, mammogram: Mammogram, image: np.ndarray, mask: np.ndarray) -> tuple[NoiseModel | None, str]:
         """The noise of an image (H, W) in [0, 1], and why it is not sure, if it is not."""
         args, scale = self.args, mammogram.scale
-        if args.detector is not None:
-            stored = Detector.from_json(args.detector).noise(image.shape)
+        if self.detector is not None:
+            stored = self.detector.noise(image.shape)
             return stored.scaled(1 / scale.factor, -scale.shift / scale.factor), ""
         if args.noise_level == "trained":
             return None, ""
@@ -290,7 +291,8 @@ class BatchRestorer:
             )
         low, high = self.restorer.level_range if self.restorer.stabilized else (0.0, math.inf)
         # the level is held within the range
-        if outside := int((images["level"].notna() & ~images["level"].between(low * 1.001, high * 0.999)).sum()):
+        is_known = images["level"].between(low * 1.001, high * 0.999)
+        if outside := int((images["level"].notna() & (images["deviation"] > 0) & ~is_known).sum()):
             print(
                 f"{outside} images are at the ends of the noise levels that the model was trained at ({low:g} to {high:g}), or "
                 "beyond them: their expected error and interval are not to be trusted"

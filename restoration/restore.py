@@ -98,7 +98,7 @@ def matching_factor(noise: NoiseModel, known: NoiseModel, intensity: float) -> f
     Levels of `NoiseModel.from_level` match at every x alike: level s times s_known / s is level s_known. Infinite if the
     image has no noise.
     """
-    own = float(noise.variance(torch.tensor(intensity)))
+    own = float(noise.variance(torch.tensor(intensity)).mean())
     if own <= 0:
         return math.inf
     linear = intensity * known.gain
