@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from preprocessing.detector import Detector
 
 from evaluation.metrics import ImageMetrics, image_metrics
 from evaluation.pictures import comparison, save_picture
@@ -23,6 +22,7 @@ from files.images import Mammogram, read_mammogram
 from helper import UserError, format_table, seeded_generator
 from preprocessing.breast import breast_mask
 from preprocessing.degrade import simulate_dose, simulate_low_dose
+from preprocessing.detector import Detector
 from preprocessing.estimate import estimate_noise
 from preprocessing.grid import Grid
 from preprocessing.noise import NoiseModel
