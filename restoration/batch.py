@@ -183,7 +183,9 @@ class BatchRestorer:
             said = self._description(own, f"posterior sample number {number} of {samples}, {restorer.sampling}")
             own.mammogram.write(job.sample(number), own.at_own_size(sample), said, series=description)
         if samples:
-            factor = None if self.calibration is None else self.calibration.factor(result.level)
+            factor = (
+                None if self.calibration is None else self.calibration.factor(result.level or restorer.hps.noise_level)
+            )
             clean = own.reference if self.is_simulated else None
             write_maps(job, own.mammogram, result.products, factor, description, clean)
 
@@ -220,7 +222,7 @@ class BatchRestorer:
             "sigma": None if own.noise is None else own.noise.sigma,
             "deviation": own.deviation,
             "correlation": None if own.noise is None else own.noise.correlation,
-            "level": None if own.noise is None else result.level,
+            "level": result.level,
             "doubt": own.doubt,
             "detector": printable(own.mammogram.detector),
             "processed": own.mammogram.is_processed,
@@ -290,12 +292,12 @@ class BatchRestorer:
                 f"{unseen} images show no noise to tell an expected error from: no samples and no maps are written of them"
             )
         low, high = self.restorer.level_range if self.restorer.stabilized else (0.0, math.inf)
-        # the level is held within the range
-        is_known = images["level"].between(low * 1.001, high * 0.999)
+        # a level that was given comes back through its variance
+        is_known = images["level"].between(low * 0.999, high * 1.001)
         if outside := int((images["level"].notna() & (images["deviation"] > 0) & ~is_known).sum()):
             print(
-                f"{outside} images are at the ends of the noise levels that the model was trained at ({low:g} to {high:g}), or "
-                "beyond them: their expected error and interval are not to be trusted"
+                f"{outside} images are of noise levels that the model was not trained at ({low:g} to {high:g}): "
+                "their expected error and interval are not to be trusted"
             )
 
 

@@ -17,7 +17,7 @@ class Restoration:
     products: (
         np.ndarray
     )  # (K, H, W) float32, in the image's units: one estimate of the clean image, or K posterior samples
-    level: float | None = None  # noise level that a model was told
+    level: float | None = None  # noise level of the image, as a model sees it
     factor: float = 1.0  # what the input was multiplied by to have the noise that the model knows
     strength: float = 1.0  # mean share of the model's correction that was applied, inside the breast
 

@@ -28,6 +28,7 @@ class Domain(Protocol):
     """What a model sees of images (..., H, W), and back."""
 
     level: float  # noise level that the networks are told
+    own_level: float | None  # noise level of the image, which they may not know; None: nobody knows
     factor: float  # of `Restoration`
     is_cleaner: bool  # the image has less noise than those of the training
     noise: NoiseModel | None  # of its values; None: nobody knows
@@ -46,6 +47,7 @@ class UnitNoise:
 
     stored: NoiseModel  # in the units of the images, `placed`
     level: float
+    own_level: float
     is_cleaner: bool
     factor: float = 1.0
 
@@ -53,7 +55,7 @@ class UnitNoise:
     def of(cls, image: np.ndarray, noise: NoiseModel, mask: np.ndarray, restorer: Restorer) -> UnitNoise:
         """That of an image (H, W)."""
         noise, (least, most) = placed(noise, image, mask), restorer.level_range
-        return cls(noise, float(np.clip(noise.level, least, most)), noise.level < least)
+        return cls(noise, float(np.clip(noise.level, least, most)), noise.level, noise.level < least)
 
     @property
     def noise(self) -> NoiseModel:
@@ -71,6 +73,7 @@ class Matched:
     """Images in [0, 1], multiplied so that their noise is what a model knows that is not stabilised."""
 
     level: float
+    own_level: float | None
     factor: float
     is_cleaner: bool
     noise: NoiseModel | None
@@ -80,10 +83,10 @@ class Matched:
         """That of an image (H, W), of which nothing is multiplied past full scale."""
         level, known = restorer.hps.noise_level, restorer.noise
         if noise is None:
-            return cls(level, 1.0, False, None)
+            return cls(level, None, 1.0, False, None)
         wanted = matching_factor(noise, known, float(image[mask].mean()))
         factor = min(wanted, max(1.0, 1.0 / max(float(np.quantile(image[mask], PEAK_QUANTILE)), 1e-6)))
-        return cls(level, factor, factor < wanted, noise.scaled(factor))
+        return cls(level, level / wanted, factor, factor < wanted, noise.scaled(factor))
 
     def values(self, image: Tensor) -> Tensor:
         return image * self.factor
@@ -188,7 +191,7 @@ def restore_image(
         restored = values + np.float32(share) * (restored - values)
     products = domain.image(torch.from_numpy(restored)).numpy().clip(image.min(), image.max())
     products = np.where(clipped_background(image, mask), image, products.astype(np.float32))
-    return Restoration(products, domain.level, domain.factor, float(share))
+    return Restoration(products, domain.own_level, domain.factor, float(share))
 
 
 def stein_share(
