@@ -69,6 +69,11 @@ class Samples:
     meta: list[Meta]
     level: Tensor  # (N,): noise level of every degraded sample
 
+    @property
+    def noise(self) -> NoiseModel:
+        """What degraded each sample, as tensors (N, 1, 1, 1)."""
+        return NoiseModel.of_levels(self.level)
+
     def __len__(self) -> int:
         return len(self.clean)
 

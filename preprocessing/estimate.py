@@ -19,7 +19,8 @@ BLOCKS = 16384  # about so many are looked at in a large image
 MIN_STRIDE = 2  # blocks overlap in small images, which narrows the estimate
 MAX_CLAMPED = SIDE * SIDE // 4  # pixels of a block: with more it is background or saturation
 CLASSES, GROUPS = 10, 3  # of intensity, and of texture in each of them
-MIN_BLOCKS = 20  # in a class of intensity, counted without overlap
+MIN_BLOCKS = 20  # in a class of intensity, counted without overlap; an image with fewer is not sure
+LEAST_BLOCKS = 2  # with fewer nothing is estimated
 SMOOTH_SHARE = 0.75  # of the blocks of a class, those with the least texture
 FREEDOM = 0.6, 2.0  # independent blocks, per block and per area of a block, that a median over them is worth
 MISFIT = (
@@ -38,7 +39,7 @@ TOP = 16.0  # DCT order from which on resizing and compression leave nothing
 CLEARLY = (
     5.0  # in the logarithm of the probability: the difference that tells white noise from correlated noise for sure
 )
-MAX_ERROR, MIN_TOP, MAX_MISFIT = 0.25, 0.4, 3.0  # what an estimate is still sure with
+MAX_ERROR, MIN_TOP, MAX_MISFIT = 0.25, 0.4, 2.0  # what an estimate is still sure with
 
 # Texture: slope of its power spectrum, 3 in Burgess 2001, logarithms of two anisotropies. Noise: logarithms of corner and
 # power, white share as log odds, logarithm of the stretch, as in `draw_kernel`, whose range they keep to.
@@ -106,15 +107,17 @@ def estimate_noise(image: np.ndarray, mask: np.ndarray | None = None) -> Estimat
     if mask.shape != image.shape:
         raise ValueError(f"mask {mask.shape} and image {image.shape} differ in shape")
     blocks, weight = _blocks(image, mask)
-    if len(blocks) * weight < MIN_BLOCKS:
-        return Estimate(NoiseModel(0.0, 0.0), False, "too few pixels tell noise from texture")
+    few = "too few pixels tell noise from texture" if len(blocks) * weight < MIN_BLOCKS else ""
+    if len(blocks) * weight < LEAST_BLOCKS:
+        return Estimate(NoiseModel(0.0, 0.0), False, few)
     low, high = float(image.min()), float(image.max())
     step = float(np.diff(np.unique(blocks[:: max(1, len(blocks) // 256)])).min(initial=np.inf)) / (high - low)
     blocks = (blocks.astype(np.float64) - low) / (high - low)
     is_dark = blocks.mean() < 0.5  # inverted, the same image gives the same blocks
     estimate = _judged(*_spectra(blocks if is_dark else 1 - blocks, weight), step)
     scale = (high - low, low) if is_dark else (low - high, high)
-    return replace(estimate, noise=estimate.noise.scaled(*scale))
+    reason = estimate.reason or few
+    return replace(estimate, noise=estimate.noise.scaled(*scale), is_sure=not reason, reason=reason)
 
 
 def _blocks(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float]:
@@ -249,7 +252,7 @@ def _judged(
     top = _ORDER > TOP
     left = np.exp((fit.observed - np.log(low + high + texture))[:, top].mean())
     drowned = ((low + high) / (low + high + texture))[:, top].mean() < 0.5
-    misfit = 2 * best.cost / spectra.size
+    misfit = 2 * (white if is_white else correlated).cost / spectra.size
     checks = (
         (left < MIN_TOP, "noise that was resized or compressed does not show"),
         (mean < step**2 / 6, "no noise is seen but that of rounding"),

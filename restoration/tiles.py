@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-LEAST_CHANGE = 0.01  # standard deviations of the noise; a whitening filter reaches across the image, ever less
+LEAST_CHANGE = 1e-3  # standard deviations of the noise; a whitening filter reaches across the image, ever less
 MARGIN = 32  # pixels by which an image is mirrored at its borders
 
 

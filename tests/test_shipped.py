@@ -72,7 +72,7 @@ def test_what_is_cleaner_than_any_training_image_is_not_made_worse(shipped, leve
     film = np.ascontiguousarray(read_image(mammogram_dir / "mdb076.png")[400:592, 200:392])
     low = low_dose(film, level)
     result = restore_image(shipped, low, NoiseModel.from_level(level), "film")
-    assert psnr(result.pixels, film) > psnr(low, film) and 0.05 < result.strength < 1
+    assert psnr(result.pixels, film) > psnr(low, film) and 0.05 < result.strength <= 1
 
 
 # strict: it says so when a model keeps the bound again
@@ -320,7 +320,7 @@ def test_the_box_around_what_differs_keeps_its_margin_and_the_grid():
 
 def test_the_box_around_an_edge_leaves_no_seam(shipped, monkeypatch):
     noise = NoiseModel.from_level(0.2)
-    clean = np.zeros((96, 448), np.float32)
+    clean = np.zeros((192, 448), np.float32)
     clean[:, :40] = 0.5
     low = low_dose(clean, 0.2)
     boxes = []
