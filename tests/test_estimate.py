@@ -17,7 +17,7 @@ from preprocessing.phantom import generate_phantom
 
 # what the estimate of the variance may be off by, relatively: texture and film grain weigh most at low levels
 PHANTOM_BOUNDS = {0.05: (-0.05, 0.15), 0.1: (-0.05, 0.12), 0.2: (-0.05, 0.08), 0.5: (-0.05, 0.05), 1.0: (-0.05, 0.05)}
-REAL_BOUNDS = {0.05: (-0.10, 0.25), 0.1: (-0.06, 0.20), 0.2: (-0.05, 0.12), 0.5: (-0.04, 0.06), 1.0: (-0.04, 0.04)}
+REAL_BOUNDS = {0.05: (-0.10, 0.40), 0.1: (-0.06, 0.20), 0.2: (-0.05, 0.12), 0.5: (-0.04, 0.06), 1.0: (-0.04, 0.04)}
 
 
 def noisy(image, level, seed=0):
