@@ -34,7 +34,7 @@ LOWEST, UNCOUNTED = (
     12.0,
     1e3,
 )  # DCT order from which on white noise is measured, and the error of bands that do not count
-LIKE_TEXTURE = 0.1  # of the logarithm of the corner: nearer to its least value noise is not told from texture
+AT_ENDS = 0.1, 0.01  # of the logarithm of the corner: so near to an end, noise is not told from texture or from white
 TOP = 16.0  # DCT order from which on resizing and compression leave nothing
 CLEARLY = (
     5.0  # in the logarithm of the probability: the difference that tells white noise from correlated noise for sure
@@ -231,8 +231,10 @@ def _judged(
     span = max(ends[1] - ends[0], FLOOR)
     fit = _Fit((intensities - ends[0]) / span, spectra, count)
     white, correlated = fit.solve(TEXTURE), fit.solve(len(PRIOR))
-    # either cost holds its own prior; what is correlated as far as texture is texture
-    is_white = white.cost <= correlated.cost or correlated.x[2 + fit.groups + TEXTURE] < LEAST[TEXTURE] + LIKE_TEXTURE
+    # either cost holds its own prior; correlated as far as texture is texture, and hardly at all is white
+    corner = correlated.x[2 + fit.groups + TEXTURE]
+    is_told = LEAST[TEXTURE] + AT_ENDS[0] < corner < MOST[TEXTURE] - AT_ENDS[1]
+    is_white = white.cost <= correlated.cost or not is_told
     if is_white:  # it shows best at high frequencies, where texture is least
         fit.error = np.where(LOWEST > _ORDER, UNCOUNTED, fit.error)
     best = fit.solve(TEXTURE) if is_white else correlated
