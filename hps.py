@@ -98,7 +98,7 @@ _DATA = _declared(
     grain=(
         0.0,
         FRACTION,
-    ),  # share with grain that counts as the image's own, as in images that were processed for display
+    ),  # share with strong grain that counts as the image's own, as processing for display leaves it
     negatives=(0.0, FRACTION),  # share turned into their negatives, as a detector's own image is: dense tissue is dark
     correlation=(0.0, FRACTION),  # share whose noise is correlated, by kernels drawn at random (preprocessing/noise.py)
     most_gain=(8.0, POSITIVE),  # of a window or an enhancement: a greater one shows the steps of 8-bit images

@@ -28,9 +28,7 @@ from helper import ImageError, UserError, reason_of
 DICOM_SUFFIXES = (".dcm", ".dicom")
 MAX_HEADER_BYTES = 2**24  # of a data set, beside its pixels
 FOR_PROCESSING, FOR_PRESENTATION = "FOR PROCESSING", "FOR PRESENTATION"  # PresentationIntentType
-LEAST_TURNING = (
-    -0.2
-)  # correlation of neighbouring steps: white noise has -0.5, that of a scintillator -0.3, fillings none
+LEAST_TURNING = -0.2  # correlation of neighbouring steps: white noise has -0.5, a scintillator's -0.3, fillings none
 # Elements that are wrong once the pixels change: thumbnails, signatures, and where compressed frames begin.
 _STALE_TAGS = (
     "IconImageSequence", "MACParametersSequence", "DigitalSignaturesSequence", "ExtendedOffsetTable",

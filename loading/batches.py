@@ -115,9 +115,7 @@ class Batch(Samples):
     # by image: the noise that `degrade` is to draw, or a measured low dose (C, H, W) among such images; or empty
     pending: list[PendingNoise | Tensor] = field(default_factory=list)
     kernel: Tensor | None = None  # (N, 1, k, k): what correlates the noise of each image; None: it is white
-    told: Tensor | None = (
-        None  # (N, 4): gain, sigma, offset and reference of the noise of each image; None: those of its level
-    )
+    told: Tensor | None = None  # (N, 4): gain, sigma, offset and reference of each noise; None: those of its level
 
     @property
     def noise(self) -> NoiseModel:

@@ -20,7 +20,7 @@ from preprocessing.augment import CHANGES_OF_INTENSITIES, augment, grained, log_
 from preprocessing.degrade import simulate_dose, simulate_low_dose
 from preprocessing.estimate import estimate_noise
 from preprocessing.grid import Prepared
-from preprocessing.noise import KERNEL_SIDE, NoiseModel, draw_kernel, kernel_of, unit_noise
+from preprocessing.noise import WHITE_KERNEL, NoiseModel, draw_kernel, unit_noise
 from preprocessing.phantom import generate_phantom
 from preprocessing.sides import least_step, part_sides
 from preprocessing.stabilize import full_scale_of, placed, stabilize, unstabilize
@@ -43,9 +43,7 @@ class MammogramDataset(Dataset):
         self.train = split == "train"
         self.left_out: list[str] = []  # what was wrong with images that are left out
         self.degrade_on_device = hps.degrade_on_device
-        self.unaltered = hps.updated(
-            scale_range=[1.0, 1.0], gamma_range=[1.0, 1.0], windowing=0.0, enhancement=0.0, grain=0.0
-        )
+        self.unaltered = hps.updated(scale_range=[1.0, 1.0], gamma_range=[1.0, 1.0], windowing=0.0, enhancement=0.0)
         self._cache: dict[int, Prepared] = {}
         self._noises: dict[int, NoiseModel] = {}
 
@@ -172,14 +170,13 @@ class MammogramDataset(Dataset):
     def _fraction_of_dose(self, image: Prepared, meta: Meta, generator: torch.Generator) -> Batch:
         """The sample of a full-dose image of its own noise: a fraction of its dose, brought back to its brightness.
 
-        The networks are told the noise level that has as much noise at the image's mean, within the range of training.
+        The networks are told the level of a film with as much detail in units of the noise, within the range of training.
         """
         fraction, full = self.hps.dose_fraction, image.info["noise"]
         low = simulate_dose(image.clean, fraction, full, generator)
         degraded = full.offset + (low - full.offset) / fraction
         noise = placed(full.of_dose(fraction), degraded[0].numpy(), image.mask[0].numpy())
-        white = kernel_of(torch.ones(2 * KERNEL_SIDE + 1, 2 * KERNEL_SIDE + 1))
-        kernel = white if noise.kernel is None else noise.kernel
+        kernel = WHITE_KERNEL if noise.kernel is None else noise.kernel
         least, most = self.hps.noise_levels or [self.hps.noise_level] * 2
         level = min(max(noise.level, least), most)
         told = torch.tensor([[float(v) for v in (noise.gain, noise.sigma, noise.offset, noise.reference)]])

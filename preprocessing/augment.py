@@ -17,15 +17,8 @@ from preprocessing.phantom import Calcification, add_calcifications
 
 # Settings that change the values of training images, and all that change the images before they are encoded.
 CHANGES_OF_INTENSITIES = (
-    "gamma_range",
-    "part_edges",
-    "calcifications",
-    "borders",
-    "windowing",
-    "enhancement",
-    "grain",
-    "negatives",
-)
+    "gamma_range", "part_edges", "calcifications", "borders", "windowing", "enhancement", "grain", "negatives",
+)  # fmt: skip
 CHANGES_OF_IMAGES = ("flip", "dihedral", "scale_range", *CHANGES_OF_INTENSITIES)
 
 

@@ -132,13 +132,18 @@ def level_of_detail(detail: float) -> float:
 UNIT_NOISE = NoiseModel(0.0, 1.0)  # of images that are stabilised
 
 
+def unit_energy(kernel: Tensor) -> Tensor:
+    """A kernel (..., k, k) scaled for its squares to add up to 1, so that it leaves the variance of white noise as it is."""
+    return kernel / kernel.square().sum((-2, -1), keepdim=True).sqrt()
+
+
 def power_spectrum(kernel: Tensor, shape: tuple[int, int]) -> Tensor:
     """|FFT of the kernel (..., k, k)|^2 at the frequencies of `torch.fft.fft2` of `shape` (H, W), of mean 1: (..., H, W).
 
     It is the power spectrum of white noise of unit variance that is filtered by the kernel, which is brought to unit energy.
     Raises ValueError if the shape is smaller than the kernel.
     """
-    kernel = kernel / kernel.square().sum((-2, -1), keepdim=True).sqrt()
+    kernel = unit_energy(kernel)
     side, (height, width) = kernel.shape[-1], shape
     if side > min(shape):
         raise ValueError(f"{width} x {height} pixels are fewer than those of the noise's kernel of {side} x {side}")
@@ -150,7 +155,10 @@ def kernel_of(spectrum: Tensor, side: int = KERNEL_SIDE) -> Tensor:
     kernel = torch.fft.fftshift(torch.fft.ifft2(spectrum.clamp(min=0).sqrt()).real, dim=(-2, -1))
     row, column = (length // 2 - side // 2 for length in spectrum.shape[-2:])
     kernel = kernel[..., row : row + side, column : column + side]
-    return kernel / kernel.square().sum((-2, -1), keepdim=True).sqrt()
+    return unit_energy(kernel)
+
+
+WHITE_KERNEL = kernel_of(torch.ones(2 * KERNEL_SIDE + 1, 2 * KERNEL_SIDE + 1))  # it leaves white noise as it is
 
 
 def filtered(draw: Callable[[tuple[int, ...]], Tensor], shape: Sequence[int], kernel: Tensor | None) -> Tensor:
@@ -159,7 +167,7 @@ def filtered(draw: Callable[[tuple[int, ...]], Tensor], shape: Sequence[int], ke
         return draw(tuple(shape))
     reach = kernel.shape[-1] - 1
     white = draw((*shape[:-2], *(side + reach for side in shape[-2:])))
-    kernel, (height, width) = (kernel / kernel.square().sum().sqrt()).to(white), white.shape[-2:]
+    kernel, (height, width) = unit_energy(kernel).to(white), white.shape[-2:]
     response = torch.fft.rfft2(kernel, s=(height, width))
     return torch.fft.irfft2(torch.fft.rfft2(white) * response, s=(height, width))[..., reach:, reach:]
 
@@ -184,7 +192,7 @@ def draw_kernel(share: float, generator: torch.Generator) -> Tensor:
     toss, corner, power, white, stretch = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
     side = 2 * KERNEL_SIDE + 1
     if toss >= share:
-        return kernel_of(torch.ones(side, side))
+        return WHITE_KERNEL
     f0, p, w = 0.08 * 10**corner, 0.75 * (2 / 0.75) ** power, 0.03 * (0.5 / 0.03) ** white
     frequency = torch.fft.fftfreq(side, dtype=torch.float64) / f0
     squared = (frequency[:, None] * 1.1 ** (2 * stretch - 1)) ** 2 + (frequency / 1.1 ** (2 * stretch - 1)) ** 2

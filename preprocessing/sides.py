@@ -8,6 +8,8 @@ import numpy as np
 from scipy import ndimage
 from torch import Tensor
 
+from preprocessing.noise import unit_energy
+
 EDGE_SHARE = 0.25  # of full scale in units of the noise: least step across 5 pixels of an edge that is taken apart ...
 EDGE_RANGE = 7.0, 20.0  # ... within these: below is noise and texture, above every filter fails
 SMALL = 9  # pixels: what is narrower, such as a calcification, is no edge
@@ -38,7 +40,7 @@ def least_step(full_scale: float, kernel: Tensor | None = None) -> float:
     """
     left = 1.0
     if kernel is not None:
-        unit = (kernel / kernel.square().sum().sqrt()).numpy()
+        unit = unit_energy(kernel).numpy()
         left = 3 * float(np.sqrt((ndimage.uniform_filter(np.pad(unit, 1), 3, mode="constant") ** 2).sum()))
     return float(np.clip(EDGE_SHARE * full_scale, *(left * limit for limit in EDGE_RANGE)))
 

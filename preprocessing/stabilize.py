@@ -12,7 +12,7 @@ from scipy import ndimage
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-from preprocessing.noise import NoiseModel, level_of_detail, power_spectrum
+from preprocessing.noise import NoiseModel, level_of_detail, power_spectrum, unit_energy
 
 MIRRORED = 16  # pixels by which an image is mirrored at its borders before it is filtered
 DETAIL_SIGMAS = 2.0, 8.0  # pixels; of the Gaussians between which the detail of an image is
@@ -77,7 +77,7 @@ def _detail(values: np.ndarray, mask: np.ndarray, kernel: Tensor | None) -> floa
         fine, coarse = (ndimage.gaussian_filter(image, sigma, mode="constant") for sigma in DETAIL_SIGMAS)
         return fine - coarse
 
-    unit = np.ones((1, 1)) if kernel is None else (kernel / kernel.square().sum().sqrt()).numpy()
+    unit = np.ones((1, 1)) if kernel is None else unit_energy(kernel).numpy()
     noise = float((band(np.pad(unit, math.ceil(4 * DETAIL_SIGMAS[1]))) ** 2).sum())
     inside = ndimage.binary_erosion(mask, iterations=math.ceil(DETAIL_SIGMAS[1]), border_value=1)
     mean = values[mask].mean()

@@ -14,9 +14,7 @@ from preprocessing.noise import NoiseModel
 class Restoration:
     """A restored image, and how it was made."""
 
-    products: (
-        np.ndarray
-    )  # (K, H, W) float32, in the image's units: one estimate of the clean image, or K posterior samples
+    products: np.ndarray  # (K, H, W) float32, in the image's units: one estimate of it, or K posterior samples
     level: float | None = None  # noise level of the image, as a model sees it
     factor: float = 1.0  # what the input was multiplied by to have the noise that the model knows
     strength: float = 1.0  # mean share of the model's correction that was applied, inside the breast
