@@ -13,22 +13,21 @@ from preprocessing.phantom import generate_phantom
 from scripts import shell, succeed  # noqa: E402
 
 
+def folder_of(variable, what):
+    """The folder that an environment variable names; a test that asks for one that is not set is skipped."""
+    if not (folder := os.environ.get(variable)):
+        pytest.skip(f"{variable} names no folder of {what}")
+    return Path(folder)
+
+
 @pytest.fixture(scope="session")
 def mammogram_dir():
-    """Folder of real mammograms, from the environment variable MAMMOGRAM_DIR."""
-    folder = os.environ.get("MAMMOGRAM_DIR")
-    if not folder:
-        pytest.skip("MAMMOGRAM_DIR names no folder of real mammograms")
-    return Path(folder)
+    return folder_of("MAMMOGRAM_DIR", "real mammograms")
 
 
 @pytest.fixture(scope="session")
 def detector_dir():
-    """Folder of a detector's regions, from the environment variable DETECTOR_DIR."""
-    folder = os.environ.get("DETECTOR_DIR")
-    if not folder:
-        pytest.skip("DETECTOR_DIR names no folder of a detector's regions")
-    return Path(folder)
+    return folder_of("DETECTOR_DIR", "a detector's regions")
 
 
 @pytest.fixture

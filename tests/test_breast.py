@@ -1,8 +1,5 @@
 """The breast mask in any units and on either polarity, and backgrounds that are clipped."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -90,10 +87,8 @@ def test_films_have_the_mask_of_their_negatives(mammogram_dir):
             assert mask_of(crop).mean() > 0.85 and mask_of(-crop).mean() > 0.85, path.name
 
 
-def test_a_detector_s_regions_of_tissue_are_all_breast():
-    if not (folder := os.environ.get("DETECTOR_DIR")):
-        pytest.skip("DETECTOR_DIR names no folder of a detector's regions")
-    with np.load(Path(folder) / "iwbi2026.npz") as data:
+def test_a_detector_s_regions_of_tissue_are_all_breast(detector_dir):
+    with np.load(detector_dir / "iwbi2026.npz") as data:
         regions = np.concatenate([data[f"{dose}_Noise_absent"][::4] for dose in ("50prct", "100prct")])
     assert np.mean([mask_of(region.astype(np.float32)).mean() for region in regions]) > 0.95
 

@@ -1,8 +1,6 @@
 """Blind estimate of Poisson-Gaussian noise."""
 
-import os
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,11 +153,8 @@ def test_raw_values_of_a_detector(is_inverted):
         assert float(estimate.noise.variance(seen)) == pytest.approx(4 * value + 36, rel=0.06)
 
 
-def test_regions_of_a_detector():
-    folder = os.environ.get("DETECTOR_DIR")
-    if not folder:
-        pytest.skip("DETECTOR_DIR names no folder of regions of a detector")
-    regions = np.load(Path(folder) / "iwbi2026.npz")
+def test_regions_of_a_detector(detector_dir):
+    regions = np.load(detector_dir / "iwbi2026.npz")
     errors, correlations = [], []
     for low, clean in zip(regions["50prct_Noise_absent"][:12], regions["50prct_NoiseFree_absent"][:12], strict=True):
         estimate = estimate_noise(low.astype(float), np.ones(low.shape, dtype=bool))
