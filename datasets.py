@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from datasets_cbis import cbis_records
 from files.cache import PreparedCache
 from files.splits import check_root, folder_records
@@ -85,3 +87,18 @@ def load_datasets(args: argparse.Namespace, hps: HParams, *splits: str) -> list[
         cache = Path("cache")
     options = dict(strict=args.strict, cache=cache, progress=not args.no_tqdm)
     return get_datasets(args.task, hps, splits, root, args.seed, **options)
+
+
+def load_training_sets(args: argparse.Namespace, hps: HParams, digest: str) -> list[Dataset]:
+    """Training and validation set of stage 2: images, or the latents of --latents, which the first stage with this digest
+    has made."""
+    if not args.latents:
+        return load_datasets(args, hps, "train", "validation")
+    if hps.noise_levels:
+        raise UserError(
+            f"--latents {args.latents}: holds one noise level, but the model is trained at {hps.noise_levels}; train it from "
+            "images, or with --hps noise_levels=[]"
+        )
+    sets = [LatentDataset(args.latents, split, hps, args.seed) for split in ("train", "validation")]
+    sets[0].check(digest, args.vqvae_path)
+    return sets

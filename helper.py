@@ -1,4 +1,7 @@
-"""Helpers for every module: errors, progress, devices, keyed randomness, tables."""
+"""Helpers for every module: errors, progress, devices, keyed randomness, tables.
+
+Scripts read their flags with it, so it imports torch where a function needs it: a wrong flag is answered at once.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,11 @@ import re
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 SILENCE = 60.0  # seconds between two lines of work without a progress bar
 
@@ -70,6 +72,8 @@ T = TypeVar("T")
 def tracked(items: Iterable[T], what: str, unit: str, progress: bool, total: int | None = None) -> Iterator[T]:
     """Yield the items under a progress bar or, without `progress`, print a line a minute; `total` if they have no length."""
     if progress:
+        from tqdm import tqdm
+
         yield from tqdm(items, desc=what, total=total, unit=unit)
         return
     total, silence = len(items) if total is None else total, Silence()
@@ -84,6 +88,8 @@ def get_device(cpu: bool = False, cuda: bool = False) -> torch.device:
 
     Raises UserError if `cuda` asks for a device and there is none, or if a machine has fewer GPUs than processes.
     """
+    import torch
+
     if not cpu and torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
         if local >= torch.cuda.device_count():
@@ -102,6 +108,8 @@ def get_device(cpu: bool = False, cuda: bool = False) -> torch.device:
 
 def amp_dtype(device: torch.device, enabled: bool) -> torch.dtype | None:
     """Precision of autocast: bfloat16 if the device has it, else float16; None if it is off."""
+    import torch
+
     if not enabled:
         return None
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -128,6 +136,9 @@ def seed_of(*key: object) -> int:
 
 def seed_everything(seed: int) -> None:
     """Seed the global generators of torch, numpy and python; training draws from keyed generators of its own."""
+    import numpy as np
+    import torch
+
     torch.manual_seed(seed)
     np.random.seed(seed_of("numpy", seed) % 2**32)
     random.seed(seed_of("python", seed))
@@ -135,16 +146,23 @@ def seed_everything(seed: int) -> None:
 
 def seeded_generator(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator whose draws depend on `key` alone, not on order, worker or process."""
+    import torch
+
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 def randn_by_sample(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
     """Unit Gaussian noise (N, *shape); each sample has its own generator, so its noise does not depend on its batch."""
+    import torch
+
     return torch.stack([torch.randn(*shape, generator=g, device=device) for g in generators])
 
 
 def rng_state() -> dict[str, Any]:
     """State of the global generators of torch, CUDA, numpy and python, in types that a checkpoint can hold."""
+    import numpy as np
+    import torch
+
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -156,6 +174,9 @@ def rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Restore what `rng_state` returned; CUDA states only if the number of devices is the same."""
+    import numpy as np
+    import torch
+
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -4,23 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from torch.utils.data import Dataset
-
-from datasets import load_datasets
-from diffusion import make_diffusion
 from helper import UserError, get_device, seed_everything
-from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS, HParams
-from loading.latents import LatentDataset
-from models.samplers import dpm_timesteps
-from restoration.classical import bm3d_is_there
-from restoration.evaluate import restore_test_set
-from restoration.restorer import check_first_stage, load_averages
-from running.checkpoints import checkpoint_to_resume, weights_digest
+from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS
 from running.command_line import base_parser, path_argument
 from running.scripts import finish_batch, refuse_torchrun, run_script
-from running.settings import resolve_settings
-from trainer import DiffusionTrainer, run_training
-from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,15 +32,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises UserError if flags do not go together, or need what is not installed."""
+    """Raises UserError if flags do not go together."""
     if args.bm3d and not args.evaluate:
         raise UserError("--bm3d goes with --evaluate")
     if args.half and not args.evaluate:
         raise UserError("--half goes with --evaluate; training has half precision by itself, unless --no-amp is given")
-    if args.bm3d and not bm3d_is_there():
-        raise UserError(
-            "--bm3d: not installed; pip install -r requirements-benchmarks.txt (free for non-commercial use only)"
-        )
     if args.evaluate:
         refuse_torchrun("--evaluate")
         if args.latents is not None:
@@ -62,23 +45,25 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UserError("--evaluate needs --load-path, the diffusion checkpoint to restore with")
 
 
-def training_sets(args: argparse.Namespace, hps: HParams, digest: str) -> list[Dataset]:
-    """Training and validation set: images, or the latents of --latents, which the first stage with this digest has made."""
-    if not args.latents:
-        return load_datasets(args, hps, "train", "validation")
-    if hps.noise_levels:
-        raise UserError(
-            f"--latents {args.latents}: holds one noise level, but the model is trained at {hps.noise_levels}; train it from "
-            "images, or with --hps noise_levels=[]"
-        )
-    sets = [LatentDataset(args.latents, split, hps, args.seed) for split in ("train", "validation")]
-    sets[0].check(digest, args.vqvae_path)
-    return sets
-
-
 def main() -> None:
     args = parse_arguments()
     check_flags(args)
+    # torch and all that stands on it come after the flags: a wrong one is answered at once
+    from datasets import load_training_sets
+    from diffusion import make_diffusion
+    from models.samplers import dpm_timesteps
+    from restoration.classical import bm3d_is_there
+    from restoration.evaluate import restore_test_set
+    from restoration.restorer import check_first_stage, load_averages
+    from running.checkpoints import checkpoint_to_resume, weights_digest
+    from running.settings import resolve_settings
+    from trainer import DiffusionTrainer, run_training
+    from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
+
+    if args.bm3d and not bm3d_is_there():
+        raise UserError(
+            "--bm3d: not installed; pip install -r requirements-benchmarks.txt (free for non-commercial use only)"
+        )
     vqvae, vqvae_checkpoint = load_vqvae(args.vqvae_path)
     checkpoint = checkpoint_to_resume(args, "diffusion")
     hps = resolve_settings(
@@ -104,7 +89,7 @@ def main() -> None:
         load_averages(model, checkpoint, args.load_path)
         finish_batch(restore_test_set(args, hps, model, first_stage, (vqvae_checkpoint, checkpoint), device))
         return
-    sets = training_sets(args, hps, digest)
+    sets = load_training_sets(args, hps, digest)
     run_training(DiffusionTrainer, args, hps, model, device, *sets, checkpoint, first_stage=first_stage)
 
 

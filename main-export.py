@@ -7,16 +7,10 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
-from diffusion import make_diffusion
 from helper import UserError
 from hps import apply_overrides
-from restoration.restorer import check_first_stage, load_averages
-from running.checkpoints import Checkpoint, build_model, load_checkpoint, save_checkpoint, weights_digest
 from running.command_line import Parser, path_argument
 from running.scripts import run_script
-from vqvae2_wrapper import load_vqvae
 
 SAMPLER = ("ddim_steps", "ddim_eta", "ddim_spacing", "fast_steps")  # entries that no weight depends on
 
@@ -38,21 +32,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def slim(checkpoint: Checkpoint, model: torch.nn.Module, *, half: bool) -> Checkpoint:
-    """A checkpoint of `model` without what only training needs; with `half` its weight matrices in half precision.
-
-    Buffers, biases and other vectors stay as they are: they take no room, and the noise schedule would suffer.
-    """
-    matrices = {name for name, parameter in model.named_parameters() if half and parameter.ndim > 1}
-    state = {name: value.half() if name in matrices else value for name, value in model.state_dict().items()}
-    return Checkpoint(
-        checkpoint.kind, checkpoint.task, checkpoint.hps, state, checkpoint.epoch, checkpoint.step, checkpoint.best,
-        training={}, extra=checkpoint.extra | {"averaged": True},
-    )  # fmt: skip
-
-
 def main() -> None:
     args = parse_arguments()
+    # torch and all that stands on it come after the flags: a wrong one is answered at once
+    from diffusion import make_diffusion
+    from restoration.restorer import check_first_stage, load_averages
+    from running.checkpoints import build_model, load_checkpoint, save_checkpoint, slim, weights_digest
+    from vqvae2_wrapper import load_vqvae
+
     vqvae, stage_1 = load_vqvae(args.vqvae_path)
     stage_2 = load_checkpoint(args.load_path, "diffusion")
     check_first_stage(stage_2, args.load_path, weights_digest(vqvae), args.vqvae_path)

@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
-import numpy as np
-
-from datasets import load_datasets
-from files.splits import SPLITS
 from helper import UserError, get_device
 from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS
-from loading.latents import LATENT_FORMAT, Layout, entry_bytes, split_layout, whole_folder, write_split
-from loading.mammograms import MammogramDataset, RecordDataset
-from running import distributed
-from running.checkpoints import weights_digest
 from running.command_line import base_parser, path_argument, positive_int
 from running.scripts import finish_batch, run_script
-from running.settings import resolve_settings
-from running.writing import write_json
-from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,23 +22,21 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_room(out: Path, images: dict[str, MammogramDataset], layouts: dict[str, Layout], will_write: bool) -> None:
-    """Say how much there is to write. Raises UserError if `out` exists or, if it will be written, has no room."""
-    if out.exists():
-        raise UserError(f"--out {out}: exists already; remove it or choose another folder")
-    counts = ", ".join(f"{data.image_count()} {split}" for split, data in images.items())
-    codes, latent = (entry_bytes(layouts["train"], prefix) for prefix in ("codes", "clean"))
-    total = sum(data.image_count() * entry_bytes(layouts[split]) for split, data in images.items()) / 1e9
-    free = shutil.disk_usage(next(path for path in out.absolute().parents if path.exists())).free / 1e9
-    print(
-        f"{counts} images: {codes:,} bytes of codes and {latent:,} bytes a latent, {total:.3f} GB in all; {free:.1f} GB free"
-    )
-    if will_write and total > 0.98 * free:
-        raise UserError(f"--out {out}: {total:.3f} GB are needed and {free:.3f} GB are free; try --codes-only")
-
-
 def main() -> None:
     args = parse_arguments()
+    # torch and all that stands on it come after the flags: a wrong one is answered at once
+    import numpy as np
+
+    from datasets import load_datasets
+    from files.splits import SPLITS
+    from loading.latents import LATENT_FORMAT, check_room, split_layout, whole_folder, write_split
+    from loading.mammograms import RecordDataset
+    from running import distributed
+    from running.checkpoints import weights_digest
+    from running.settings import resolve_settings
+    from running.writing import write_json
+    from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
+
     vqvae, checkpoint = load_vqvae(args.checkpoint)
     hps = resolve_settings(args, HPS_VQVAE, checkpoint=checkpoint, architecture=ARCHITECTURE_VQVAE)
     if hps.nb_entries > 2**16:

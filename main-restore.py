@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 from helper import UserError, get_device, half_precision, one_line, tracked
-from preprocessing.detector import Detector
-from restoration.batch import RESEARCH_USE, BatchRestorer, Listed, load_calibration
-from restoration.outputs import MAPS, RECORD, make_folder, plan
-from restoration.restorer import SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer
+from restoration import RESEARCH_USE
 from running.command_line import Parser, device_arguments, non_negative_int, path_argument, positive_int
-from running.folders import record_run
 from running.scripts import finish_batch, run_script
 
 LEVEL_RANGE = 1e-6, 1000.0  # of noise levels: beyond it single precision, and the quanta, run out
@@ -123,8 +117,6 @@ def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpar
         parser.error(
             f"{given} needs {missing}: the two stages belong together; leave both out for the model in weights/"
         )
-    if args.vqvae_path is None:
-        args.vqvae_path, args.load_path = SHIPPED_VQVAE, SHIPPED_DIFFUSION
     if args.calibration and not args.samples:
         parser.error("--calibration goes with --samples, which writes the expected error")
     for flag, value in (("--sampler", args.sampler), ("--steps", args.steps)):
@@ -152,6 +144,14 @@ def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpar
 def main() -> None:
     args = parse_arguments()
     print(RESEARCH_USE)
+    # torch and all that stands on it come after the flags: a wrong one is answered at once
+    from preprocessing.detector import Detector
+    from restoration.batch import BatchRestorer, Listed, load_calibration
+    from restoration.outputs import MAPS, make_folder, plan
+    from restoration.restorer import SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer
+
+    if args.vqvae_path is None:
+        args.vqvae_path, args.load_path = SHIPPED_VQVAE, SHIPPED_DIFFUSION
     calibration = load_calibration(args) if args.samples else None
     detector = None if args.detector is None else Detector.from_json(args.detector)
     kinds = ("compare",) * args.compare + MAPS * bool(args.samples)
@@ -174,25 +174,8 @@ def main() -> None:
             except UserError as error:
                 failures.append(one_line(error))
     finally:  # what was restored before a signal is listed too
-        finish(args, batch, done, failures, made)
+        batch.finish(done, failures, made)
     finish_batch(failures, done=len(done))
-
-
-def finish(
-    args: argparse.Namespace, batch: BatchRestorer, done: list[Listed], failures: list[str], made: list[Path]
-) -> None:
-    """Write the record and the tables of what was `done`; if it is nothing, remove the folders that were `made` for it."""
-    restorer = batch.restorer
-    if done:
-        sampling = dataclasses.asdict(restorer.sampling) if restorer.samples else None
-        what = {"model": restorer.name, "product": restorer.product, "sampling": sampling}
-        record_run(args.out, restorer.hps, args.seed, RECORD, **what, failures=failures)
-        batch.report(done)
-        print(f"{len(done)} images restored into {args.out}: {restorer.product}")
-    else:
-        with contextlib.suppress(OSError):  # something is in one of them
-            for folder in made:
-                folder.rmdir()
 
 
 if __name__ == "__main__":

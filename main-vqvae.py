@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from datasets import load_datasets
-from evaluation.codebooks import evaluate_vqvae
 from helper import UserError, get_device, seed_everything
 from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS
-from running.checkpoints import checkpoint_to_resume, load_weights
 from running.command_line import base_parser, path_argument
 from running.scripts import refuse_torchrun, run_script
-from running.settings import resolve_settings
-from trainer import VQVAETrainer, run_training
-from vqvae import VQVAE
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,6 +27,14 @@ def main() -> None:
         refuse_torchrun("--evaluate")
         if args.load_path is None:
             raise UserError("--evaluate needs --load-path, the checkpoint to evaluate")
+    # torch and all that stands on it come after the flags: a wrong one is answered at once
+    from datasets import load_datasets
+    from evaluation.codebooks import evaluate_vqvae
+    from running.checkpoints import checkpoint_to_resume, load_weights
+    from running.settings import resolve_settings
+    from trainer import VQVAETrainer, run_training
+    from vqvae import VQVAE
+
     checkpoint = checkpoint_to_resume(args, "vqvae")
     hps = resolve_settings(args, HPS_VQVAE, checkpoint=checkpoint, architecture=ARCHITECTURE_VQVAE)
     device = get_device(args.cpu, args.cuda)

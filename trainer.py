@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from diffusion import LatentDiffusion, LatentEncoder, LitEma, sample_latents
+from evaluation import metrics
 from evaluation.pictures import comparison
 from helper import UserError, amp_dtype, get_parameter_count, randn_by_sample, seed_of, seeded_generator
 from hps import HParams
@@ -101,8 +101,7 @@ class VQVAETrainer(Trainer):
             for name, values in psnr.items():
                 output = self.model.decode(z, name == "quantized", batch.clean.shape[-2:])
                 image = self.model.from_domain(output.reconstruction, batch.noise).clamp(0, 1)
-                figure = peak_signal_noise_ratio(image, batch.clean, data_range=1.0)
-                values.append(min(float(figure), LARGEST_PSNR))
+                values.append(min(float(metrics.psnr(image, batch.clean)), LARGEST_PSNR))
         joined = {name: distributed.join(values) for name, values in psnr.items()}
         means = {f"psnr_{name}": sum(values) / len(values) for name, values in joined.items()}
         return {"score": -sum(means.values()) / len(means), **means}

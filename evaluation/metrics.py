@@ -7,12 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    peak_signal_noise_ratio,
-)
-from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from preprocessing.phantom import Calcification
 
@@ -27,8 +23,16 @@ HALF_DIAGONAL = 0.71  # pixels; every point is that near to some pixel's centre
 RING_GAP, RING_WIDTH = 1.5, 2.5  # pixels; of the background around a calcification
 
 
+def psnr(image: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of tensors of equal shape, peak 1: -10 lg of the mean squared error; () of its type."""
+    return -10 * F.mse_loss(image, reference).log10()
+
+
 def _ssim_map(image: Tensor, reference: Tensor) -> Tensor:
     """The SSIM map of (1, 1, H, W) images, band by band: in double precision the whole of a large one takes 5 kB a pixel."""
+    # torchmetrics imports all that it finds beside it, which takes longer than many a call
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
     height, width = image.shape[-2:]
     rows = max(SSIM_REACH, BAND_PIXELS // width)
     bands = []
@@ -63,9 +67,9 @@ def image_metrics(image: Tensor, reference: Tensor, mask: Tensor) -> ImageMetric
     if min(image.shape[-2:]) > 2 * SSIM_REACH:
         similar = _ssim_map(image, reference)
     return ImageMetrics(
-        psnr=float(peak_signal_noise_ratio(image, reference, data_range=1.0)),
+        psnr=float(psnr(image, reference)),
         ssim=float(similar.mean()),
-        psnr_breast=float(peak_signal_noise_ratio(image[mask], reference[mask], data_range=1.0)),
+        psnr_breast=float(psnr(image[mask], reference[mask])),
         ssim_breast=float(similar[mask].mean()),
     )
 
@@ -78,6 +82,8 @@ def ms_ssim(image: Tensor, reference: Tensor) -> float:
     """
     if min(image.shape[-2:]) < MS_SSIM_SIDE:
         return float("nan")
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
     pair = (values[None].float().cpu() for values in (image, reference))
     return float(multiscale_structural_similarity_index_measure(*pair, data_range=1.0))
 

@@ -198,6 +198,21 @@ def entry_bytes(layout: Layout, prefix: str = "") -> int:
     return sum(dtype.itemsize * math.prod(shape) for name, (dtype, shape) in layout.items() if name.startswith(prefix))
 
 
+def check_room(out: Path, images: dict[str, MammogramDataset], layouts: dict[str, Layout], will_write: bool) -> None:
+    """Say how much there is to write. Raises UserError if `out` exists or, if it will be written, has no room."""
+    if out.exists():
+        raise UserError(f"--out {out}: exists already; remove it or choose another folder")
+    counts = ", ".join(f"{data.image_count()} {split}" for split, data in images.items())
+    codes, latent = (entry_bytes(layouts["train"], prefix) for prefix in ("codes", "clean"))
+    total = sum(data.image_count() * entry_bytes(layouts[split]) for split, data in images.items()) / 1e9
+    free = shutil.disk_usage(next(path for path in out.absolute().parents if path.exists())).free / 1e9
+    print(
+        f"{counts} images: {codes:,} bytes of codes and {latent:,} bytes a latent, {total:.3f} GB in all; {free:.1f} GB free"
+    )
+    if will_write and total > 0.98 * free:
+        raise UserError(f"--out {out}: {total:.3f} GB are needed and {free:.3f} GB are free; try --codes-only")
+
+
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` at the end of the block; if that fails, nothing of it is left.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -26,14 +28,15 @@ from preprocessing.detector import Detector
 from preprocessing.estimate import estimate_noise
 from preprocessing.grid import Grid
 from preprocessing.noise import NoiseModel
+from restoration import RESEARCH_USE
 from restoration.denoiser import Restoration
 from restoration.dose import to_dose
-from restoration.outputs import TABLES, Job, remove_stale, write_maps
+from restoration.outputs import RECORD, TABLES, Job, remove_stale, write_maps
 from restoration.restore import restore_image
 from restoration.restorer import SHIPPED_CALIBRATION, Restorer
+from running.folders import record_run
 from running.writing import write_text
 
-RESEARCH_USE = "research use only: a restored image is an estimate, not fit for diagnosis"
 UNTOUCHED = 0.2  # mean share of the correction below which an image counts as left alone
 CALIBRATION = SHIPPED_CALIBRATION.name  # in a model's folder
 TABLE_ROWS = 16  # images that the table on the screen lists at most
@@ -229,6 +232,20 @@ class BatchRestorer:
             "factor": result.factor,
             "strength": result.strength,
         }
+
+    def finish(self, done: Sequence[Listed], failures: Sequence[str], made: Sequence[Path]) -> None:
+        """Write the record and the tables of what was `done`; if it is nothing, remove the folders that were `made` for it."""
+        restorer, out = self.restorer, self.args.out
+        if not done:
+            with contextlib.suppress(OSError):  # something is in one of them
+                for folder in made:
+                    folder.rmdir()
+            return
+        sampling = dataclasses.asdict(restorer.sampling) if restorer.samples else None
+        what = {"model": restorer.name, "product": restorer.product, "sampling": sampling}
+        record_run(out, restorer.hps, self.args.seed, RECORD, **what, failures=list(failures))
+        self.report(done)
+        print(f"{len(done)} images restored into {out}: {restorer.product}")
 
     def report(self, done: Sequence[Listed]) -> None:
         """Write the tables and print them; if a low dose was simulated, the figures stand beside the input's."""

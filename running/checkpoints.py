@@ -205,6 +205,19 @@ def _is_like(value: object, default: object) -> bool:
     return type(value) is type(default) or (type(default) is float and type(value) is int)
 
 
+def slim(checkpoint: Checkpoint, model: nn.Module, *, half: bool) -> Checkpoint:
+    """A checkpoint of `model` without what only training needs; with `half` its weight matrices in half precision.
+
+    Buffers, biases and other vectors stay as they are: they take no room, and the noise schedule would suffer.
+    """
+    matrices = {name for name, parameter in model.named_parameters() if half and parameter.ndim > 1}
+    state = {name: value.half() if name in matrices else value for name, value in model.state_dict().items()}
+    return Checkpoint(
+        checkpoint.kind, checkpoint.task, checkpoint.hps, state, checkpoint.epoch, checkpoint.step, checkpoint.best,
+        training={}, extra=checkpoint.extra | {"averaged": True},
+    )  # fmt: skip
+
+
 def build_model(make: Callable[[HParams], nn.Module], checkpoint: Checkpoint, path: Path) -> nn.Module:
     """The model that `make` builds from a checkpoint's settings; raises UserError if they make none."""
     try:

@@ -11,12 +11,12 @@ import datetime
 import inspect
 import os
 import sys
-from typing import NoReturn, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor, nn
 
 Value = TypeVar("Value")
 
@@ -26,14 +26,20 @@ TIMEOUT = datetime.timedelta(minutes=30)
 _store: dist.Store | None = None  # torchrun's, which outlives the processes
 
 
+def _group() -> ModuleType | None:
+    """torch.distributed, once this run has several processes; who asks before torch is imported does not import it."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist and dist.is_available() and dist.is_initialized() else None
+
+
 def rank() -> int:
     """Number of this process in the run, from 0."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return group.get_rank() if (group := _group()) else 0
 
 
 def size() -> int:
     """Number of processes in the run."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return group.get_world_size() if (group := _group()) else 1
 
 
 def is_main() -> bool:
@@ -54,6 +60,9 @@ def start() -> None:
     global _store
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
+    import torch
+    import torch.distributed as dist
+
     _store, number, processes = next(dist.rendezvous("env://", timeout=TIMEOUT))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store = dist.PrefixStore("collectives", _store)
@@ -64,8 +73,8 @@ def start() -> None:
 
 def end() -> None:
     """Leave the run when all is done; raises SystemExit if it has several processes."""
-    if size() > 1:
-        dist.destroy_process_group()
+    if group := _group():
+        group.destroy_process_group()
         sys.exit()
 
 
@@ -80,19 +89,19 @@ def leave(status: int | str | None) -> NoReturn:
 
 def is_first_to_fail() -> bool:
     """Whether no process of the run has asked this before: only the first to fail says why."""
-    if _store is None or size() == 1:
+    if _store is None or not (group := _group()):
         return True
     try:
-        return dist.PrefixStore("failures", _store).add("count", 1) == 1
+        return group.PrefixStore("failures", _store).add("count", 1) == 1
     except RuntimeError:  # the machine that holds the store is gone, so nobody has said anything here
         return True
 
 
 def is_lost_connection(error: Exception) -> bool:
     """Whether an error means that another process is gone."""
-    if size() == 1 or not isinstance(error, RuntimeError):
+    if not (group := _group()) or not isinstance(error, RuntimeError):
         return False
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+    return isinstance(error, group.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 # --- tensors and objects ---------------------------------------------------------------------------------------------
@@ -100,31 +109,34 @@ def is_lost_connection(error: Exception) -> bool:
 
 def all_reduce(tensor: Tensor) -> Tensor:
     """Sum a tensor over the processes, in place; all get the same bits."""
-    if size() > 1:
-        dist.all_reduce(tensor)
+    if group := _group():
+        group.all_reduce(tensor)
     return tensor
 
 
 def broadcast(tensor: Tensor) -> Tensor:
     """Overwrite a tensor by the main process's."""
-    if size() > 1:
-        dist.broadcast(tensor, 0)
+    if group := _group():
+        group.broadcast(tensor, 0)
     return tensor
 
 
 def stack(tensor: Tensor) -> Tensor:
     """Tensors (...) of equal shape of all processes, by rank: (size, ...)."""
-    parts = [tensor] if size() == 1 else [torch.empty_like(tensor) for _ in range(size())]
-    if size() > 1:
-        dist.all_gather(parts, tensor.contiguous())
+    if not (group := _group()):
+        return tensor[None]
+    import torch
+
+    parts = [torch.empty_like(tensor) for _ in range(size())]
+    group.all_gather(parts, tensor.contiguous())
     return torch.stack(parts)
 
 
 def gather(value: Value) -> list[Value]:
     """The values of all processes, by rank, of any type that pickles. Waits for the last process."""
     values = [value] * size()
-    if size() > 1:
-        dist.all_gather_object(values, value)
+    if group := _group():
+        group.all_gather_object(values, value)
     return values
 
 
@@ -135,15 +147,19 @@ def join(values: list[Value]) -> list[Value]:
 
 def largest(value: int) -> int:
     """The largest of the processes' numbers. Waits for the last process."""
-    if size() == 1:
+    if not (group := _group()):
         return value
+    import torch
+
     tensor = torch.tensor(value)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    group.all_reduce(tensor, group.ReduceOp.MAX)
     return int(tensor)
 
 
 def sum_scalars(values: dict[str, Tensor]) -> dict[str, float]:
     """Named scalars summed over the processes, on the host."""
+    import torch
+
     return dict(zip(values, all_reduce(torch.stack([v.double() for v in values.values()])).tolist(), strict=True))
 
 
@@ -154,6 +170,8 @@ def parallel(module: nn.Module) -> nn.Module:
     """A module whose gradients are averaged over the processes in the backward pass, with the main process's state."""
     if size() == 1:
         return module
+    from torch.nn.parallel import DistributedDataParallel
+
     for buffer in module.buffers():
         broadcast(buffer)
     # layers that change buffers keep them equal themselves; torch has renamed the option

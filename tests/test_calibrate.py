@@ -16,8 +16,9 @@ from scipy import signal
 
 from helper import UserError
 from preprocessing import calibrate
-from preprocessing.calibrate import Level
 from preprocessing.detector import Detector
+from preprocessing.flats import Level
+from preprocessing.flats import calibrate as fit
 from preprocessing.noise import NoiseModel, power_spectrum
 from scripts import ROOT
 
@@ -56,7 +57,7 @@ def simulated(
 
 def measured(images):
     levels = [Level.of(mas, stack) for mas, stack in zip(MAS, images, strict=True)]
-    return calibrate.calibrate(levels, (SIDE, SIDE), "simulated", 0.1)
+    return fit(levels, (SIDE, SIDE), "simulated", 0.1)
 
 
 @pytest.fixture(scope="module")

@@ -315,7 +315,7 @@ def test_stage_2_trains_from_latents_without_the_images(latents, vqvae, tmp_path
 def test_a_closed_pipe_is_not_blamed_on_the_latents_folder(vqvae, tmp_path):
     module = load_script("main-latents")
     flags = ["main-latents.py", str(vqvae), "--no-tqdm", "--cpu", "--out", str(tmp_path / "latents")]
-    closed = mock.patch.object(module, "write_split", side_effect=BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    closed = mock.patch("loading.latents.write_split", side_effect=BrokenPipeError(errno.EPIPE, "Broken pipe"))
     with mock.patch.object(sys, "argv", flags), closed, pytest.raises(BrokenPipeError):
         module.main()
     assert not (tmp_path / "latents").exists()
@@ -372,3 +372,21 @@ def test_the_phantom_sheet_refuses_bad_input_in_one_line(flags, tmp_path):
         check=False,
     )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_wrong_flag_is_answered_before_torch_is_imported():
+    """Flags need the standard library and hps.py alone: all else takes seconds to import."""
+    scripts = [*(path.name for path in ROOT.glob("main-*.py")), "preprocessing/calibrate.py"]
+    code = """
+import runpy, sys
+for script in sys.argv[1:]:
+    sys.argv = [script, "--no-such-flag"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        assert stop.code == 2, script
+print(*sorted({name.split(".")[0] for name in sys.modules}))
+"""
+    done = subprocess.run([sys.executable, "-c", code, *scripts], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"torch", "numpy", "scipy", "pandas", "PIL", "pydicom", "matplotlib", "tensorboard", "torchmetrics", "tqdm"}
+    assert done.stderr.count("error: ") == len(scripts) == 6 and not heavy & set(done.stdout.split())
