@@ -61,15 +61,16 @@ def breast_mask(image: Tensor) -> Tensor:
 def clipped_background(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Where an image (H, W) is constant outside the breast's mask (H, W), at its least or greatest value: (H, W) bool.
 
-    Only areas count that are connected and hold at least 1 % of the pixels; noise that is clamped has none.
+    Only areas count that are connected and hold flat squares of at least 1 % of the pixels; noise that is clamped has none.
     """
     clipped = np.zeros(image.shape, bool)
     for extreme in (image.min(), image.max()):
-        at = ndimage.minimum_filter(((image == extreme) & ~mask).astype(np.uint8), FLAT_SIDE, mode="nearest")
-        labels, _ = ndimage.label(ndimage.maximum_filter(at, FLAT_SIDE, mode="nearest"))
+        at = (image == extreme) & ~mask
+        flat = ndimage.minimum_filter(at.astype(np.uint8), FLAT_SIDE, mode="nearest")
+        labels, _ = ndimage.label(ndimage.maximum_filter(flat, FLAT_SIDE, mode="nearest"))
         large = np.bincount(labels.ravel()) >= LEAST_SHARE * image.size
         large[0] = False
-        clipped |= large[labels]
+        clipped |= ndimage.binary_propagation(large[labels], np.ones((3, 3)), at)
     return clipped
 
 

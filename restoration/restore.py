@@ -18,9 +18,10 @@ from preprocessing.sides import EDGE_REACH, least_step, part_sides
 from preprocessing.stabilize import colour, full_scale_of, placed, stabilize, unstabilize, whiten
 from restoration.denoiser import Restoration
 from restoration.restorer import Restorer
-from restoration.tiles import MARGIN, TileFunction, box_weights, changed_box, restore_in_tiles
+from restoration.tiles import MARGIN, OVERLAP, TileFunction, box_weights, changed_box, restore_in_tiles
 
 PEAK_QUANTILE = 0.999  # of the breast's intensities: brought to full scale at most
+STRIP = 192  # rows of an image on which the share of its correction is measured
 PROBE = 0.1  # standard deviations by which an image is moved to see how its correction follows
 
 
@@ -167,7 +168,7 @@ def restore_image(
     For a stabilised model the units are whatever they are: factor, offset and sign of the stored values change nothing. For
     another they are [0, 1], and the image is multiplied so that its noise is what the model knows. If an image is cleaner
     than those of the training, the share of the correction is applied that lowers the error of the posterior mean most
-    (`stein_share`), which takes a second look at it. A background that is clipped stays as it is.
+    (`stein_share`), which takes a second look at a strip of it. A background that is clipped stays as it is.
     """
     mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
     if noise is not None and noise.is_none:
@@ -177,21 +178,39 @@ def restore_image(
     else:
         domain = Matched.of(image, noise, mask, restorer)
     denoise = TiledRestorer(restorer, domain, name, tile, progress)
-    values = domain.values(torch.from_numpy(image)).numpy()
-    restored, share = denoise(values), 1.0
+    values, clipped = domain.values(torch.from_numpy(image)).numpy(), clipped_background(image, mask)
+    window = _window(~clipped)
+    restored, share = np.repeat(values[None], max(1, restorer.samples), 0), 1.0
+    restored[(slice(None), *window)] = denoise(values[window])
     if domain.is_cleaner and noise is not None and restorer.model.has_mean:
         mean = replace(denoise, restorer=replace(restorer, samples=0))
-        deviation = domain.noise.variance(torch.from_numpy(restored.mean(0))).sqrt()
+        strip = _strip(mask)
+        deviation = domain.noise.variance(torch.from_numpy(restored.mean(0))).sqrt().numpy()[strip]
         generator = seeded_generator("probe", restorer.seed)
         signs = filtered(
-            lambda size: 2.0 * torch.randint(2, size, generator=generator) - 1, values.shape, domain.noise.kernel
+            lambda size: 2.0 * torch.randint(2, size, generator=generator) - 1, deviation.shape, domain.noise.kernel
         )
-        probe = (deviation * signs).numpy().astype(np.float32)
-        share = stein_share(lambda at: at - mean(at)[0], values, probe, mask)
+        probe = (deviation * signs.numpy()).astype(np.float32)
+        share = stein_share(lambda at: at - mean(at)[0], values[strip], probe, mask[strip])
         restored = values + np.float32(share) * (restored - values)
     products = domain.image(torch.from_numpy(restored)).numpy().clip(image.min(), image.max())
-    products = np.where(clipped_background(image, mask), image, products.astype(np.float32))
+    products = np.where(clipped, image, products.astype(np.float32))
     return Restoration(products, domain.own_level, domain.factor, float(share))
+
+
+def _window(kept: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns around all pixels of `kept` (H, W), and a margin more for the network to look at."""
+    places = [np.flatnonzero(kept.any(axis)) for axis in (1, 0)]
+    rows, columns = (slice(max(0, at[0] - OVERLAP), at[-1] + 1 + OVERLAP) if len(at) else slice(None) for at in places)
+    return rows, columns
+
+
+def _strip(mask: np.ndarray) -> slice:
+    """Rows of a breast (H, W), through its middle, that a share is measured on: from the chest wall to the skin."""
+    rows = np.flatnonzero(mask.any(1))
+    middle = int(np.median(rows)) if len(rows) else len(mask) // 2
+    first = max(0, min(middle - STRIP // 2, len(mask) - STRIP))
+    return slice(first, first + STRIP)
 
 
 def stein_share(

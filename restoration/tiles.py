@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 LEAST_CHANGE = 1e-3  # standard deviations of the noise; a whitening filter reaches across the image, ever less
+OVERLAP = 64  # pixels that neighbouring tiles share at least; with more, restored images are the same to 0.001 dB
 MARGIN = 32  # pixels by which an image is mirrored at its borders
 
 
@@ -29,7 +30,8 @@ class Span:
 
 
 def tile_spans(size: int, tile: int, overlap: int, multiple: int) -> list[Span]:
-    """Cut `size` pixels into spans of `tile` that start at multiples of `multiple` and share at least `overlap`.
+    """Cut `size` pixels into as few spans of at most `tile` as can be, and these as short as can be, that start at multiples
+    of `multiple` and share at least `overlap`.
 
     A quarter of an overlap at either end of it has no weight: it is there for the network to look at. Between the two the
     weights cross over smoothly. `size` and `tile` must be multiples of `multiple`, `overlap` at most half of `tile`; one
@@ -39,11 +41,12 @@ def tile_spans(size: int, tile: int, overlap: int, multiple: int) -> list[Span]:
         raise ValueError(f"a tile of {tile} with an overlap of {overlap} does not suit {size} in steps of {multiple}")
     if size <= tile:
         return [Span(0, torch.ones(size))]
-    count = math.ceil((size - tile) / (tile - overlap))
-    starts = [0, size]
-    while max(b - a for a, b in itertools.pairwise(starts)) > tile - overlap:  # rounding can cost some of an overlap
+    count, starts = 1, []
+    while not starts:
         count += 1
-        starts = [i * (size - tile) // (count - 1) // multiple * multiple for i in range(count)]
+        starts = _starts(size, tile, overlap, multiple, count)
+    while tile - multiple >= 2 * overlap and (closer := _starts(size, tile - multiple, overlap, multiple, count)):
+        tile, starts = tile - multiple, closer
     weights = torch.zeros(count, size, dtype=torch.float64)
     weights[0, : starts[0] + tile] = 1
     for i in range(1, count):
@@ -60,6 +63,12 @@ def tile_spans(size: int, tile: int, overlap: int, multiple: int) -> list[Span]:
     return [Span(start, weights[i, start : start + tile].float()) for i, start in enumerate(starts)]
 
 
+def _starts(size: int, tile: int, overlap: int, multiple: int, count: int) -> list[int]:
+    """Where `count` tiles start, evenly spread; empty if that leaves less than `overlap` between two."""
+    starts = [i * (size - tile) // (count - 1) // multiple * multiple for i in range(count)]
+    return starts if all(b - a <= tile - overlap for a, b in itertools.pairwise(starts)) else []
+
+
 # Restores a tile (1, C, h, w), to (1, K, h, w), whose first pixel is at (row, column) of the image, or before its beginning.
 TileFunction = Callable[[Tensor, tuple[int, int]], Tensor]
 
@@ -70,14 +79,15 @@ def restore_in_tiles(
     """Apply `function` to overlapping tiles of an image (1, C, H, W) and blend what it returns, (1, K, H, W), without seams.
 
     If `function` at a pixel depends on less than a quarter of the overlap around it, the result is that of the whole image.
-    The overlap is a quarter of the tile. The image is mirrored at its borders, by `MARGIN` and up to a multiple of
+    The overlap is a quarter of the tile, up to `OVERLAP`. The image is mirrored at its borders, by `MARGIN` and up to a multiple of
     `multiple`: convolutions that ran into its end would draw lines along it.
     """
     height, width = image.shape[-2:]
     beyond = [(MARGIN, MARGIN + -(side + 2 * MARGIN) % multiple) for side in (height, width)]
     padded = torch.from_numpy(np.pad(image.numpy(), [(0, 0), (0, 0), *beyond], mode="reflect"))
     rows, columns = (
-        tile_spans(size, side, max(4, side // 4), multiple) for size, side in zip(padded.shape[-2:], tile, strict=True)
+        tile_spans(size, side, max(4, min(OVERLAP, side // 4)), multiple)
+        for size, side in zip(padded.shape[-2:], tile, strict=True)
     )
     result = torch.zeros(())
     bar = tqdm(total=len(rows) * len(columns), desc="tiles", unit="tile", leave=False, disable=not progress)

@@ -85,7 +85,7 @@ def test_spans_cover_every_pixel_once_in_all_and_start_at_multiples(size, tile, 
     spans = tile_spans(size, tile, overlap, multiple)
     total = torch.zeros(size, dtype=torch.float64)
     for span in spans:
-        assert span.start % multiple == 0 and len(span.weights) == min(tile, size)
+        assert span.start % multiple == 0 and len(span.weights) == len(spans[0].weights) <= min(tile, size)
         assert span.weights.min() >= 0
         total[span.start : span.stop] += span.weights.double()
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
@@ -98,6 +98,7 @@ def test_spans_cover_every_pixel_once_in_all_and_start_at_multiples(size, tile, 
 
 def test_spans_are_no_more_than_are_needed():
     assert [span.start for span in tile_spans(4096, 1024, 256, 64)] == [0, 768, 1536, 2304, 3072]
+    assert [(span.start, span.stop) for span in tile_spans(1088, 672, 64, 32)] == [(0, 576), (512, 1088)]
 
 
 @pytest.mark.parametrize("arguments", [(100, 64, 16, 8), (128, 60, 16, 8), (128, 64, 33, 8), (128, 64, 3, 8)])
@@ -145,7 +146,8 @@ def test_what_a_network_draws_along_its_border_is_cut_off():
 def test_tiles_bound_what_the_network_sees():
     stub = Stub(lambda part: part)
     restore_image(stub, np.full((300, 200), 0.5, np.float32), None, "x")
-    assert {shape for shape, _, _ in stub.seen} == {(96, 64)} and len(stub.seen) > 12
+    ((height, width),) = {shape for shape, _, _ in stub.seen}
+    assert 80 <= height <= 96 and width == 64 and len(stub.seen) > 12
     assert all(row % 16 == 0 and column % 16 == 0 for _, (row, column), _ in stub.seen)
 
 
@@ -193,7 +195,7 @@ def test_the_network_sees_the_noise_it_knows():
     noisy = low_dose(image, 0.8)
     result = restore_image(stub, noisy, NoiseModel.from_level(0.8), "x")
     assert result.factor == pytest.approx(0.25)
-    assert stub.seen[0][2] == pytest.approx(noisy.max() / 4)
+    assert max(peak for _, _, peak in stub.seen) == pytest.approx(noisy.max() / 4)
     np.testing.assert_allclose(result.pixels, noisy, atol=1e-6)
 
 
