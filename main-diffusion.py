@@ -24,7 +24,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--evaluate", action="store_true", help="restore the test set with the checkpoint of --load-path"
     )
-    parser.add_argument("--half", action="store_true", help="with --evaluate on CUDA: the UNet in half precision")
     parser.add_argument(
         "--bm3d", action="store_true", help="with --evaluate: VST-BM3D in the table too (half a minute a megapixel)"
     )
@@ -35,8 +34,6 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError if flags do not go together."""
     if args.bm3d and not args.evaluate:
         raise UserError("--bm3d goes with --evaluate")
-    if args.half and not args.evaluate:
-        raise UserError("--half goes with --evaluate; training has half precision by itself, unless --no-amp is given")
     if args.evaluate:
         refuse_torchrun("--evaluate")
         if args.latents is not None:

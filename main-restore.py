@@ -7,7 +7,7 @@ import contextlib
 import functools
 from collections.abc import Sequence
 
-from helper import UserError, get_device, half_precision, one_line, tracked
+from helper import UserError, get_device, one_line, sampling_dtype, tracked
 from restoration import RESEARCH_USE
 from running.command_line import Parser, device_arguments, non_negative_int, path_argument, positive_int
 from running.scripts import finish_batch, run_script
@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     tile_help = "side of tiles in pixels (default: seven training crops, or the training grid)"
     add("--tile", type=positive_int, default=0, help=tile_help)
     add("--seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
-    add("--half", action="store_true", help="on CUDA: the UNets in half precision")
+    add("--no-amp", action="store_true", help="the UNets in single precision (default: half on CUDA, single on a CPU)")
     add("--compare", action="store_true", help="write a side-by-side PNG beside each restored image")
     device_arguments(parser)
     return checked(parser, parser.parse_args())
@@ -162,7 +162,7 @@ def main() -> None:
     device = get_device(args.cpu, args.cuda)
     restorer = Restorer.load(
         args.vqvae_path, args.load_path, device, samples=args.samples or int(args.sample), sampler=args.sampler,
-        steps=args.steps, seed=args.seed, amp=half_precision(device, args.half),
+        steps=args.steps, seed=args.seed, amp=sampling_dtype(device, args.no_amp),
     )  # fmt: skip
     batch, made = BatchRestorer(restorer, calibration, detector, args), make_folder(args.out)
     done: list[Listed] = []

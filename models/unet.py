@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.norms import GroupNorm
+
 NOISE_STEP = 100.0  # timesteps that an octave of the noise level counts as in its embedding
 
 
@@ -32,35 +34,30 @@ def _zero(module: nn.Module) -> nn.Module:
     return module
 
 
-class SiLU(nn.SiLU):
-    """SiLU (Elfwing et al., 2018) of what nothing else looks at; without gradients it takes no memory of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
 class ResBlock(nn.Module):
     """GroupNorm-SiLU-conv twice, the timestep embedding added between; (N, C_in, H, W) to (N, C_out, H, W)."""
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int, dropout: float):
         super().__init__()
+        # nn.Identity stands where the published network has its SiLU, for the names that follow
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels), SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            GroupNorm(32, channels, silu=True), nn.Identity(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels),
-            SiLU(),
+            GroupNorm(32, out_channels, silu=True),
+            nn.Identity(),
             nn.Dropout(dropout),
             _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x)  # (N, C_out, H, W)
-        h += self.emb_layers(emb).to(h.dtype)[:, :, None, None]  # no backward pass looks at what a convolution returned
-        h = self.out_layers(h)
-        h += self.skip_connection(x)
+        norm, *others = self.out_layers
+        h = norm(self.in_layers(x), self.emb_layers(emb))  # (N, C_out, H, W)
+        for layer in others:
+            h = layer(h)
+        h += self.skip_connection(x)  # no backward pass looks at what a convolution returned
         return h
 
 
@@ -72,7 +69,7 @@ class AttentionBlock(nn.Module):
         if channels % num_head_channels:
             raise ValueError(f"num_head_channels {num_head_channels} does not divide {channels} channels")
         self.head_channels = num_head_channels
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = GroupNorm(32, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = _zero(nn.Conv1d(channels, channels, 1))
 
@@ -163,9 +160,8 @@ class UNet(nn.Module):
                 if level and block == num_res_blocks:
                     layers.append(Upsample(channels))
                 self.output_blocks.append(nn.ModuleList(layers))
-        self.out = nn.Sequential(
-            nn.GroupNorm(32, channels), SiLU(), _zero(nn.Conv2d(channels, out_channels, 3, padding=1))
-        )
+        last = _zero(nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm(32, channels, silu=True), nn.Identity(), last)
         for parameter in self.parameters():
             if parameter.dim() == 4:  # Module.to would swap fake tensors, which other references forbid
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

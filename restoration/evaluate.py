@@ -32,7 +32,7 @@ from evaluation.page import PageCase, Power, Report, choose_close_ups, read_curv
 from evaluation.pictures import save_picture, spread_picture
 from evaluation.table import BM3D, INPUT, Evaluation, Method, run_evaluation
 from evaluation.uncertainty import Calibration, Coverage, SampledImage, Tally, fit, interval
-from helper import format_table, half_precision, seeded_generator, tracked
+from helper import format_table, sampling_dtype, seeded_generator, tracked
 from hps import HParams
 from loading.batches import Batch
 from loading.mammograms import MammogramDataset
@@ -374,7 +374,7 @@ def restore_test_set(
     progress, folder = not args.no_tqdm, evaluation_folder(args, args.load_path)
     # what the network has seen does not change with the task that it is evaluated on
     seen = hps.updated(noise_levels=checkpoints[1].hps.noise_levels)
-    amp = half_precision(device, args.half)
+    amp = sampling_dtype(device, args.no_amp)
     mean = Restorer(first_stage.to(device), model.to(device), seen, seed=args.seed, amp=amp)
     restorers = products_of(mean)
     estimate = restorers[0] if model.has_mean else restorers[-1]

@@ -67,7 +67,7 @@ def base_parser(description: str, tasks: Sequence[str]) -> argparse.ArgumentPars
     cache.add_argument("--cache", type=path_argument, metavar="DIR", help=kept)
     cache.add_argument("--no-cache", action="store_true", help="decode the sources anew each time")
     amp = parser.add_mutually_exclusive_group()
-    amp.add_argument("--no-amp", action="store_true", help="disable Automatic Mixed Precision")
+    amp.add_argument("--no-amp", action="store_true", help="disable Automatic Mixed Precision, also when restoring")
     amp.add_argument("--amp", action="store_true", help="mixed precision on the CPU too (bfloat16)")
     return parser
 

@@ -20,6 +20,7 @@ from scipy import stats
 from evaluation.metrics import image_metrics
 from evaluation.uncertainty import Calibration, region_means
 from files.images import SOFTWARE, is_restored, read_image, read_mammogram
+from helper import sampling_dtype
 from preprocessing.breast import breast_mask
 from preprocessing.degrade import simulate_low_dose
 from preprocessing.grid import Grid
@@ -764,7 +765,7 @@ def test_short_memory_is_a_sentence(vqvae, diffusion, tmp_path, monkeypatch):
     assert result.err == f"error: {tmp_path}/a\\nb.png: not enough memory for its tiles; pass a smaller --tile\n"
 
 
-def test_half_precision_is_refused_on_the_cpu(restore):
-    png("a.png")
-    assert "--half: needs a CUDA device" in line_of(restore("a.png --out out --half"))
-    assert not Path("out").exists()
+def test_half_precision_is_for_cuda_and_can_be_turned_off():
+    cpu, cuda = map(torch.device, ("cpu", "cuda"))
+    assert sampling_dtype(cuda, no_amp=False) is torch.float16
+    assert sampling_dtype(cuda, no_amp=True) is sampling_dtype(cpu, no_amp=False) is None
