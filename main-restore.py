@@ -9,7 +9,14 @@ from collections.abc import Sequence
 
 from helper import UserError, get_device, one_line, sampling_dtype, tracked
 from restoration import RESEARCH_USE
-from running.command_line import Parser, device_arguments, non_negative_int, path_argument, positive_int
+from running.command_line import (
+    Parser,
+    device_arguments,
+    non_negative_int,
+    path_argument,
+    positive_int,
+    precision_arguments,
+)
 from running.scripts import finish_batch, run_script
 
 LEVEL_RANGE = 1e-6, 1000.0  # of noise levels: beyond it single precision, and the quanta, run out
@@ -104,9 +111,9 @@ def parse_arguments() -> argparse.Namespace:
     tile_help = "side of tiles in pixels (default: seven training crops, or the training grid)"
     add("--tile", type=positive_int, default=0, help=tile_help)
     add("--seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
-    add("--no-amp", action="store_true", help="the UNets in single precision (default: half on CUDA, single on a CPU)")
     add("--compare", action="store_true", help="write a side-by-side PNG beside each restored image")
     device_arguments(parser)
+    precision_arguments(parser)
     return checked(parser, parser.parse_args())
 
 
@@ -162,7 +169,7 @@ def main() -> None:
     device = get_device(args.cpu, args.cuda)
     restorer = Restorer.load(
         args.vqvae_path, args.load_path, device, samples=args.samples or int(args.sample), sampler=args.sampler,
-        steps=args.steps, seed=args.seed, amp=sampling_dtype(device, args.no_amp),
+        steps=args.steps, seed=args.seed, amp=sampling_dtype(device, args.amp, args.no_amp),
     )  # fmt: skip
     batch, made = BatchRestorer(restorer, calibration, detector, args), make_folder(args.out)
     done: list[Listed] = []

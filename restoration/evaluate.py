@@ -374,7 +374,7 @@ def restore_test_set(
     progress, folder = not args.no_tqdm, evaluation_folder(args, args.load_path)
     # what the network has seen does not change with the task that it is evaluated on
     seen = hps.updated(noise_levels=checkpoints[1].hps.noise_levels)
-    amp = sampling_dtype(device, args.no_amp)
+    amp = sampling_dtype(device, args.amp, args.no_amp)
     mean = Restorer(first_stage.to(device), model.to(device), seen, seed=args.seed, amp=amp)
     restorers = products_of(mean)
     estimate = restorers[0] if model.has_mean else restorers[-1]

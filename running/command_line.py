@@ -61,15 +61,20 @@ def base_parser(description: str, tasks: Sequence[str]) -> argparse.ArgumentPars
     add("--num-workers", type=non_negative_int, help="override nb_workers from hps.py")
     add("--hps", action="append", default=[], metavar="KEY=VALUE", help="override any entry of hps.py")
     device_arguments(parser)
+    precision_arguments(parser)
     add("--no-save", action="store_true", help="disable saving checkpoints and images")
     cache = parser.add_mutually_exclusive_group()
     kept = "folder of prepared images, for tasks that read from disk (default: cache)"
     cache.add_argument("--cache", type=path_argument, metavar="DIR", help=kept)
     cache.add_argument("--no-cache", action="store_true", help="decode the sources anew each time")
+    return parser
+
+
+def precision_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --amp and --no-amp."""
     amp = parser.add_mutually_exclusive_group()
     amp.add_argument("--no-amp", action="store_true", help="disable Automatic Mixed Precision, also when restoring")
     amp.add_argument("--amp", action="store_true", help="mixed precision on the CPU too (bfloat16)")
-    return parser
 
 
 def device_arguments(parser: argparse.ArgumentParser) -> None:

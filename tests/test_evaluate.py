@@ -251,7 +251,7 @@ def test_a_model_without_samples_or_without_a_mean_is_evaluated_and_says_so(prec
     checkpoints = tuple(Checkpoint(kind, "phantom", hps, {}, 1, 1, 0.0, {}, {}) for kind in ("vqvae", "diffusion"))
     (tmp_path / "e").mkdir()
     args = argparse.Namespace(
-        task="phantom", data_root=None, cache=None, no_cache=True, strict=False, seed=0, no_amp=False, bm3d=False,
+        task="phantom", data_root=None, cache=None, no_cache=True, strict=False, seed=0, amp=False, no_amp=False, bm3d=False,
         no_tqdm=True, no_save=False, save_jpg=False, out=tmp_path / "e", load_path=tmp_path, vqvae_path=tmp_path,
     )  # fmt: skip
     wrapper = VQVAE2Wrapper(VQVAE(**first.arguments(VQVAE)))

@@ -767,5 +767,9 @@ def test_short_memory_is_a_sentence(vqvae, diffusion, tmp_path, monkeypatch):
 
 def test_half_precision_is_for_cuda_and_can_be_turned_off():
     cpu, cuda = map(torch.device, ("cpu", "cuda"))
-    assert sampling_dtype(cuda, no_amp=False) is torch.float16
-    assert sampling_dtype(cuda, no_amp=True) is sampling_dtype(cpu, no_amp=False) is None
+    assert (
+        sampling_dtype(cuda, False, no_amp=False) is torch.float16 and sampling_dtype(cuda, False, no_amp=True) is None
+    )
+    assert (
+        sampling_dtype(cpu, False, no_amp=False) is None and sampling_dtype(cpu, True, no_amp=False) is torch.bfloat16
+    )
