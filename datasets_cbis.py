@@ -17,7 +17,8 @@ from typing import Any
 import pandas as pd
 
 from files.prepared import Record
-from files.splits import in_hash_order, read_table, refuse_escape
+from files.splits import in_hash_order
+from files.tables import read_table, refuse_escape
 from helper import UserError, explained
 from hps import HParams
 from loading.mammograms import RecordDataset

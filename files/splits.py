@@ -1,54 +1,19 @@
-"""Patients, and the split that each belongs to."""
+"""The split that each patient belongs to."""
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
-
-from files.images import dicom_tag, find_images, is_dicom
+from files.images import find_images
+from files.patients import patients_of
 from files.prepared import Record
-from helper import UserError, reason_of, seed_of
+from files.tables import read_table, refuse_escape
+from helper import UserError, seed_of
 from hps import HParams
 
 SPLITS = ("train", "validation", "test")
-# Words of a file name that name the view, not the patient.
-_VIEW_WORDS = re.compile(r"(?i)(?<![a-z])(left|right|l|r|cc|mlo|ml|lm|xccl|lcc|rcc|lmlo|rmlo|full|low|mask)(?![a-z])")
-
-
-def patient_of(path: Path, root: Path, pattern: str = "") -> str:
-    """The patient of an image below `root`: DICOM PatientID, or a part of its name.
-
-    With `pattern`, the first group of that regular expression on the path below `root`. Without, the name less the words for
-    side and view (LEFT, R, CC, MLO ...). mini-MIAS names (mdb001 ...) go by pair: an odd number and the next even one are the
-    two breasts of a patient. Raises UserError if the pattern does not match.
-    """
-    name = path.relative_to(root)
-    if pattern:
-        try:
-            match = re.search(pattern, name.as_posix())
-        except re.error as error:
-            raise UserError(f"--hps patient_pattern={pattern}: not a regular expression ({error})") from None
-        if match is None or not match.groups() or match[1] is None:
-            raise UserError(f"--hps patient_pattern={pattern}: its first group matches nothing in {name.as_posix()}")
-        return match[1]
-    if is_dicom(path):
-        with contextlib.suppress(
-            Exception
-        ):  # an unreadable file is reported when it is loaded; until then its name serves
-            if patient := dicom_tag(path, "PatientID"):
-                return patient
-    if match := re.fullmatch(r"mdb(\d{3})", path.stem):
-        return f"mdb pair {(int(match[1]) + 1) // 2:03d}"
-    # if a name only names a view, the folder above it names the patient
-    for part in (path.stem, *reversed(name.parts[:-1])):
-        if patient := re.sub(r"[\W_]+", " ", _VIEW_WORDS.sub(" ", part.replace("_", " "))).strip():
-            return patient
-    return path.stem
 
 
 def in_hash_order(patients: Iterable[str]) -> list[str]:
@@ -85,7 +50,8 @@ def check_root(root: Path | None, task: str) -> Path:
 def folder_records(root: Path, hps: HParams) -> dict[str, list[Record]]:
     """Records of each split of a folder of mammograms; `low/` and `full/` with equal names make real pairs.
 
-    Raises UserError if the folder is empty, a pair lacks one half, or a split file does not fit.
+    Raises UserError if the folder is empty, a pair lacks one half, a split file does not fit, or patients cannot be told and
+    no split file says which image goes where.
     """
     halves = {p.name.lower(): p for p in root.iterdir() if p.is_dir() and p.name.lower() in ("full", "low")}
     if len(halves) == 1:
@@ -93,41 +59,26 @@ def folder_records(root: Path, hps: HParams) -> dict[str, list[Record]]:
     base, low = halves.get("full", root), {}
     if halves:
         low = {path.relative_to(halves["low"]).with_suffix(""): path for path in find_images(halves["low"])}
-    records = []
-    for path in find_images(base):
+    records, paths = [], find_images(base)
+    patients, doubt = patients_of(root, base, paths, hps.patient_pattern)
+    for path, patient in zip(paths, patients, strict=True):
         name = path.relative_to(base)
         degraded = low.pop(name.with_suffix(""), None)
         if halves and degraded is None:
             raise UserError(f"{path}: has no low-dose image of the same name in {halves['low']}")
-        records.append(Record(path, name.as_posix(), patient_of(path, base, hps.patient_pattern), degraded))
+        records.append(Record(path, name.as_posix(), patient, degraded))
     if low:
         raise UserError(f"{next(iter(low.values()))}: has no full-dose image of the same name in {base}")
     split_csv = Path(hps.split_csv) if hps.split_csv else root / "split.csv"
     if hps.split_csv or split_csv.is_file():
         return split_by_file(records, split_csv)
+    if doubt:
+        raise UserError(
+            f"--data-root {root}: its patients cannot be told ({doubt}); add split.csv, or set --hps patient_pattern to a "
+            "regular expression, or to file if each file is its own patient"
+        )
     of_patient = split_patients([r.patient for r in records], hps.validation_fraction, hps.test_fraction)
     return {split: [r for r in records if of_patient[r.patient] == split] for split in SPLITS}
-
-
-def refuse_escape(value: str, file: Path) -> None:
-    """Raise UserError if a path in `file` is absolute or climbs: it could lead out of the data root.
-
-    Links below the root may lead anywhere: whoever made them chose to.
-    """
-    if re.match(r"[/\\]|[A-Za-z]:", value) or ".." in re.split(r"[/\\]", value):
-        raise UserError(f"{file}: the path {value!r} leads out of the data root; mend or download the file again")
-
-
-def read_table(path: Path, columns: Collection[str], remedy: str) -> pd.DataFrame:
-    """A CSV file as stripped text, empty if a value is missing; raises UserError, with the `remedy`, if it lacks a column."""
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
-        raise UserError(f"{path}: not a readable CSV file ({reason_of(error)}); {remedy}") from None
-    for column in columns:
-        if column not in table:
-            raise UserError(f"{path}: has no column {column!r}; {remedy}")
-    return table.apply(lambda values: values.str.strip())
 
 
 def split_by_file(records: list[Record], path: Path) -> dict[str, list[Record]]:

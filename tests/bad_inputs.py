@@ -62,14 +62,14 @@ ROWS = r"""
 2 | main-vqvae | --task cbis-ddsm --data-root {empty} | {empty}
 2 | main-vqvae | --task folder --data-root {void} | --data-root {void}: no such folder
 2 | main-vqvae | --task folder --data-root {empty} | {empty}: no images in it
-2 | main-vqvae | --task folder --data-root {two} | 2 patients are too few
-2 | main-vqvae | --task folder --data-root {text} | .png: not a readable image
-2 | main-vqvae | --task folder --data-root {text} --num-workers 0 | .png: not a readable image
-2 | main-vqvae | --task folder --data-root {cut} | .png: not a readable image
-2 | main-vqvae | --task folder --data-root {colour} | .png: a colour image
-2 | main-vqvae | --task folder --data-root {dot} | .png
+2 | main-vqvae | --task folder --data-root {two} {each} | 2 patients are too few
+2 | main-vqvae | --task folder --data-root {text} {each} | .png: not a readable image
+2 | main-vqvae | --task folder --data-root {text} {each} --num-workers 0 | .png: not a readable image
+2 | main-vqvae | --task folder --data-root {cut} {each} | .png: not a readable image
+2 | main-vqvae | --task folder --data-root {colour} {each} | .png: a colour image
+2 | main-vqvae | --task folder --data-root {dot} {each} | .png
 2 | main-vqvae | --task folder --data-root {unpaired} | c.png: has no low-dose image
-2 | main-vqvae | --task folder --data-root {sizes} | .png: 50 x 50 pixels, but its full-dose pair has 96 x 128
+2 | main-vqvae | --task folder --data-root {sizes} {each} | .png: 50 x 50 pixels, but its full-dose pair has 96 x 128
 2 | main-vqvae | --task folder --data-root {no-column} | {no-column}/split.csv: has no column 'split'
 2 | main-vqvae | --task folder --data-root {no-split} | {no-split}/split.csv: split 'training' is none of
 2 | main-vqvae | --task folder --data-root {two-splits} | {two-splits}/split.csv: patient 1 stands in
@@ -77,6 +77,8 @@ ROWS = r"""
 2 | main-vqvae | --task folder --data-root {images} --hps split_csv={garbage} | {garbage}: not a readable CSV
 2 | main-vqvae | --task folder --data-root {images} --hps patient_pattern=(x) | patient_pattern=\(x\): its first group
 2 | main-vqvae | --task folder --data-root {images} --hps patient_pattern=(x | patient_pattern=\(x
+2 | main-vqvae | --task folder --data-root {images} | {images}: its patients cannot be told \(6 images, .* of 6 patients\); add
+2 | main-vqvae | --task folder --data-root {numbered} | {numbered}: its patients cannot be told \(files called '1' lie in several
 2 | main-vqvae | --load-path {missing} | {missing}: no such checkpoint
 2 | main-vqvae | --load-path {empty} | {empty}: holds no checkpoint
 2 | main-vqvae | --load-path {garbage} | {garbage}: not a readable checkpoint
@@ -162,8 +164,8 @@ ROWS = r"""
 2 | main-vqvae$ | BARE --task phantom --cuda --no-tqdm | --cuda: no CUDA device found
 2 | main-restore$ | BARE {scan} --out x --cuda --no-tqdm | --cuda: no CUDA device found
 2 | main-vqvae$ | --load-path {code} | {code}: not a readable checkpoint
-2 | main-vqvae$ | --task folder --data-root {text} --num-workers 1 | \.png: not a readable image
-2 | main-vqvae$ | --task folder --data-root {text} --num-workers 1 --no-cache | \.png: not a readable image
+2 | main-vqvae$ | --task folder --data-root {text} {each} --num-workers 1 | \.png: not a readable image
+2 | main-vqvae$ | --task folder --data-root {text} {each} --num-workers 1 --no-cache | \.png: not a readable image
 2 | main-vqvae | --load-path {packed} | {packed}: not a readable checkpoint
 2 | main-vqvae | --load-path {flipped} | {flipped}: not a readable checkpoint
 2 | main-vqvae | --load-path {no-task} | {no-task}: parts of the checkpoint are damaged \(task 'nowhere'\)
@@ -250,8 +252,8 @@ ROWS = r"""
 2 | main-diffusion | --vqvae-path {vqvae} --latents {flat-index} | {flat-index}/index.json: damaged
 2 | main-vqvae | --out /proc/x | --out /proc/x: cannot be made
 2 | main-vqvae | --out {garbage}/x | --out {garbage}/x: cannot be made
-2 | main-vqvae | --task folder --data-root {images} --cache {garbage} | --cache {garbage}: cannot be written
-2 | main-vqvae | --task folder --data-root {images} --cache /proc/x | --cache /proc/x: cannot be written
+2 | main-vqvae | --task folder --data-root {images} {each} --cache {garbage} | --cache {garbage}: cannot be written
+2 | main-vqvae | --task folder --data-root {images} {each} --cache /proc/x | --cache /proc/x: cannot be written
 2 | main-vqvae | --load-path {busy} --epochs 2 | --out {busy}: another process is writing there
 2 | main-vqvae+ | --load-path {odd-log} --epochs 2 | {odd-log}/log.csv: not a readable log
 2 | main-vqvae | --hps image_shape={deep} | the value must be a list
@@ -263,7 +265,7 @@ ROWS = r"""
 2 | main-vqvae$+ | full: --epochs 1 --out {disk}/run | cannot be written \(No space left on device\)
 2 | main-latents$+ | full: {vqvae} --out {disk}/latents --float32 | are needed and .* are free
 2 | main-restore$+ | full: {models} {scan} --compare --out {disk}/restored | cannot be written \(No space left on device\)
-2 | main-vqvae$+ | full: --task folder --data-root {images} --cache {disk}/cache | are needed and .* are free
+2 | main-vqvae$+ | full: --task folder --data-root {images} {each} --cache {disk}/cache | are needed and .* are free
 """
 
 
@@ -306,6 +308,9 @@ class Code:
 
     def __reduce__(self):
         return Path.mkdir, (self.path,)
+
+
+EACH = "--hps patient_pattern=file"  # each file is its own patient
 
 
 def array_bytes(array: np.ndarray, **options: bool) -> bytes:
@@ -497,6 +502,7 @@ def make_files(work: Path, trained: Mapping[str, Path]) -> dict[str, str]:
         return sorted(paths[name].rglob("*.png"))
 
     images("two", "a", "b")
+    images("numbered", *(f"{folder}/{number}" for folder in "abc" for number in (1, 2)))
     for path in images("text"):
         path.write_text("this is no image")
     for path in images("colour"):
@@ -580,7 +586,7 @@ def make_files(work: Path, trained: Mapping[str, Path]) -> dict[str, str]:
     (paths["odd-log"] / "log.csv").write_bytes(bytes(range(256)))
     paths["deep-file"].write_text("[" * 100_000)
     models = f"--vqvae-path {vqvae} --load-path {trained['diffusion']}"
-    return {name: str(path) for name, path in paths.items()} | {"models": models, "deep": "[" * 2_000}
+    return {name: str(path) for name, path in paths.items()} | {"models": models, "deep": "[" * 2_000, "each": EACH}
 
 
 def zip_bytes() -> bytes:

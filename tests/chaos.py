@@ -94,7 +94,7 @@ def works() -> list[Work]:
     first, second = "--out first --load-path first", "--out second --load-path second"
     images = "--data-root ../images --cache ../cache"
     # every step writes a checkpoint
-    data = f"--task folder-small {images} --hps checkpoint_minutes=1e-9"
+    data = f"--task folder-small {images} --hps patient_pattern=file --hps checkpoint_minutes=1e-9"
     shape = f"--hps image_shape=1,{SHAPE[0]},{SHAPE[1]} --hps validation_fraction=0.2"
     models = f"--vqvae-path first/last.pt {images}"
     return [

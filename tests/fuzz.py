@@ -40,8 +40,8 @@ with instrumented:
 
     from datasets_cbis import cbis_records
     from files.images import is_restored, read_mammogram
+    from files.patients import patients_of
     from files.prepared import Record, prepare_record
-    from files.splits import patient_of
     from helper import UserError, rng_state
     from hps import HPS_VQVAE
     from loading.latents import LATENT_FORMAT, read_latent_index
@@ -148,7 +148,7 @@ def image_target(folder: Path) -> Target:
         path = folder / f"damaged-{name}"
         path.write_bytes(damaged(seeds[name], damage))
         is_restored(path)
-        patient_of(path, folder)
+        patients_of(folder, folder, [path])
         mammogram = read_mammogram(path)
         pixels = mammogram.pixels
         assert pixels.ndim == 2 and pixels.dtype == np.float32 and 0 <= pixels.min() <= pixels.max() <= 1

@@ -410,7 +410,8 @@ def test_where_the_cache_is_on(tmp_path, monkeypatch, task, flags, kept):
     write_records(tmp_path / "images", 3)
     root = "" if task == "phantom" else "--data-root images"
     args = base_parser("", TASKS).parse_args(f"--task {task} {root} --no-tqdm {flags}".split())
-    load_datasets(args, HPS_VQVAE[task].updated(image_shape=list(SHAPE), crop_size=0, nb_workers=0), "train", "test")
+    hps = HPS_VQVAE[task].updated(image_shape=list(SHAPE), crop_size=0, nb_workers=0, patient_pattern="file")
+    load_datasets(args, hps, "train", "test")
     assert {path.name for path in tmp_path.iterdir()} - {"images"} == ({kept} if kept else set())
     assert len(contents(tmp_path)) == (2 if kept else 0)
 

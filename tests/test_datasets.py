@@ -15,7 +15,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from datasets import get_dataset, get_datasets
 from files.images import find_images, read_image
-from files.splits import SPLITS, folder_records, patient_of, split_patients
+from files.splits import SPLITS, folder_records, split_patients
 from helper import ImageError, UserError, seeded_generator
 from hps import HPS_DIFFUSION, HPS_VQVAE, apply_overrides
 from loading.batches import Batch, KeyedSampler, Meta, PendingNoise, SampleKey, make_loader
@@ -34,6 +34,7 @@ SETTINGS = HPS_VQVAE["phantom"].updated(
 )
 CONTRASTS, SIGMAS, MOST_GAIN = SETTINGS.calcification_contrast, SETTINGS.enhancement_sigma, SETTINGS.most_gain
 FOLDER = HPS_VQVAE["folder-small"].updated(image_shape=[1, 64, 48], crop_size=0)
+EACH_FILE = FOLDER.updated(patient_pattern="file")
 
 
 def half_ellipse(height=300, width=200, left=True, depth=150):
@@ -323,35 +324,12 @@ def test_16_bit_steps_survive_into_a_sample(tmp_path):
     values = np.where(half_ellipse() > 0.3, 40000 + np.arange(300)[:, None] % 200, 500).astype(np.uint16)
     for name in "abc":
         Image.fromarray(values).save(tmp_path / f"{name}.png")
-    clean = get_dataset("folder", FOLDER.updated(image_shape=[1, 512, 384]), "test", tmp_path)[0].clean
+    clean = get_dataset("folder", EACH_FILE.updated(image_shape=[1, 512, 384]), "test", tmp_path)[0].clean
     inside = clean[(clean > 40000 / 65535) & (clean < 40200 / 65535)]
     assert len(inside) > 20000 and len(inside.unique()) > 150
 
 
 # --- folders and splits ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name, patient",
-    [
-        ("mdb001.pgm", "mdb pair 001"), ("mdb002.png", "mdb pair 001"), ("mdb003.pgm", "mdb pair 002"),
-        ("P_00001_LEFT_CC.png", "P 00001"), ("P_00001_RIGHT_MLO.png", "P 00001"), ("case7-R-mlo.tif", "case7"),
-        ("12_lcc.png", "12"), ("12RMLO.png", "12"), ("Miller.png", "Miller"), ("CC.png", "CC"), ("0004 L.png", "0004"),
-    ],
-)  # fmt: skip
-def test_patient_is_read_off_the_file_name(name, patient):
-    assert patient_of(Path("x") / name, Path("x")) == patient
-
-
-def test_patient_of_a_dicom_file_is_its_tag_and_of_a_pattern_its_first_group(tmp_path):
-    write_dicom(tmp_path / "a.dcm", np.zeros((4, 4)), patient="Q7")
-    assert patient_of(tmp_path / "a.dcm", tmp_path) == "Q7"
-    assert patient_of(tmp_path / "missing.dcm", tmp_path) == "missing"
-    assert patient_of(Path("r/x12-3.png"), Path("r"), r"x(\d+)-") == "12"
-    assert patient_of(Path("r/p7/L_CC.png"), Path("r"), r"^p(\d+)/") == "7"
-    for pattern in (r"y(\d+)", r"x\d+", r"x(q)?"):
-        with pytest.raises(UserError, match="patient_pattern"):
-            patient_of(Path("x12-3.png"), Path(), pattern)
 
 
 def test_split_by_patient_is_deterministic_without_overlap_and_never_empty():
@@ -403,7 +381,7 @@ def test_real_pairs_take_the_place_of_the_simulation(tmp_path):
     write_pngs(tmp_path / "full", names)
     write_pngs(tmp_path / "low", names, offset=20)
     for split in SPLITS:
-        images = get_dataset("folder", FOLDER.updated(flip=False), split, tmp_path)
+        images = get_dataset("folder", EACH_FILE.updated(flip=False), split, tmp_path)
         for i in range(images.image_count()):
             index = names.index(images.records[i].key)
             full, low = (read_image(tmp_path / half / names[index]) for half in ("full", "low"))
@@ -424,7 +402,7 @@ def test_crops_of_a_pair_are_of_the_same_place(tmp_path):
     write_pngs(tmp_path, [f"{half}/{name}.png" for half in ("full", "low") for name in "abc"])
     for path in (tmp_path / "full").iterdir():
         (tmp_path / "low" / path.name).write_bytes(path.read_bytes())
-    train = get_dataset("folder", FOLDER.updated(crop_size=32, crops_per_image=6), "train", tmp_path)
+    train = get_dataset("folder", EACH_FILE.updated(crop_size=32, crops_per_image=6), "train", tmp_path)
     crops = [train[i] for i in range(6)]
     assert all(torch.equal(crop.clean, crop.degraded) for crop in crops) and len({c.clean.sum() for c in crops}) > 2
 
@@ -447,13 +425,6 @@ def test_real_mammograms_are_split_as_published_and_load_as_breasts(mammogram_di
     crops = [sets["train"][i] for i in range(0, 16, 4)]
     assert all(crop.clean.shape == (1, 1, 128, 128) for crop in crops)
     assert np.mean([crop.mask.float().mean() for crop in crops]) > hps.breast_fraction
-
-
-@pytest.mark.parametrize("name", ["L_CC.png", "RIGHT-MLO.png", "views/lcc.png"])
-def test_a_name_that_is_only_a_view_leaves_the_patient_to_the_folder(name):
-    root = Path("x")
-    patient = "views" if "/" in name else "patient 07"
-    assert patient_of(root / "patient_07" / name, root) == patient
 
 
 def test_half_of_a_pair_of_folders_is_refused(tmp_path):
@@ -757,7 +728,7 @@ def test_details_of_the_changes_of_crops_are_settings(more):
 
 
 OWN = NoiseModel(1e-4, 5e-3, 0.02)  # of full-dose images in [0, 1]
-OWN_IMAGES = FOLDER.updated(native=True, stabilize=True, dose_fraction=0.5, crop_size=128, image_shape=[1, 512, 384])
+OWN_IMAGES = EACH_FILE.updated(native=True, stabilize=True, dose_fraction=0.5, crop_size=128, image_shape=[1, 512, 384])
 
 
 @pytest.fixture

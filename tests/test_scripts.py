@@ -181,7 +181,7 @@ def test_batch_size_sets_the_number_of_steps(tmp_path):
 
 def test_folder_of_mammograms_trains_and_evaluates(folder_of_pngs, tmp_path):
     run = tmp_path / "run"
-    flags = "--task folder-small --hps breast_fraction=0.1"
+    flags = "--task folder-small --hps breast_fraction=0.1 --hps patient_pattern=file"
     succeed("main-vqvae", f"{flags} --data-root {folder_of_pngs} --epochs 1 --out {run}")
     succeed("main-vqvae", f"--data-root {folder_of_pngs} --load-path {run} --evaluate")
     assert json.loads((run / "evaluation" / "metrics.json").read_text())["images"] == 1  # a fifth of six patients
@@ -348,7 +348,7 @@ def test_sides_that_are_no_multiple_of_the_scaling_go_through_both_stages(work):
 
 
 def test_an_evaluation_that_meets_trained_patients_says_so(work, folder_of_pngs):
-    line = f"--task folder --data-root {folder_of_pngs} --num-workers 0 --no-tqdm"
+    line = f"--task folder --data-root {folder_of_pngs} --hps patient_pattern=file --num-workers 0 --no-tqdm"
     out = succeed("main-vqvae", f"{line} --epochs 1 --out {work / 'seen'}").out
     assert "train: 4 images of 4 patients" in out and "validation: 1 images of 1 patients" in out
     clean = call("main-vqvae", f"{line} --load-path {work / 'seen'} --evaluate")
