@@ -104,7 +104,7 @@ def test_a_cached_image_is_the_one_decoded_anew(tmp_path, records, shape, worker
 
 def test_samples_are_the_same_with_and_without(tmp_path):
     write_records(tmp_path / "images", 6)
-    hps = HPS_VQVAE["folder"].updated(image_shape=list(SHAPE), crop_size=32, nb_workers=0)
+    hps = HPS_VQVAE["folder"].updated(image_shape=list(SHAPE), crop_size=32, nb_workers=0, patient_pattern="file")
     splits = ("train", "validation", "test")
     plain = get_datasets("folder", hps, splits, tmp_path / "images")
     cached = get_datasets("folder", hps, splits, tmp_path / "images", cache=tmp_path / "cache", progress=False)
