@@ -1,21 +1,24 @@
 """CBIS-DDSM (Sawyer-Lee et al., 2016): the official case files joined with the mammograms found on disk.
 
-One item per breast view. Two layouts are recognised: TCIA's DICOM (16 bit) and Kaggle's JPEG (8 bit).
+One item per breast view. Two kinds of copy are recognised: TCIA's DICOM (16 bit), in whatever folders a downloader puts it, and
+Kaggle's JPEG (8 bit).
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from files.dicom import dicom_tags, is_dicom
 from files.prepared import Record
 from files.splits import in_hash_order
 from files.tables import read_table, refuse_escape
@@ -25,7 +28,7 @@ from loading.mammograms import RecordDataset
 
 KINDS = ("calc", "mass")
 HALVES = ("train", "test")
-SEARCH_DEPTH = 2  # folders below the data root that are searched for case files and case folders
+SEARCH_DEPTH = 2  # folders below the data root that are searched for case files and Kaggle's images
 INFO_FILE = "dicom_info.csv"
 
 # Columns of a case file that are read, and their names here.
@@ -41,10 +44,14 @@ CASE_COLUMNS = {
     "subtlety": "subtlety",
 }
 LESION_ENTRIES = ("abnormality_type", "pathology", "assessment", "subtlety", "lesion_id")
+# Columns of a case file, if it has them, with the paths of what is no mammogram.
+CROP_COLUMNS = ("cropped image file path", "ROI mask file path")
+HEADER_TAGS = ("SeriesInstanceUID", "SeriesDescription", "PatientID", "Rows", "Columns")
 INFO_COLUMNS = ("PatientID", "SeriesDescription", "image_path")
 
 # A case folder; if a lesion's number ends its name, it holds crops and masks.
 _CASE = re.compile(r"(?:Calc|Mass)-(?:Training|Test)_P_\d+_(?:LEFT|RIGHT)_(?:CC|MLO)(?P<lesion>_\d+)?")
+_MAMMOGRAM = "full mammogram"  # in a SeriesDescription
 _NO_MAMMOGRAM = re.compile(r"cropped|mask", re.IGNORECASE)
 
 
@@ -53,7 +60,7 @@ class Survey:
     """What lies at a data root."""
 
     tables: dict[str, Path] = field(default_factory=dict)  # CSV files by name
-    cases: dict[str, list[Path]] = field(default_factory=dict)  # case folders by name
+    dicoms: list[Path] = field(default_factory=list)  # DICOM files at any depth
     jpeg: Path | None = None  # Kaggle's image folder
 
 
@@ -90,7 +97,7 @@ def cbis_records(
         print(f"{root}: left out {dropped} training images of {len(shared)} patients in both official halves")
     views = list(select_views(rows, by_file))
     if images is None:
-        images = locate_images(root, survey, {case for _, _, cases, _ in views for case in cases})
+        images = locate_images(root, survey, rows)
     records, missing = {half: [] for half in HALVES}, []
     for half, patient, cases, info in views:
         path = next((images[case] for case in cases if case in images), None)
@@ -121,7 +128,9 @@ def cut_validation(records: list[Record], fraction: float) -> tuple[list[Record]
 
 
 def read_case_files(root: Path, tables: Mapping[str, Path], abnormality: str) -> pd.DataFrame:
-    """Rows of the official case files, one a lesion: the values of `CASE_COLUMNS`, `half` and `case`.
+    """Rows of the official case files, one a lesion: the values of `CASE_COLUMNS`, `half`, `case`, `series` and `crops`.
+
+    `series` is the mammogram's SeriesInstanceUID, `crops` is those of the lesion's crop and mask, parted by spaces.
 
     `tables` maps file names to paths, `abnormality` is "all", "mass" or "calc". Raises UserError for a missing file or
     column, a path that leads out of the root, or a path that is not a mammogram's.
@@ -134,11 +143,14 @@ def read_case_files(root: Path, tables: Mapping[str, Path], abnormality: str) ->
             raise UserError(
                 f"--data-root {root}: no {name} in it or up to {SEARCH_DEPTH} folders below; put it there{other}"
             )
-        part = read_table(tables[name], CASE_COLUMNS, "download the file again")
-        part = part[list(CASE_COLUMNS)].rename(columns=CASE_COLUMNS)
+        table = read_table(tables[name], CASE_COLUMNS, "download the file again")
         # the official files have line breaks inside quoted paths
-        paths = part["path"].str.replace(r"[\r\n]", "", regex=True)
-        parts.append(part.assign(half=half, case=[_case_of(path, tables[name]) for path in paths]))
+        table = table.apply(lambda values: values.str.replace(r"[\r\n]", "", regex=True))
+        crops = table.reindex(columns=CROP_COLUMNS, fill_value="").itertuples(index=False)
+        part = table[list(CASE_COLUMNS)].rename(columns=CASE_COLUMNS)
+        cases = [_case_of(path, tables[name]) for path in part["path"]]
+        crops = [" ".join(map(_series_of, paths)) for paths in crops]
+        parts.append(part.assign(half=half, case=cases, series=[*map(_series_of, part["path"])], crops=crops))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -178,31 +190,37 @@ def _case_of(value: str, file: Path) -> str:
     return match[0]
 
 
+def _series_of(value: str) -> str:
+    """SeriesInstanceUID in a path CASE/study/series/name of a case file, empty if there is none."""
+    return (value.split("/") + [""] * 3)[2]
+
+
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
 def survey_root(root: Path) -> Survey:
-    """Look for CSV files, case folders and Kaggle's `jpeg` in `root` and up to two folders below.
+    """Look for DICOM files in `root` and below, and for CSV files and Kaggle's `jpeg` up to two folders below.
 
     What lies higher, and then earlier in the alphabet, comes first. Hidden entries and folders that cannot be read are
     skipped. Raises UserError if the root cannot be read.
     """
-    found = Survey()
-    folders = [root]
-    for _ in range(SEARCH_DEPTH + 1):
+    found, folders, seen, depth = Survey(), [root], {root.resolve()}, 0
+    while folders:
         below = []
         for entry in (entry for folder in folders for entry in _entries(folder, root)):
             path = Path(entry.path)
-            if not entry.is_dir():
-                if path.suffix == ".csv":
+            if entry.is_dir():
+                if entry.name == "jpeg" and depth <= SEARCH_DEPTH:
+                    found.jpeg = found.jpeg or path
+                elif (place := path.resolve()) not in seen:  # links may go round
+                    seen.add(place)
+                    below.append(path)
+            elif path.suffix == ".csv":
+                if depth <= SEARCH_DEPTH:
                     found.tables.setdefault(entry.name, path)
-            elif _CASE.fullmatch(entry.name):
-                found.cases.setdefault(entry.name, []).append(path)
-            elif entry.name == "jpeg":
-                found.jpeg = found.jpeg or path
-            else:
-                below.append(path)
-        folders = below
+            elif entry.is_file() and is_dicom(path):
+                found.dicoms.append(path)
+        folders, depth = below, depth + 1
     return found
 
 
@@ -216,29 +234,61 @@ def _entries(folder: Path, root: Path) -> list[os.DirEntry]:
         return []  # such as lost+found at the top of a disk
 
 
-def locate_images(root: Path, survey: Survey, cases: Iterable[str]) -> dict[str, Path]:
-    """Files of the named cases' mammograms, as far as they exist; DICOM if both layouts lie at the root.
+def locate_images(root: Path, survey: Survey, rows: pd.DataFrame) -> dict[str, Path]:
+    """Files of the mammograms of the rows' cases, as far as they exist; DICOM if both copies lie at the root.
 
     Raises UserError if neither does.
     """
-    if survey.cases:
-        return dicom_images(survey.cases, cases)
+    if images := dicom_images(root, survey.dicoms, rows):
+        return images
     if survey.jpeg is not None and INFO_FILE in survey.tables:
-        return jpeg_images(survey.tables[INFO_FILE], survey.jpeg, cases)
+        return jpeg_images(survey.tables[INFO_FILE], survey.jpeg, set(rows["case"]))
     raise UserError(
-        f"--data-root {root}: neither case folders such as CBIS-DDSM/Mass-Training_P_00001_LEFT_CC (TCIA) nor jpeg/ "
-        f"with csv/{INFO_FILE} (Kaggle) lie there; name the folder that holds CBIS-DDSM"
+        f"--data-root {root}: neither DICOM files of the cases, in folders such as CBIS-DDSM/Mass-Training_P_00001_LEFT_CC "
+        f"or one a series (TCIA), nor jpeg/ with csv/{INFO_FILE} (Kaggle) lie there; name the folder that holds CBIS-DDSM"
     )
 
 
-def dicom_images(folders: Mapping[str, list[Path]], cases: Iterable[str]) -> dict[str, Path]:
-    """TCIA's layout: the first `.dcm` file in CASE/study/series/, whatever the names of study and series."""
-    images = {}
-    for case in cases:
-        for path in sorted(path for folder in folders.get(case, []) for path in folder.glob("*/*/[!.]*.dcm")):
-            if case not in images and not _NO_MAMMOGRAM.search(path.parent.name) and path.is_file():
-                images[case] = path
-    return images
+def dicom_images(root: Path, paths: Iterable[Path], rows: pd.DataFrame) -> dict[str, Path]:
+    """TCIA's files, in whatever folders: of each case of the rows the first that is sure to be its mammogram.
+
+    A file's series tells, else the case that its folder or PatientID names, unless a folder, SeriesDescription or
+    SeriesInstanceUID says crop or mask. Where nothing says so, the largest of the case's files comes first.
+    """
+    series = dict(zip(rows["series"], rows["case"], strict=True)) | dict.fromkeys(" ".join(rows["crops"]).split(), "")
+    cases, best = set(rows["case"]), dict[str, tuple[float, Path]]()
+    for path in paths:
+        case, doubt = _mammogram_at(path, path.relative_to(root).parts, series)
+        if case in cases and (case not in best or doubt < best[case][0]):
+            best[case] = doubt, path
+    return {case: path for case, (_, path) in best.items()}
+
+
+def _mammogram_at(path: Path, parts: Sequence[str], series: Mapping[str, str]) -> tuple[str, float]:
+    """The case whose mammogram a DICOM file is, empty if it is none, and how doubtful that is: 0 if it is sure.
+
+    `series` maps the official series to their cases, those of crops and masks to nothing.
+    """
+    folder, stem = path.parent.name, path.stem
+    for name in (folder, stem, path.name):
+        if name in series:
+            return series[name], 0
+    named = next((match for part in (*parts[-2::-1], stem) if (match := _CASE.fullmatch(part))), None)
+    if _NO_MAMMOGRAM.search(folder) or (named and named["lesion"]):
+        return "", 0
+    if named and _MAMMOGRAM in folder.lower():
+        return named[0], 0
+    try:
+        own, description, patient, *sides = dicom_tags(path, *HEADER_TAGS)
+    except Exception:  # noqa: BLE001  what cannot be read is reported when it is loaded
+        return (named[0], 1) if named else ("", 0)
+    if own in series:
+        return series[own], 0
+    named = named or _CASE.fullmatch(patient)
+    if _NO_MAMMOGRAM.search(description) or named is None or (_CASE.fullmatch(patient) or named)["lesion"]:
+        return "", 0
+    pixels = math.prod(int(side) for side in sides if side.isdecimal())
+    return named[0], 0 if _MAMMOGRAM in description.lower() else 1 / (1 + pixels)
 
 
 def jpeg_images(info: Path, folder: Path, cases: Iterable[str]) -> dict[str, Path]:
@@ -251,7 +301,7 @@ def jpeg_images(info: Path, folder: Path, cases: Iterable[str]) -> dict[str, Pat
     for value in table["image_path"]:
         refuse_escape(value, info)
     described = table["SeriesDescription"].str.lower()
-    table = table[table["PatientID"].isin(set(cases)) & described.isin(("full mammogram images", ""))]
+    table = table[table["PatientID"].isin(set(cases)) & described.isin((_MAMMOGRAM + " images", ""))]
     images: dict[str, Path] = {}
     # described series come before those without a description
     for row in table.sort_values(["SeriesDescription", "image_path"], ascending=[False, True]).to_dict("records"):

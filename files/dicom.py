@@ -52,10 +52,16 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def dicom_tag(path: Path, tag: str) -> str:
-    """One element of a DICOM file as text, empty if it is missing; raises what pydicom raises for a broken file."""
+def dicom_tags(path: Path, *tags: str) -> tuple[str, ...]:
+    """Elements of a DICOM file as text, empty if they are missing; raises what pydicom raises for a broken file."""
     _refuse_inflation(path)
-    return str(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[tag]).get(tag) or "").strip()
+    header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*tags])
+    return tuple(str(header.get(tag) or "").strip() for tag in tags)
+
+
+def dicom_tag(path: Path, tag: str) -> str:
+    """One element of a DICOM file, as `dicom_tags` gives it."""
+    return dicom_tags(path, tag)[0]
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

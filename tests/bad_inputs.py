@@ -186,7 +186,7 @@ ROWS = r"""
 2 | main-vqvae | --task cbis-ddsm --data-root {cbis-absolute} | _set.csv: the path '/.*' leads out of the data root
 2 | main-vqvae | --task cbis-ddsm --data-root {cbis-column} | _set.csv: has no column 'pathology'
 2 | main-vqvae | --task cbis-ddsm --data-root {cbis-binary} | _set.csv: not a readable CSV file
-2 | main-vqvae | --task cbis-ddsm --data-root {cbis-bare} | neither case folders such as
+2 | main-vqvae | --task cbis-ddsm --data-root {cbis-bare} | neither DICOM files of the cases
 2 | main-vqvae | --task cbis-ddsm --data-root {kaggle-climbing} | dicom_info.csv: the path '.*\.\./.*' leads out of the data root
 2 | main-vqvae | --task cbis-ddsm --strict --data-root {cbis-gap} | mammograms are missing, such as
 2 | main-vqvae | --task folder --data-root {one-bad} --strict | z\.png: not a readable image

@@ -19,7 +19,7 @@ from files.splits import SPLITS
 from helper import UserError
 from hps import HPS_VQVAE, HParams
 from loading.batches import Batch
-from trees import PATIENTS, breast, own_case_files, write_case_files, write_dicom, write_kaggle, write_tcia
+from trees import PATIENTS, breast, image_paths, own_case_files, write_case_files, write_dicom, write_kaggle, write_tcia
 
 CASE_DIR = os.environ.get("CBIS_CASE_DIR", "")
 needs_case_files = pytest.mark.skipif(
@@ -232,6 +232,7 @@ def test_missing_files_of_either_layout(bare, tmp_path_factory, case_files):
     broken = bare / "CBIS-DDSM" / "Mass-Training_P_00001_LEFT_MLO" / "a" / "b" / "1-1.dcm"
     broken.parent.mkdir(parents=True)
     broken.symlink_to(bare / "nowhere.dcm")
+    (broken.parent / "around").symlink_to(bare, target_is_directory=True)
     assert "20 of 21 mammograms are missing" in refusal(bare, strict=True)
 
     root = tmp_path_factory.mktemp("kaggle-missing")
@@ -252,6 +253,10 @@ def test_training_image_never_serves_a_test_view(bare):
 
 def test_no_image_at_all(bare):
     next(bare.rglob("*.dcm")).unlink()
+    assert f"--data-root {bare}: neither DICOM files of the cases" in refusal(bare)
+    (bare / "jpeg").mkdir()
+    columns = ["image_path", "SeriesDescription", "PatientID"]
+    pd.DataFrame([["jpeg/1.jpg", "", "x"]], columns=columns).to_csv(bare / "dicom_info.csv", index=False)
     assert f"--data-root {bare}: 21 of 21 mammograms are missing" in refusal(bare)
 
 
@@ -275,6 +280,81 @@ def test_crops_are_never_mammograms(bare):
         path = bare / "CBIS-DDSM" / folder / "a" / series / "1-1.dcm"
         write_dicom(path, np.full((12, 10), 65535, np.uint16), folder, "cropped images")
     assert [r.key.split("/")[1] for r in cbis_records(bare, settings())["train"]] == ["Mass-Training_P_00001_LEFT_CC"]
+
+
+def moved(bare: Path, case: str, place: str) -> Path:
+    """The one mammogram of `bare`, as that of `case` at another place."""
+    source, target = next(bare.rglob("*.dcm")), bare / place
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return source.rename(target)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "CBIS-DDSM/{case}/a/b/1-1.DCM",
+        "CBIS-DDSM/{case}/a/b/1-1",
+        "CBIS-DDSM/{case}/000000.dicom",
+        "manifest-1/CBIS-DDSM/deeper/{case}/a/b/c/1-1.dcm",
+        "{series}/1-1.dcm",
+        "manifest-1/CBIS-DDSM/{series}/00000001.dcm",
+        "anything/1-1.dcm",
+        "cbis_ddsm/{case}/1.2.3/MG_{series}/{series}.1.dcm",
+        "all/{series}.dcm",
+        "all/{case}.dcm",
+    ],
+)
+def test_dicom_is_found_wherever_a_downloader_puts_it(bare, case_files, place):
+    case = "Mass-Training_P_00001_LEFT_CC"
+    mammograms, _ = image_paths(case_files)
+    series = next(path.split("/")[2] for path in mammograms if path.startswith(case))
+    target = moved(bare, case, place.format(case=case, series=series))
+    # a crop lies beside it, and one in its place
+    for name, lesion in (("2-1.dcm", "_1"), ("0/2-1.dcm", "_1")):
+        path = target.parent / name
+        write_dicom(path, np.full((12, 10), 65535, np.uint16), case + lesion, "cropped images")
+    records = cbis_records(bare, settings())
+    assert [record.path for record in records["train"]] == [target]
+
+
+@pytest.mark.parametrize("tells", ["description", "patient", "crop's series", "mammogram's series", "size"])
+@pytest.mark.parametrize("where", ["CBIS-DDSM/{case}/a/0/1-1.dcm", "CBIS-DDSM/{case}/a/b/0-1.dcm"])
+def test_a_crop_in_the_folder_of_the_mammogram_is_not_taken(bare, case_files, where, tells):
+    """It comes first in the alphabet, and one thing alone tells that it is a crop."""
+    case = "Mass-Training_P_00001_LEFT_CC"
+    mammograms, crops = image_paths(case_files)
+    (full,), own = bare.rglob("*.dcm"), [path for path in crops if path.startswith(f"{case}_")]
+    crop = bare / where.format(case=case)
+    write_dicom(crop, np.full((12, 10), 65535, np.uint16), case, "")
+    for path, tags in (
+        (full, {"SeriesDescription": ""}),
+        (
+            crop,
+            {
+                "description": {"SeriesDescription": "ROI mask images"},
+                "patient": {"PatientID": f"{case}_1"},
+                "crop's series": {"SeriesInstanceUID": own[0].split("/")[2]},
+            }.get(tells, {}),
+        ),
+        (full, {"SeriesInstanceUID": next(p for p in mammograms if p.startswith(case)).split("/")[2]}
+            if tells == "mammogram's series" else {}),
+    ):  # fmt: skip
+        header = pydicom.dcmread(path)
+        header.SeriesInstanceUID = "1.2.3"
+        for name, value in tags.items():
+            setattr(header, name, value)
+        header.save_as(path)
+    assert [record.path for record in cbis_records(bare, settings())["train"]] == [full]
+    if tells in ("description", "patient", "crop's series"):
+        full.unlink()
+        assert "neither DICOM files of the cases" in refusal(bare)
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_case_files_as_a_spreadsheet_saves_them(bare, case_files, separator):
+    for name, table in case_files.items():
+        table.to_csv(bare / name, index=False, sep=separator, encoding="utf-8-sig", lineterminator="\r\n")
+    assert [len(records) for records in cbis_records(bare, settings()).values()] == [1, 0, 0]
 
 
 def test_series_description_of_kaggle(tmp_path, case_files):
