@@ -52,6 +52,25 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
+def holds_image(path: Path) -> bool:
+    """Whether a DICOM file is an image, not a directory, report, presentation state or the like, by its class (PS3.4 B.5).
+
+    Of a class that the standard does not know, by whether it has rows. A file that cannot be read counts: it is reported
+    when it is loaded.
+    """
+    try:
+        kind = str(read_file_meta_info(path).get("MediaStorageSOPClassUID") or "") or dicom_tag(path, "SOPClassUID")
+        return not _other_class(kind) and ("Storage" in UID(kind).name or dicom_tag(path, "Rows") != "")
+    except Exception:  # noqa: BLE001  pydicom raises many kinds of error for a broken file
+        return True
+
+
+def _other_class(kind: str) -> str:
+    """The name of a class of what is no image; empty if it is one, or not known."""
+    name = UID(kind).name
+    return name if "Storage" in name and "Image Storage" not in name else ""
+
+
 def dicom_tags(path: Path, *tags: str) -> tuple[str, ...]:
     """Elements of a DICOM file as text, empty if they are missing; raises what pydicom raises for a broken file."""
     _refuse_inflation(path)
@@ -74,6 +93,8 @@ def read_dicom(path: Path) -> tuple[np.ndarray, int, pydicom.Dataset, np.ndarray
     """
     _refuse_inflation(path)
     header = pydicom.dcmread(path)
+    if other := _other_class(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")):
+        raise ImageError(f"{path}: a DICOM file of class {other}, which holds no image; leave it out")
     if int(header.get("NumberOfFrames", 1) or 1) > 1 or int(header.get("SamplesPerPixel", 1)) > 1:
         raise ImageError(f"{path}: a multi-frame or colour DICOM; only single grayscale images can be read")
     photometric = header.get("PhotometricInterpretation", "MONOCHROME2")

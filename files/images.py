@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from files.dicom import (
     derived_dicom,
     detector_of,
     dicom_tag,
+    holds_image,
     intent_of,
     is_dicom,
     read_dicom,
@@ -134,24 +135,37 @@ def is_restored(path: Path) -> bool:
 
 
 def find_images(root: Path) -> list[Path]:
-    """Image files below `root` in a fixed order, without hidden ones; a file without a suffix counts if it is DICOM.
+    """Image files below `root` in a fixed order, without hidden ones; a file of another suffix counts if it is DICOM.
 
-    Links to missing images are counted on stderr. Raises UserError if there are no images.
+    Links to missing images are counted on stderr, DICOM files that hold no image on stdout. Raises UserError if there are no
+    images.
     """
-    images, lost = [], []
+    images, others, lost = [], [], []
     for path in sorted(root.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(root).parts):
             continue
-        # DICOM files without a suffix are often named by a UID, which has dots
-        named, bare = path.suffix.lower() in IMAGE_SUFFIXES, not path.suffix.lstrip(".") or path.suffix[1:].isdigit()
+        named = path.suffix.lower() in IMAGE_SUFFIXES
         # pathlib raises an error if a folder may be listed but not searched; os.path says no
         if os.path.isfile(path):  # noqa: PTH113
-            images += [path] if named or (bare and is_dicom(path)) else []
+            if is_dicom(path):
+                (images if holds_image(path) else others).append(path)
+            elif named:
+                images.append(path)
         elif named and os.path.lexists(path) and not os.path.exists(path):  # noqa: PTH110
             lost.append(path)
     if lost:
         example = lost[0].relative_to(root)
         print(f"warning: {root}: {len(lost)} links lead to no file, such as {example}; left out", file=sys.stderr)
+    if others:
+        example = others[0].relative_to(root)
+        print(f"{root}: {len(others)} DICOM files that hold no image are passed over, such as {example}")
     if not images:
-        raise UserError(f"{root}: no images in it; looked for {', '.join(IMAGE_SUFFIXES)}")
+        raise UserError(
+            f"{root}: no images in it; looked for {', '.join(IMAGE_SUFFIXES)} and DICOM files of other names"
+        )
     return images
+
+
+def stem_of(name: str) -> str:
+    """A file's name or path without its suffix; digits after a dot are part of a UID, which DICOM files are called by."""
+    return name if PurePosixPath(name).suffix[1:].isdigit() else name.removesuffix(PurePosixPath(name).suffix)

@@ -6,10 +6,10 @@ import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
-from files.images import dicom_tag, is_dicom
+from files.images import dicom_tag, is_dicom, stem_of
 from files.tables import read_table
 from helper import UserError
 
@@ -72,11 +72,11 @@ def patients_of(root: Path, base: Path, paths: Sequence[Path], pattern: str = ""
     """
     names = [path.relative_to(base) for path in paths]
     if pattern == EACH_FILE:
-        return Patients([_stem(name.as_posix()) for name in names], "")
+        return Patients([stem_of(name.as_posix()) for name in names], "")
     if pattern:
         return Patients([_by_pattern(pattern, name.as_posix()) for name in names], "")
     tables = _in_tables(root)
-    told = [tables.get(_stem(path.name)) or _by_header(path) or _by_name(path.relative_to(base)) for path in paths]
+    told = [tables.get(stem_of(path.name)) or _by_header(path) or _by_name(path.relative_to(base)) for path in paths]
     guesses, doubt = dict[int, str](), ""
     for use_studies in (True, False):
         guesses, doubt = _guessed(paths, names, [i for i, patient in enumerate(told) if not patient], use_studies)
@@ -110,7 +110,7 @@ def _in_tables(root: Path) -> dict[str, str]:
             found = studies if re.sub(r"[^a-z]", "", owner.lower()) in _STUDY_COLUMNS else patients
             for file, patient in zip(table[image], table[owner], strict=True):
                 if patient := _somebody(patient):
-                    found[_stem(re.split(r"[/\\]", file)[-1])].add(patient)
+                    found[stem_of(re.split(r"[/\\]", file)[-1])].add(patient)
     # a name that stands for images of several patients tells none
     return {file: min(owners) for file, owners in (studies | patients).items() if len(owners) == 1}
 
@@ -119,7 +119,7 @@ def _by_header(path: Path) -> str:
     """DICOM PatientID, empty if there is none; a file that cannot be read is reported when it is loaded."""
     with contextlib.suppress(Exception):
         return _somebody(dicom_tag(path, "PatientID")) if is_dicom(path) else ""
-    return _stem(path.name)
+    return stem_of(path.name)
 
 
 def _somebody(patient: str) -> str:
@@ -147,7 +147,7 @@ def _guessed(
         if use_studies and is_dicom(paths[i]) and (study := dicom_tag(paths[i], "StudyInstanceUID")):
             guesses[i] = study
             continue
-        parts = [*names[i].parts[:-1], _stem(names[i].name)]
+        parts = [*names[i].parts[:-1], stem_of(names[i].name)]
         # if a name only names a view, the folder above it names the patient
         *folders, guesses[i] = [words for words in map(_own_words, parts) if words] or parts[-1:]
         homes[guesses[i]].add(tuple(folders))
@@ -173,8 +173,3 @@ def _own_words(part: str) -> str:
 
 def _plain(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text).strip()
-
-
-def _stem(name: str) -> str:
-    """A path without suffix; digits after a dot are part of a UID."""
-    return name.removesuffix(PurePosixPath(name).suffix) if re.search(r"\.[A-Za-z]\w*$", name) else name

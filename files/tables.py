@@ -11,7 +11,7 @@ import pandas as pd
 
 from helper import UserError, reason_of
 
-SEPARATORS = ",;\t"
+SEPARATORS = ",;\t|"
 LONGEST_HEADER = 2**16  # characters of a table's first line that are looked at
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from evaluation.pictures import save_picture, spread_picture
 from evaluation.uncertainty import REGIONS, interval, region_means
 from files.dicom import dicom_tag, is_dicom
-from files.images import Mammogram, find_images, is_restored
+from files.images import Mammogram, find_images, is_restored, stem_of
 from helper import UserError, explained
 
 REGION_MAPS = {f"std-{side}x{side}": side for side in REGIONS}
@@ -94,7 +94,7 @@ def plan(inputs: Sequence[Path], out: Path, *, kinds: Sequence[str] = (), sample
     """
     sources = find_sources(inputs, out)
     suffixes = {place: ".dcm" if is_dicom(place) else ".png" for place in sources}
-    plain = {place: _stem(name) + suffixes[place] for place, (_, name) in sources.items()}
+    plain = {place: stem_of(name) + suffixes[place] for place, (_, name) in sources.items()}
     taken = Counter(plain.values())
     jobs, writers = [], dict[Path, Path]()
     for place, (source, name) in sources.items():
@@ -115,12 +115,6 @@ def plan(inputs: Sequence[Path], out: Path, *, kinds: Sequence[str] = (), sample
         if (out / name).exists() and not (out / RECORD).exists():
             raise UserError(f"--out: {out / name} is not of this script's making; choose another folder")
     return jobs
-
-
-def _stem(name: str) -> str:
-    suffix = Path(name).suffix[1:]
-    # digits after a dot are part of a UID, which DICOM files without a suffix are called
-    return name if not suffix or suffix.isdigit() else str(Path(name).with_suffix(""))
 
 
 def _is_beside_an_image(path: Path, kind: str) -> bool:

@@ -38,8 +38,8 @@ import scripts
 from preprocessing.phantom import generate_phantom
 from running.checkpoints import CHECKPOINT_FORMAT
 from scripts import Result, call, shell, succeed
-from test_images import dicom_file
-from trees import own_case_files, write_case_files, write_kaggle, write_tcia
+from test_images import OTHER_CLASSES, dicom_file, other_object
+from trees import own_case_files, write_case_files, write_dicom, write_kaggle, write_tcia
 
 # Status, script, flags, and a regular expression for the line on stderr. After a script, + means that it may have written
 # files, whole ones only, and $ that it runs as a process of its own. Flags after BARE replace the usual ones. `full` and
@@ -79,6 +79,9 @@ ROWS = r"""
 2 | main-vqvae | --task folder --data-root {images} --hps patient_pattern=(x | patient_pattern=\(x
 2 | main-vqvae | --task folder --data-root {images} | {images}: its patients cannot be told \(6 images, .* of 6 patients\); add
 2 | main-vqvae | --task folder --data-root {numbered} | {numbered}: its patients cannot be told \(files called '1' lie in several
+2 | main-vqvae | --task folder --data-root {nobody} | {nobody}: its patients cannot be told \(4 images, .* of 4 patients\); add
+0 | main-vqvae+ | --task folder --data-root {beside} --epochs 1 --num-workers 0 | ^$
+2 | main-vqvae | --task folder --data-root {others} | {others}: no images in it; looked for .* and DICOM files of other names
 2 | main-vqvae | --load-path {missing} | {missing}: no such checkpoint
 2 | main-vqvae | --load-path {empty} | {empty}: holds no checkpoint
 2 | main-vqvae | --load-path {garbage} | {garbage}: not a readable checkpoint
@@ -186,6 +189,8 @@ ROWS = r"""
 2 | main-vqvae | --task cbis-ddsm --data-root {cbis-absolute} | _set.csv: the path '/.*' leads out of the data root
 2 | main-vqvae | --task cbis-ddsm --data-root {cbis-column} | _set.csv: has no column 'pathology'
 2 | main-vqvae | --task cbis-ddsm --data-root {cbis-binary} | _set.csv: not a readable CSV file
+2 | main-vqvae | --task cbis-ddsm --data-root {cbis-semicolons} | {cbis-semicolons}: neither DICOM files of the cases
+2 | main-vqvae | --task cbis-ddsm --data-root {cbis-crops} | {cbis-crops}: neither DICOM files of the cases
 2 | main-vqvae | --task cbis-ddsm --data-root {cbis-bare} | neither DICOM files of the cases
 2 | main-vqvae | --task cbis-ddsm --data-root {kaggle-climbing} | dicom_info.csv: the path '.*\.\./.*' leads out of the data root
 2 | main-vqvae | --task cbis-ddsm --strict --data-root {cbis-gap} | mammograms are missing, such as
@@ -197,6 +202,9 @@ ROWS = r"""
 1 | main-latents+ | {vqvae} --task folder --data-root {one-bad} --num-workers 0 --out latents | ^error: .*z\.png: not a
 1 | main-vqvae+ | --load-path {vqvae} --task folder --data-root {bad-test} --evaluate --out e | ^error: .*z\.png: not a
 1 | main-restore+ | {models} {one-bad} --out x | error: .*z\.png: not a readable image
+0 | main-restore+ | {models} {beside} --out x | ^$
+2 | main-restore | {models} {others} --out x | {others}: no images in it; looked for .* and DICOM files of other names
+2 | main-restore | {models} {report} --out x | {report}: a DICOM file of class Mammography CAD SR Storage, which holds no image
 2 | main-restore | {models} {bomb-png} --out x | {bomb-png}: declares .* pixels
 2 | main-restore | {models} {wide-png} --out x | {wide-png}: declares 150,000 x 1,000 pixels, more than 134,217,728
 2 | main-restore | {models} {bomb-tiff} --out x | {bomb-tiff}: declares .* pixels
@@ -394,6 +402,23 @@ def write_bombs(folder: Path) -> dict[str, Path]:
     return paths
 
 
+def write_dicoms(folder: Path, scan: Path) -> dict[str, Path]:
+    """Folders of DICOM files: of nobody, without images, and of four patients with what lies beside images."""
+    paths = {name: folder / name for name in ("nobody", "others", "beside")}
+    for path in paths.values():
+        path.mkdir(parents=True)
+    with Image.open(scan) as image:
+        values = np.asarray(image).astype(np.uint16) * 16
+    for i in range(4):
+        dicom_file(paths["nobody"] / f"{i}.dcm", values, PatientID="removed", StudyInstanceUID=f"1.2.{i}")
+    for i, name in enumerate(("a.dcm", "b.ima", "c.dic", "d", "e.DCM", "f.dicom")):
+        dicom_file(paths["beside"] / name, values, PatientID=f"p{i // 2}")
+    for root in (paths["others"], paths["beside"]):
+        for name, kind in OTHER_CLASSES.items():
+            other_object(root / name, kind)
+    return paths | {"report": paths["others"] / "cad.dcm"}
+
+
 def write_trees(folder: Path) -> dict[str, Path]:
     """CBIS-DDSM trees with something wrong in each."""
 
@@ -413,10 +438,14 @@ def write_trees(folder: Path) -> dict[str, Path]:
         "cbis-column": tree("cbis-column", lambda text: text.replace("pathology", "patology")),
         "cbis-binary": tree("cbis-binary"),
         "cbis-bare": tree("cbis-bare"),
+        "cbis-semicolons": tree("cbis-semicolons", lambda text: text.replace(",", ";")),
+        "cbis-crops": tree("cbis-crops"),
         "cbis-gap": tree("cbis-gap", images=True),
         "kaggle-climbing": tree("kaggle-climbing"),
     }
     next(paths["cbis-binary"].rglob("mass_case_description_train_set.csv")).write_bytes(bytes(range(256)) * 9)
+    crop = paths["cbis-crops"] / "Mass-Training_P_00001_LEFT_CC" / "a" / "b" / "1-1.DCM"
+    write_dicom(crop, np.zeros((16, 16), np.uint16), "Mass-Training_P_00001_LEFT_CC", "cropped images")
     shutil.rmtree(paths["cbis-gap"] / "CBIS-DDSM" / "Mass-Training_P_00001_LEFT_CC")
     write_kaggle(paths["kaggle-climbing"], own_case_files())
     info = next(paths["kaggle-climbing"].rglob("dicom_info.csv"))
@@ -571,6 +600,7 @@ def make_files(work: Path, trained: Mapping[str, Path]) -> dict[str, str]:
             for stem, split in zip("abcdz", ("train", "validation", "test", "test", place), strict=True)
         )
         (bad / name / "split.csv").write_text("file,split\n" + rows)
+    paths |= write_dicoms(work / "dicoms", folder_of_pngs / "p0.png")
     paths |= write_bombs(work / "bombs") | write_trees(work / "trees") | write_checkpoints(work / "damaged", vqvae)
     paths["scan"] = folder_of_pngs / "p0.png"
     paths["busy"], paths["busy-new"], paths["disk"] = work / "busy", work / "busy-new", work / "disk"

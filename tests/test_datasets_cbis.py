@@ -309,8 +309,8 @@ def test_dicom_is_found_wherever_a_downloader_puts_it(bare, case_files, place):
     mammograms, _ = image_paths(case_files)
     series = next(path.split("/")[2] for path in mammograms if path.startswith(case))
     target = moved(bare, case, place.format(case=case, series=series))
-    # a crop lies beside it, and one in its place
-    for name, lesion in (("2-1.dcm", "_1"), ("0/2-1.dcm", "_1")):
+    # crops lie on either side of it
+    for name, lesion in (("0-1.dcm", "_1"), ("2-1.dcm", ""), ("0/2-1.dcm", "_1")):
         path = target.parent / name
         write_dicom(path, np.full((12, 10), 65535, np.uint16), case + lesion, "cropped images")
     records = cbis_records(bare, settings())
@@ -350,7 +350,7 @@ def test_a_crop_in_the_folder_of_the_mammogram_is_not_taken(bare, case_files, wh
         assert "neither DICOM files of the cases" in refusal(bare)
 
 
-@pytest.mark.parametrize("separator", [";", "\t"])
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
 def test_case_files_as_a_spreadsheet_saves_them(bare, case_files, separator):
     for name, table in case_files.items():
         table.to_csv(bare / name, index=False, sep=separator, encoding="utf-8-sig", lineterminator="\r\n")

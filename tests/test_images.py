@@ -32,7 +32,7 @@ from scipy import ndimage
 
 from files import dicom, images
 from files.images import Mammogram, find_images, is_dicom, is_restored, read_image, read_mammogram
-from helper import UserError
+from helper import ImageError, UserError
 from preprocessing.noise import NoiseModel
 
 SHAPE = 5, 7  # an odd number of pixels
@@ -767,9 +767,53 @@ def test_dicom_is_told_by_suffix_or_by_its_mark(tmp_path):
     (tmp_path / "folder").mkdir()
     for name in ("p.png", "short", "missing", "folder"):
         assert not is_dicom(tmp_path / name)
-    # a file with an unknown suffix is read only if it is named
-    found = {path.name for path in find_images(tmp_path)}
-    assert found == {*names, "p.png"} - {"a.ima"}
+    assert {path.name for path in find_images(tmp_path)} == {*names, "p.png"}
+
+
+OTHER_CLASSES = {  # of DICOM objects that lie beside mammograms and are none
+    "DICOMDIR": "1.2.840.10008.1.3.10", "state.dcm": "1.2.840.10008.5.1.4.1.1.11.1",
+    "cad.dcm": "1.2.840.10008.5.1.4.1.1.88.50", "dose.IMA": "1.2.840.10008.5.1.4.1.1.88.67",
+    "key": "1.2.840.10008.5.1.4.1.1.88.59", "report.dic": "1.2.840.10008.5.1.4.1.1.104.1",
+    "raw.dcm": "1.3.12.2.1107.5.9.1",
+}  # fmt: skip
+
+
+def other_object(path, kind):
+    """A DICOM object without pixels, as a unit writes it."""
+    size = ("Rows", "Columns", "PixelData", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
+    dicom_file(path, without=(*size, "SamplesPerPixel", "PhotometricInterpretation"), SOPClassUID=kind)
+    header = pydicom.dcmread(path)
+    header.file_meta.MediaStorageSOPClassUID = kind
+    header.save_as(path)
+    return path
+
+
+def test_dicom_objects_that_hold_no_image_are_passed_over_and_counted(tmp_path, capsys):
+    for name, kind in OTHER_CLASSES.items():
+        other_object(tmp_path / name, kind)
+    mask = dicom_file(tmp_path / "mask.dcm", SOPClassUID="1.2.840.10008.5.1.4.1.1.66.4")
+    header = pydicom.dcmread(mask)
+    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID
+    header.save_as(mask)
+    with pytest.raises(UserError, match="no images in it"):
+        find_images(tmp_path)
+    capsys.readouterr()
+    dicom_file(tmp_path / "a.dic")
+    dicom_file(tmp_path / "odd", SOPClassUID="1.2.840.10008.1.2.1")  # a converter's mistake: a transfer syntax
+    cut = dicom_file(tmp_path / "cut.dcm")
+    cut.write_bytes(cut.read_bytes()[:700])
+    assert [path.name for path in find_images(tmp_path)] == ["a.dic", "cut.dcm", "odd"]
+    said = f"{tmp_path}: 8 DICOM files that hold no image are passed over, such as DICOMDIR\n"
+    assert capsys.readouterr() == (said, "")
+    assert read_image(tmp_path / "odd").shape == SHAPE
+
+
+def test_a_dicom_object_that_holds_no_image_is_called_that_if_it_is_named(tmp_path):
+    path = other_object(tmp_path / "cad.dcm", OTHER_CLASSES["cad.dcm"])
+    with pytest.raises(
+        ImageError, match=rf"^{path}: a DICOM file of class Mammography CAD SR Storage, which holds no image;"
+    ):
+        read_mammogram(path)
 
 
 def test_folders_are_searched_past_what_is_no_image(tmp_path, monkeypatch):
