@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from evaluation.metrics import BANDS, INTENSITY_BINS, MS_SSIM_SIDE, ErrorSplit
+from evaluation.metrics import BANDS, INTENSITY_BINS, MS_SSIM_SIDE, SSIM_NOTE, ErrorSplit
 from evaluation.table import BM3D, INPUT
 from helper import format_table
 
@@ -65,7 +65,7 @@ def summarise(frame: pd.DataFrame) -> dict[str, dict]:
 
 
 def quality_table(summary: Mapping[str, dict]) -> str:
-    """Mean +- standard deviation of each figure and, in brackets, the input's mean."""
+    """Mean +- standard deviation of each figure and, in brackets, the input's mean; a line says which SSIM it is."""
 
     def cell(row: dict, figure: str, d: int) -> str:
         if figure == "ms_ssim" and math.isnan(row[figure]):
@@ -76,7 +76,8 @@ def quality_table(summary: Mapping[str, dict]) -> str:
         [method, row["evaluations"], *(cell(row, figure, d) for figure, (_, d) in FIGURES.items())]
         for method, row in summary.items()
     ]
-    return format_table(["", "evaluations", *(f"{name} (input)" for name, _ in FIGURES.values())], lines)
+    table = format_table(["", "evaluations", *(f"{name} (input)" for name, _ in FIGURES.values())], lines)
+    return f"{table}\n{SSIM_NOTE}"
 
 
 def paired_table(summary: Mapping[str, dict]) -> str:

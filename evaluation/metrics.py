@@ -12,6 +12,10 @@ from torch import Tensor
 
 from preprocessing.phantom import Calcification
 
+SSIM_NOTE = (  # of the several that libraries compute
+    "SSIM: Wang et al. (2004), Gaussian windows of sigma 1.5, borders reflected and averaged in, as torchmetrics does; "
+    "scikit-image leaves 5 pixels out at each border"
+)
 SSIM_REACH = 5  # pixels around a pixel that its SSIM looks at
 BAND_PIXELS = 2**17  # of an image whose SSIM is computed at once
 MS_SSIM_SIDE = 176  # pixels; the least side whose fifth scale holds a window

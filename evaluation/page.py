@@ -19,7 +19,7 @@ from PIL import Image
 from scipy import ndimage
 
 from evaluation import plots
-from evaluation.metrics import BANDS, ErrorSplit, PowerSpectrum
+from evaluation.metrics import BANDS, SSIM_NOTE, ErrorSplit, PowerSpectrum
 from evaluation.plots import Curve, Power
 from evaluation.plots import read_curves as read_curves
 from evaluation.table import BM3D, DIGITS, INPUT, Evaluation
@@ -177,6 +177,7 @@ def _results(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "summary": summary,
         "digits": DIGITS,
+        "ssim": SSIM_NOTE,
         "by_image": list(zip(by_image.index, by_image.to_numpy(), strict=True)),
         "patients": frame["patient"].nunique(),
         "better": {name: f"{better[INPUT][name]} of {len(by_image)}" for name in summary if name != INPUT},

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from evaluation.metrics import ImageMetrics, image_metrics
+from evaluation.metrics import SSIM_NOTE, ImageMetrics, image_metrics
 from evaluation.pictures import comparison, save_picture
 from helper import format_table, tracked
 from hps import HParams
@@ -50,7 +50,8 @@ class Evaluation:
         }
 
     def table(self) -> str:
-        """The summary as text: every row carries the low-dose input's own figure beside the method's."""
+        """The summary as text: every row carries the low-dose input's own figure beside the method's. The last line says which
+        SSIM it is."""
         names = [
             f"{metric.removesuffix('_breast').upper()}{' breast' * metric.endswith('_breast')}" for metric in DIGITS
         ]
@@ -58,7 +59,8 @@ class Evaluation:
         for method, row in self.summary().items():
             cells = [f"{row[m]:.{digits}f} ({row[f'{m}_low_dose']:.{digits}f})" for m, digits in DIGITS.items()]
             rows.append([method, *cells, f"{row['psnr_breast_gain']:+.2f}"])
-        return format_table(["", *(f"{name} (input)" for name in names), "gain in breast, dB"], rows)
+        table = format_table(["", *(f"{name} (input)" for name in names), "gain in breast, dB"], rows)
+        return f"{table}\n{SSIM_NOTE}"
 
 
 def run_evaluation(

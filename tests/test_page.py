@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from evaluation.metrics import ErrorSplit, PowerSpectrum, image_metrics
+from evaluation.metrics import SSIM_NOTE, ErrorSplit, PowerSpectrum, image_metrics
 from evaluation.page import (
     DISCLAIMER,
     ERROR_SCALE,
@@ -317,6 +317,7 @@ def test_the_table_counts_the_images_that_are_better_than_bm3d(tmp_path, report)
     write_report(tmp_path / "a.html", replace(bare(report), evaluation=Evaluation(frame, {})))
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert '<td>4 of 4<span class="quiet">3 than VST-BM3D</span></td>' in text  # the mean
+    assert f"{SSIM_NOTE}.</p>" in text
     assert "<td>3 of 4</td>" in text  # BM3D itself
     assert text.count("than VST-BM3D") == 1
 

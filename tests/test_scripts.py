@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from datasets import get_dataset
+from evaluation.metrics import SSIM_NOTE
 from files.splits import SPLITS
 from loading.latents import LatentDataset
 from running.checkpoints import load_checkpoint, weights_digest
@@ -98,6 +99,7 @@ def test_evaluation_writes_table_figures_and_pictures_that_agree(script, evaluat
     assert table["path"].tolist() == ["test/0000", "test/0001"] and not table.isna().any(axis=None)
     assert figures["images"] == 2
     assert (folder / "table.txt").read_text().strip() in result.out
+    assert (folder / "table.txt").read_text().splitlines()[-1] == SSIM_NOTE
     low = figures["methods"]["low dose"]
     for method, row in figures["methods"].items():
         assert row["psnr"] == pytest.approx(table[f"{method} psnr"].mean())

@@ -45,6 +45,16 @@ def test_imports_go_one_way():
                     assert place(name) < place(parts[0]), f"{path} imports {name}"
 
 
+def test_no_16_bit_picture_is_turned_by_pillow():
+    """Pillow 13 interpolates 16-bit images (mode I;16) well in `resize`, but in `rotate` and `transform` as if they had 8 bits."""
+    for path in MODULES:
+        calls = (
+            node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+        )
+        names = {function.attr for function in calls if isinstance(function, ast.Attribute)}
+        assert not names & {"rotate", "transform"}, path
+
+
 def test_no_file_and_no_function_outgrows_its_reader():
     for path in MODULES:
         source = path.read_text(encoding="utf-8")
