@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from files.images import dicom_tag, is_dicom, stem_of
+from files.dicom import dicom_tags, is_dicom
+from files.images import stem_of
 from files.tables import read_table
 from helper import UserError
 
@@ -26,14 +27,14 @@ KNOWN_NAMES = {
     "CMMD": r"(?<![^/_])(D[12]-\d{4})(?!\d)",
     "CSAW-CC": r"(?<![^/])(\d{5})_\d{8}_[LR]_(?:CC|MLO)_\d",
     "KAU-BCMD": r"(?<![^/])\d{4}_(BC\d{6})\d?_ ?(?:CC|MLO)_[LR]",
-    "OPTIMAM": r"(?<![^/_])([a-z]{4}\d+)[/_]\d+(?:\.\d+){5}",
-    "EMBED": r"(?<![^/])(\d{8})[/_]\d{16}[/_]",
+    "OPTIMAM": r"(?<![^/_])((?:demd|optm)\d+)(?!\d)",
+    "EMBED": r"(?<![^/])(\d{8})[/_]\d{12,17}[/_]",
     "BCDR": r"(?<![^/])img_(\d+)_\d+_\d+_[LR](?:CC|M?L?O)",
     "BCS-DBT": r"(DBT-P\d{5})",
     "RSNA": r"(?<![^/])(\d{1,5})[/_]\d{6,10}(?![^.])",
     "mini-MIAS": r"(?<![^/_])mdb(?P<pair>\d{3})(?!\d)",
     "a folder of dated ones": r"(?<![^/])([^/]+)/(?:\d\d-\d\d-\d{4}|\d{4}-\d\d-\d\d|(?:19|20)\d{6})(?!\d)[^/]*/",
-    "a folder of UIDs": r"(?<![^/])([^/.]+)/\d+(?:\.\d+){5,}/",
+    "a folder of UIDs": r"(?<![^/])([^/.]+)/\d+(?:\.\d+){2,}/",
     "patient_07, case12, P1": r"(?i)(?<![^/_ -])((?:patient|subject|participant|case|subj?|pat|pt|p)[_ -]?\d+)(?=[/_ -])",
 }
 # Words of a name that tell side, view, kind, class or split, not the patient.
@@ -66,22 +67,27 @@ def patients_of(root: Path, base: Path, paths: Sequence[Path], pattern: str = ""
     """The patients of images below `base`, a folder of the data root.
 
     With `pattern`, the first group of that regular expression on the path below `base`; if it is `file`, each file is its
-    own patient. Without, the first that tells: a table below `root`, DICOM PatientID, `KNOWN_NAMES`; then, as far as
-    these tell fewer patients than images, DICOM StudyInstanceUID, or the name less the words for side and view. Raises
-    UserError if the pattern does not match.
+    own patient. Without, the first that tells: a table below `root`, DICOM PatientID, `KNOWN_NAMES`, another image of the
+    same study; then, as far as these give fewer patients than images, DICOM StudyInstanceUID, or the name less the words for
+    side and view. Raises UserError if the pattern does not match.
     """
     names = [path.relative_to(base) for path in paths]
     if pattern == EACH_FILE:
         return Patients([stem_of(name.as_posix()) for name in names], "")
     if pattern:
         return Patients([_by_pattern(pattern, name.as_posix()) for name in names], "")
-    tables = _in_tables(root)
-    told = [tables.get(stem_of(path.name)) or _by_header(path) or _by_name(path.relative_to(base)) for path in paths]
-    guesses, doubt = dict[int, str](), ""
-    for use_studies in (True, False):
-        guesses, doubt = _guessed(paths, names, [i for i, patient in enumerate(told) if not patient], use_studies)
-        if not doubt:
-            break
+    tables, headers = _in_tables(root), [_header(path) for path in paths]
+    told = [
+        tables.get(stem_of(name.name)) or patient or _by_name(name)
+        for name, (patient, _) in zip(names, headers, strict=True)
+    ]
+    studies = [study for _, study in headers]
+    owners = {study: patient for study, patient in zip(studies, told, strict=True) if patient}
+    told = [patient or (study and owners.get(study, "")) for study, patient in zip(studies, told, strict=True)]
+    untold = [i for i, patient in enumerate(told) if not patient]
+    guesses, doubt = _guessed(names, studies, untold)
+    if doubt:
+        guesses, doubt = _guessed(names, [""] * len(names), untold)
     patients = [patient or guesses[i] for i, patient in enumerate(told)]
     return Patients(patients, doubt or _crowd(patients, names))
 
@@ -115,17 +121,21 @@ def _in_tables(root: Path) -> dict[str, str]:
     return {file: min(owners) for file, owners in (studies | patients).items() if len(owners) == 1}
 
 
-def _by_header(path: Path) -> str:
-    """DICOM PatientID, empty if there is none; a file that cannot be read is reported when it is loaded."""
-    with contextlib.suppress(Exception):
-        return _somebody(dicom_tag(path, "PatientID")) if is_dicom(path) else ""
-    return stem_of(path.name)
+def _header(path: Path) -> tuple[str, str]:
+    """DICOM PatientID and StudyInstanceUID, empty if there are none; of a file that cannot be read, its name stands in."""
+    if not is_dicom(path):
+        return "", ""
+    try:
+        patient, study = dicom_tags(path, "PatientID", "StudyInstanceUID")
+    except Exception:  # noqa: BLE001  what cannot be read is reported when it is loaded
+        return stem_of(path.name), ""
+    return _somebody(patient), study
 
 
 def _somebody(patient: str) -> str:
     """An identifier of a patient, empty if it stands for one who was taken out; CBIS-DDSM has its cases for patients."""
     if case := re.search(KNOWN_NAMES["CBIS-DDSM"], patient):
-        return _plain(case[1])
+        return case[1].replace("_", " ")
     return "" if _NOBODY.fullmatch(patient) else patient
 
 
@@ -134,18 +144,16 @@ def _by_name(name: Path) -> str:
     for pattern in KNOWN_NAMES.values():
         if match := re.search(pattern, name.as_posix()):
             pair = match.groupdict().get("pair")
-            return f"mdb pair {(int(pair) + 1) // 2:03d}" if pair else _plain(match[1])
+            return f"mdb pair {(int(pair) + 1) // 2:03d}" if pair else match[1].replace("_", " ")
     return ""
 
 
-def _guessed(
-    paths: Sequence[Path], names: Sequence[Path], untold: Sequence[int], use_studies: bool
-) -> tuple[dict[int, str], str]:
+def _guessed(names: Sequence[Path], studies: Sequence[str], untold: Sequence[int]) -> tuple[dict[int, str], str]:
     """Patients by the index of images of which nothing tells, by study or by words of the name, and why they are doubtful."""
     guesses, homes = dict[int, str](), defaultdict[str, set[tuple[str, ...]]](set)
     for i in untold:
-        if use_studies and is_dicom(paths[i]) and (study := dicom_tag(paths[i], "StudyInstanceUID")):
-            guesses[i] = study
+        if studies[i]:
+            guesses[i] = studies[i]
             continue
         parts = [*names[i].parts[:-1], stem_of(names[i].name)]
         # if a name only names a view, the folder above it names the patient
@@ -153,6 +161,10 @@ def _guessed(
         homes[guesses[i]].add(tuple(folders))
     if twice := next((patient for patient, folders in homes.items() if len(folders) > 1), None):
         return guesses, f"files called {twice!r} lie in several folders"
+    heads = {guess: match[0] for guess in homes if (match := re.match(r"\D*\d\S* ", guess))}
+    shared = Counter(heads.values())
+    if exam := next((guess for guess, head in heads.items() if shared[head] > 1), None):
+        return guesses, f"{exam!r} and others that begin with {heads[exam].strip()!r} may be one"
     return guesses, _crowd(list(guesses.values()), [names[i] for i in untold])
 
 

@@ -106,6 +106,10 @@ def test_names_of_data_sets_tell_their_patients(data_set, name):
         (lambda p, i, s, v: f"{hexed(12, p, i)}.png", r"48 images, such as \w+.png, would be of 48 patients"),
         (lambda p, i, s, v: f"scan_{4 * p + i:04d}.png", "48 images, .* would be of 48 patients"),
         (lambda p, i, s, v: f"{hexed(6, p)}/{i}.png", "files called '0' lie in several folders"),
+        (
+            lambda p, i, s, v: f"{p:03d}_{i // 2}_{'LR'[i % 2]}_CC.png",
+            "'000 0' and others that begin with '000' may be one",
+        ),
         (lambda p, i, s, v: f"class {'abcd'[i]}/{p:04d}.png", "files called '0000' lie in several folders"),
         (lambda p, i, s, v: f"mdb{2 * (4 * p + i):03d}.png", "48 images, .* would be of 48 patients"),
         (
@@ -113,7 +117,7 @@ def test_names_of_data_sets_tell_their_patients(data_set, name):
             "4 images, such as x0.png",
         ),
     ],
-    ids=["hashes", "numbers", "numbers in folders", "folders by class", "one breast each", "strays"],
+    ids=["hashes", "numbers", "numbers in folders", "exams", "folders by class", "one breast each", "strays"],
 )
 def test_where_names_tell_no_patients_no_split_is_made(name, why, tmp_path):
     names, _ = four_images(name)
@@ -160,9 +164,10 @@ def write_dicoms(root, name, tags):
         lambda p, i: {"PatientID": f"Q{p}", "StudyInstanceUID": uid(p, i)},
         lambda p, i: {"PatientID": f"Mass-Training_P_{p:05d}_{LONG[VIEWS[i][0]]}_{VIEWS[i][1]}"},
         lambda p, i: {"StudyInstanceUID": uid(p)},
+        lambda p, i: {"PatientID": f"Q{p}" if i % 3 else "", "StudyInstanceUID": uid(p, i // 2)},
         lambda p, i: {"PatientID": ("", "removed", "ANONYMOUS", "Anon^Patient", "---", "XXXX")[p % 6], "StudyInstanceUID": uid(p)},
     ],
-    ids=["PatientID", "a case of CBIS-DDSM", "study", "a word in place of the patient"],
+    ids=["PatientID", "a case of CBIS-DDSM", "study", "another image of the study", "a word in place of the patient"],
 )  # fmt: skip
 def test_dicom_headers_tell_their_patients(tags, tmp_path):
     paths = write_dicoms(tmp_path, lambda p, i, s, v: f"{hexed(9, p, i)}.dcm", tags)
