@@ -254,11 +254,12 @@ def dicom_images(root: Path, paths: Sequence[Path], rows: pd.DataFrame) -> dict[
     """TCIA's files, in whatever folders: of each case of the rows the first that is sure to be its mammogram.
 
     A file's series tells, else the case that its folder or PatientID names, unless a folder, SeriesDescription or
-    SeriesInstanceUID says crop or mask. Where nothing says so, the largest of the case's files comes first.
+    SeriesInstanceUID says crop or mask. Of files that are as sure, the largest comes first.
     """
     series = dict(zip(rows["series"], rows["case"], strict=True)) | dict.fromkeys(" ".join(rows["crops"]).split(), "")
     series.pop("", None)
-    cases, best, in_folder = set(rows["case"]), dict[str, tuple[float, Path]](), Counter(path.parent for path in paths)
+    cases, best = set(rows["case"]), dict[str, tuple[tuple[int, int], Path]]()
+    in_folder = Counter(path.parent for path in paths)
     for path in paths:
         case, doubt = _mammogram_at(path, path.relative_to(root).parts, series, in_folder[path.parent] == 1)
         if case in cases and (case not in best or doubt < best[case][0]):
@@ -266,34 +267,35 @@ def dicom_images(root: Path, paths: Sequence[Path], rows: pd.DataFrame) -> dict[
     return {case: path for case, (_, path) in best.items()}
 
 
-def _mammogram_at(path: Path, parts: Sequence[str], series: Mapping[str, str], is_alone: bool) -> tuple[str, float]:
-    """The case whose mammogram a DICOM file is, empty if it is none, and how doubtful that is: 0 if it is sure.
+def _mammogram_at(
+    path: Path, parts: Sequence[str], series: Mapping[str, str], is_alone: bool
+) -> tuple[str, tuple[int, int]]:
+    """The case whose mammogram a DICOM file is, empty if it is none, and how doubtful that is: a rank, less its pixels.
 
     `series` maps the official series to their cases, those of crops and masks to nothing. Only the folder of a file that
     `is_alone` in it makes its header needless.
     """
-    folder = path.parent.name
+    folder, none = path.parent.name, ("", (0, 0))
     named = next((match for part in (*parts[-2::-1], path.stem) if (match := _CASE.fullmatch(part))), None)
     if _NO_MAMMOGRAM.search(folder) or (named and named["lesion"]):
-        return "", 0
+        return none
     if is_alone and folder in series:
-        return series[folder], 0
+        return series[folder], (0, 0)
     if is_alone and named and _MAMMOGRAM in folder.lower():
-        return named[0], 0
+        return named[0], (0, 0)
     try:
         own, description, patient, *sides = dicom_tags(path, *HEADER_TAGS)
     except Exception:  # noqa: BLE001  what cannot be read is reported when it is loaded
-        return (named[0], 1) if named else ("", 0)
+        return (named[0], (3, 0)) if named else none
     owner = _CASE.fullmatch(patient)
     if _NO_MAMMOGRAM.search(description) or (owner and owner["lesion"]):
-        return "", 0
+        return none
+    pixels = math.prod(int(side) for side in sides if side.isdecimal())
     for name in (own, folder, path.stem, path.name):
         if name in series:
-            return series[name], 0
-    if not (named := named or owner):
-        return "", 0
-    pixels = math.prod(int(side) for side in sides if side.isdecimal())
-    return named[0], 0 if _MAMMOGRAM in description.lower() else 1 / (1 + pixels)
+            return series[name], (1, -pixels)
+    named = named or owner
+    return (named[0], (1 if _MAMMOGRAM in description.lower() else 2, -pixels)) if named else none
 
 
 def jpeg_images(info: Path, folder: Path, cases: Iterable[str]) -> dict[str, Path]:

@@ -60,7 +60,7 @@ class Patients(NamedTuple):
     """The patient of each of some images."""
 
     names: list[str]
-    doubt: str  # why they cannot be told, empty if they can
+    doubt: str  # why they cannot be told, empty if they can; then each file of which nothing tells is its own patient
 
 
 def patients_of(root: Path, base: Path, paths: Sequence[Path], pattern: str = "") -> Patients:
@@ -88,7 +88,8 @@ def patients_of(root: Path, base: Path, paths: Sequence[Path], pattern: str = ""
     guesses, doubt = _guessed(names, studies, untold)
     if doubt:
         guesses, doubt = _guessed(names, [""] * len(names), untold)
-    patients = [patient or guesses[i] for i, patient in enumerate(told)]
+    each = guesses if not doubt else [stem_of(name.as_posix()) for name in names]
+    patients = [patient or each[i] for i, patient in enumerate(told)]
     return Patients(patients, doubt or _crowd(patients, names))
 
 
@@ -107,14 +108,15 @@ def _in_tables(root: Path) -> dict[str, str]:
     patients, studies = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
     for path in sorted(p for p in (*root.glob("*.[cC][sS][vV]"), *root.glob("*/*.[cC][sS][vV]")) if p.is_file()):
         with contextlib.suppress(UserError):  # not every CSV file is a table of the images
-            columns = {re.sub(r"[^a-z]", "", c.lower()): c for c in read_table(path, (), "", nrows=0)}
-            image = next((columns[c] for c in _IMAGE_COLUMNS if c in columns), None)
-            owner = next((columns[c] for c in (*_PATIENT_COLUMNS, *_STUDY_COLUMNS) if c in columns), None)
+            names = [*read_table(path, (), "", nrows=0)]
+            places = {re.sub(r"[^a-z]", "", name.lower()): place for place, name in enumerate(names)}
+            image = next((places[name] for name in _IMAGE_COLUMNS if name in places), None)
+            owner = next((name for name in (*_PATIENT_COLUMNS, *_STUDY_COLUMNS) if name in places), None)
             if image is None or owner is None:
                 continue
-            table = read_table(path, (image, owner), "", usecols=[image, owner])
-            found = studies if re.sub(r"[^a-z]", "", owner.lower()) in _STUDY_COLUMNS else patients
-            for file, patient in zip(table[image], table[owner], strict=True):
+            table = read_table(path, (), "", usecols=[image, places[owner]])
+            found = studies if owner in _STUDY_COLUMNS else patients
+            for file, patient in zip(table[names[image]], table[names[places[owner]]], strict=True):
                 if patient := _somebody(patient):
                     found[stem_of(re.split(r"[/\\]", file)[-1])].add(patient)
     # a name that stands for images of several patients tells none

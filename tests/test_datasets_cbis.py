@@ -317,13 +317,16 @@ def test_dicom_is_found_wherever_a_downloader_puts_it(bare, case_files, place):
     assert [record.path for record in records["train"]] == [target]
 
 
-@pytest.mark.parametrize("tells", ["description", "patient", "crop's series", "mammogram's series", "size"])
+@pytest.mark.parametrize(
+    "tells", ["description", "patient", "crop's series", "mammogram's series", "size", "size alone"]
+)
 @pytest.mark.parametrize("where", ["CBIS-DDSM/{case}/a/0/1-1.dcm", "CBIS-DDSM/{case}/a/b/0-1.dcm"])
 def test_a_crop_in_the_folder_of_the_mammogram_is_not_taken(bare, case_files, where, tells):
     """It comes first in the alphabet, and one thing alone tells that it is a crop."""
     case = "Mass-Training_P_00001_LEFT_CC"
     mammograms, crops = image_paths(case_files)
     (full,), own = bare.rglob("*.dcm"), [path for path in crops if path.startswith(f"{case}_")]
+    official = next(path for path in mammograms if path.startswith(case)).split("/")[2]
     crop = bare / where.format(case=case)
     write_dicom(crop, np.full((12, 10), 65535, np.uint16), case, "")
     for path, tags in (
@@ -336,11 +339,10 @@ def test_a_crop_in_the_folder_of_the_mammogram_is_not_taken(bare, case_files, wh
                 "crop's series": {"SeriesInstanceUID": own[0].split("/")[2]},
             }.get(tells, {}),
         ),
-        (full, {"SeriesInstanceUID": next(p for p in mammograms if p.startswith(case)).split("/")[2]}
-            if tells == "mammogram's series" else {}),
+        (full, {"SeriesInstanceUID": official} if tells == "mammogram's series" else {}),
     ):  # fmt: skip
         header = pydicom.dcmread(path)
-        header.SeriesInstanceUID = "1.2.3"
+        header.SeriesInstanceUID = official if tells == "size alone" else "1.2.3"
         for name, value in tags.items():
             setattr(header, name, value)
         header.save_as(path)

@@ -59,7 +59,7 @@ def four_images(name):
     ],
 )  # fmt: skip
 def test_a_patient_is_read_off_the_name_of_a_file(name, patient):
-    assert patients_by_name(name).names == [patient]
+    assert patients_by_name(name, name).names == [patient] * 2
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_names_of_data_sets_tell_their_patients(data_set, name):
     ids=["hashes", "numbers", "numbers in folders", "exams", "folders by class", "one breast each", "strays"],
 )
 def test_where_names_tell_no_patients_no_split_is_made(name, why, tmp_path):
-    names, _ = four_images(name)
+    names, owners = four_images(name)
     write_pngs(tmp_path, names)
     with pytest.raises(
         UserError, match=rf"^--data-root {tmp_path}: its patients cannot be told \({why}.*add split.csv"
@@ -129,6 +129,9 @@ def test_where_names_tell_no_patients_no_split_is_made(name, why, tmp_path):
     records = folder_records(tmp_path, FOLDER.updated(patient_pattern="file"))
     patients = [record.patient for split in records.values() for record in split]
     assert len(patients) == len(set(patients)) == 48
+    halves = [f"{file},{'train' if p % 2 else 'test'}" for file, p in zip(names, owners, strict=True)]
+    (tmp_path / "split.csv").write_text("\n".join(["file,split", *halves]))
+    assert [len(records) for records in folder_records(tmp_path, FOLDER).values()] == [24, 0, 24]
     (tmp_path / "split.csv").write_text(f"file,split,patient\n{names[0]},train,7\n")
     assert [record.patient for record in folder_records(tmp_path, FOLDER)["train"]] == ["7"]
 
@@ -203,7 +206,7 @@ def test_dicom_files_that_cannot_be_read_raise_no_doubt(tmp_path):
         ("breast-level_annotations.csv", "study_id,series_id,image_id", lambda p, name: f"{hexed(32, p)},1,{name}"),
         ("csv/meta.CSV", "Anon PatientID;anon_filename", lambda p, name: f"{p:05d};{name}.dcm"),
         ("tables/m.csv", "empi_anon\tanon_dicom_path", lambda p, name: f"{p}a\t/mnt/a/{name}.dcm"),
-        ("a.csv", "File Name,Patient ID,study_id", lambda p, name: f'"x\\{name}.png"," Q{p} ",{name}'),
+        ("a.csv", "File Name, Patient ID ,study_id", lambda p, name: f'"x\\{name}.png"," Q{p} ",{name}'),
     ],
 )
 def test_tables_beside_the_images_tell_their_patients(file, header, row, tmp_path):
