@@ -28,6 +28,7 @@ from helper import ImageError, UserError, reason_of
 DICOM_SUFFIXES = (".dcm", ".dicom")
 MAX_HEADER_BYTES = 2**24  # of a data set, beside its pixels
 FOR_PROCESSING, FOR_PRESENTATION = "FOR PROCESSING", "FOR PRESENTATION"  # PresentationIntentType
+PITCH_RANGE = 0.001, 10.0  # mm; a pixel pitch beyond it is a slip
 LEAST_TURNING = -0.2  # correlation of neighbouring steps: white noise has -0.5, a scintillator's -0.3, fillings none
 # Elements that are wrong once the pixels change: thumbnails, signatures, and where compressed frames begin.
 _STALE_TAGS = (
@@ -180,6 +181,16 @@ def detector_of(header: pydicom.Dataset) -> str:
         warnings.simplefilter("ignore")  # pydicom warns of letters that it does not know
         words = " ".join(str(header.get(tag) or "") for tag in ("Manufacturer", "ManufacturerModelName"))
     return " ".join("".join(letter if letter.isprintable() else " " for letter in words).split())
+
+
+def pitch_of(header: pydicom.Dataset) -> float | None:
+    """The pixel pitch, in mm, that a data set states at the detector; None if it states none that can be."""
+    least, most = PITCH_RANGE
+    for tag in ("ImagerPixelSpacing", "PixelSpacing"):
+        with contextlib.suppress(TypeError, ValueError, IndexError):
+            if least <= (pitch := float(header.get(tag)[0])) <= most:
+                return pitch
+    return None
 
 
 def _falls(header: pydicom.Dataset) -> bool:

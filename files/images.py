@@ -25,6 +25,7 @@ from files.dicom import (
     holds_image,
     intent_of,
     is_dicom,
+    pitch_of,
     read_dicom,
 )
 from files.pictures import FORMATS, MAX_PIXELS, PICTURE_SUFFIXES, SOFTWARE, read_picture, write_picture
@@ -71,6 +72,11 @@ class Mammogram:
     def detector(self) -> str:
         """Manufacturer and model in words; empty if the file names none."""
         return "" if self.header is None else detector_of(self.header)
+
+    @property
+    def pixel_mm(self) -> float | None:
+        """The pixel pitch at the detector; None if the file is not DICOM or states none."""
+        return None if self.header is None else pitch_of(self.header)
 
     def write(self, path: Path, pixels: np.ndarray, description: str, *, series: str = "") -> None:
         """Write `pixels` (H, W) in [0, 1] in place of this mammogram's: its size, depth, orientation, and patient.

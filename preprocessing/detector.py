@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,23 +19,31 @@ from preprocessing.noise import KERNEL_SIDE, NoiseModel
 from running.writing import write_json
 
 MAP_SIDE = 32  # numbers a side of the gain over the detector, at most
-_ANY, _ABOVE_0, _MOST = -math.inf, math.ulp(0.0), 1e12  # single precision squares it
+_ANY, _ABOVE_0 = -math.inf, math.ulp(0.0)
+_LEAST_NOISE = 1e-6  # of a gain or a deviation, in stored values, which are whole
+_MOST = (
+    1e6,
+    1e12,
+    1e12,
+)  # of a number, a list, a table: stored values have 16 bits, and single precision squares the rest
+_KINDS = "a number", "a list of numbers", "a table of numbers"
 _NUMBERS = {  # dimensions and least value of the entries
     "gain": (0, _ANY), "sigma": (0, 0), "offset": (0, _ANY), "structural": (0, 0), "kernel": (2, _ANY), "gain_map": (2, _ABOVE_0),
     "pixel_mm": (0, _ABOVE_0), "exposures": (1, 0), "signals": (1, _ANY), "variances": (1, 0), "frequencies": (1, 0),
-    "nnps": (2, 0),
+    "nnps": (2, 0), "shape": (1, _ABOVE_0),
 }  # fmt: skip
-_OPTIONAL = ("kernel", "gain_map", "pixel_mm", "nnps")
+_OPTIONAL = ("kernel", "gain_map", "pixel_mm", "nnps", "shape")
 
 
 @dataclass(frozen=True, eq=False)
 class Detector:
     """The noise of a detector in its stored values: that of `NoiseModel`, with |gain| times the map over the detector.
 
-    The last five are the record of K exposures, which nothing is computed from. Raises ValueError if a number cannot be.
+    From `exposures` to `nnps` they are the record of K exposures, which nothing is computed from. Raises ValueError if a number
+    cannot be.
     """
 
-    name: str
+    name: str  # manufacturer and model; empty if the flats name none
     gain: float  # variance per unit of signal, below 0 if stored values fall as the exposure rises
     sigma: float  # standard deviation of the electronic noise
     offset: float  # stored value without exposure, tau
@@ -48,6 +57,7 @@ class Detector:
     variances: Sequence[float] = ()  # (K,) of the noise, squared stored values
     frequencies: Sequence[float] = ()  # (B,) per millimetre
     nnps: np.ndarray | None = None  # (K, B) mm^2, the normalised noise power spectrum's radial mean
+    shape: Sequence[int] | None = None  # (H, W) of the flats, in pixels; None: nobody knows
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not isinstance(self.electronic_is_white, bool):
@@ -55,23 +65,26 @@ class Detector:
         for name, (dimensions, least) in _NUMBERS.items():
             if getattr(self, name) is None and name in _OPTIONAL:
                 continue
-            values = np.asarray(getattr(self, name))
-            numeric = values.ndim == dimensions and values.dtype.kind in "iuf"
-            if not (numeric and (np.abs(values) <= _MOST).all()):
-                raise ValueError(f"{name} must hold numbers of a usual size in {dimensions} dimensions")
+            values = _numbers(getattr(self, name), dimensions)
+            if values is None:
+                raise ValueError(f"{name} must be {_KINDS[dimensions]} up to {_MOST[dimensions]:g}")
             if (values < least).any():
                 raise ValueError(f"{name} must be {'at least' if least == 0 else 'above'} 0")
             if dimensions == 2:
-                object.__setattr__(self, name, values.astype(np.float64))
-        if self.gain == 0 and self.sigma == 0:
+                object.__setattr__(self, name, values)
+        if max(abs(self.gain), self.sigma) < _LEAST_NOISE:
             raise ValueError("it has neither quantum nor electronic noise")
         for name, side in (("kernel", KERNEL_SIDE), ("gain_map", MAP_SIDE)):
             values = getattr(self, name)
             if values is not None and not 1 <= min(values.shape) <= max(values.shape) <= side:
                 raise ValueError(f"{name} must be a table of at most {side} x {side} numbers")
         kernel, count = self.kernel, len(self.exposures)
-        if kernel is not None and not (kernel.shape[0] == kernel.shape[1] and kernel.shape[0] % 2 and kernel.any()):
-            raise ValueError("kernel must be square, of an odd side, and not all 0")
+        if kernel is not None and not (kernel.shape[0] == kernel.shape[1] and kernel.shape[0] % 2):
+            raise ValueError("kernel must be square, of an odd side")
+        if kernel is not None and np.square(kernel).sum() < _LEAST_NOISE:
+            raise ValueError("kernel must have squares that add up to about 1")
+        if self.shape is not None and len(self.shape) != 2:
+            raise ValueError("shape must be the rows and columns of the flats")
         if not len(self.signals) == len(self.variances) == count:
             raise ValueError("exposures, signals and variances must be equally many")
         if self.nnps is not None and self.nnps.shape != (count, len(self.frequencies)):
@@ -83,13 +96,16 @@ class Detector:
         remedy = "make one with preprocessing/calibrate.py"
         with explained(f"{path}: cannot be read", remedy):
             text = path.read_bytes()
+        values = None
+        with contextlib.suppress(ValueError, RecursionError):
+            values = json.loads(text)
         try:
-            values, names = json.loads(text), {entry.name for entry in dataclasses.fields(cls)}
-            if not isinstance(values, dict) or set(values) != names:
-                odd = names.symmetric_difference(values) if isinstance(values, dict) else names
+            if not isinstance(values, dict):
+                raise ValueError("no JSON object")
+            if odd := {entry.name for entry in dataclasses.fields(cls)}.symmetric_difference(values):
                 raise ValueError(f"missing or unknown: {', '.join(sorted(odd)[:5])}")
             return cls(**values)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"{path}: not the calibration of a detector ({error}); {remedy}") from None
 
     def to_json(self, path: Path) -> None:
@@ -111,3 +127,13 @@ class Detector:
             fine = F.interpolate(tiles, size=tuple(shape), mode="bilinear")[0, 0]
             gain = gain * (fine.flip(-1) if flipped else fine)
         return NoiseModel(gain, self.sigma, self.offset, self.structural, kernel, self.electronic_is_white)
+
+
+def _numbers(value: object, dimensions: int) -> np.ndarray | None:
+    """A number, list or table as an array of so many dimensions, float64; None if it is none, or holds what is too large."""
+    with contextlib.suppress(ValueError):  # rows of different lengths
+        values = np.asarray(value)
+        if values.ndim == dimensions and values.dtype.kind in "iuf":
+            values = values.astype(np.float64)
+            return values if (np.abs(values) <= _MOST[dimensions]).all() else None
+    return None

@@ -7,7 +7,6 @@ over the detector; IEC 62220-1-2:2007 for regions and noise power spectrum.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ class Level:
     means: np.ndarray  # (R, C)
     variances: np.ndarray  # (R, C) of the noise of one image
     fixed: np.ndarray  # (R, C) of what all images have in common; without use for one image
-    spectrum: np.ndarray  # (SIDE, SIDE) power spectrum of the noise, of mean 1
+    spectrum: np.ndarray  # (SIDE, SIDE) power spectrum of the noise, of mean 1; 0 if there is none
 
     @classmethod
     def of(cls, exposure: float, images: np.ndarray) -> Level:
@@ -68,8 +67,9 @@ class Level:
             variances[i, j] = np.square(noise).sum() / ((count - 1) * (SIDE**2 - 1)) if count > 1 else common
             fixed[i, j] = common - variances[i, j] / count
             power = np.square(np.abs(np.fft.fft2(noise * _WINDOW))).sum(0)
-            spectrum += power / power.mean()  # a region with an edge in it counts no more than others
-        return cls(exposure, count, means, variances, fixed, spectrum / means.size)
+            # a region with an edge in it counts no more than others, and one without noise not at all
+            spectrum += power / (power.mean() or np.inf)
+        return cls(exposure, count, means, variances, fixed, spectrum / (spectrum.mean() or 1))
 
     @property
     def freedom(self) -> int:
@@ -157,8 +157,14 @@ def fit_law(levels: Sequence[Level], response: Response) -> Law:
     return Law(float(electronic), float(gain), float(structural))
 
 
+def exposed_regions(levels: Sequence[Level]) -> np.ndarray:
+    """The regions (R, C) bool, and their neighbours, that follow the exposure half as steeply as most: not those of an edge."""
+    rise = levels[-1].means - levels[0].means
+    return ndimage.binary_erosion(rise / np.median(rise) > 0.5, np.ones((3, 3)), border_value=1)
+
+
 def fit_map(levels: Sequence[Level], response: Response, law: Law) -> np.ndarray | None:
-    """The gain in regions (R, C) relative to the law's; None if it may as well be the same everywhere.
+    """The gain in regions (R, C) relative to the law's, 1 where nothing is exposed; None if it may as well be the same everywhere.
 
     Regions and exposures are the two ways of an analysis of variance, whose residual tells how far chance goes.
     """
@@ -167,8 +173,8 @@ def fit_map(levels: Sequence[Level], response: Response, law: Law) -> np.ndarray
     quantum = law.gain * np.stack(signals) / expected
     excess = np.stack([level.variances for level in levels]) / expected - 1
     used = np.median(quantum, axis=(1, 2)) > 0.5
-    apart = excess[used, ::2, ::2]  # regions that do not overlap
-    apart = apart.reshape(len(apart), apart[0].size if len(apart) else 0)
+    exposed = exposed_regions(levels)
+    apart = excess[used, ::2, ::2][:, exposed[::2, ::2]]  # regions that do not overlap
     count, regions = apart.shape
     if min(count, regions) < 2:
         return None
@@ -176,7 +182,7 @@ def fit_map(levels: Sequence[Level], response: Response, law: Law) -> np.ndarray
     between, within = count * apart.mean(0).var(ddof=1), np.square(residual).sum() / ((count - 1) * (regions - 1))
     if stats.f.sf(between / within, regions - 1, (count - 1) * (regions - 1)) > CHANCE:
         return None
-    weights = quantum * np.array([level.freedom for level in levels])[:, None, None]
+    weights = exposed * quantum * np.array([level.freedom for level in levels])[:, None, None]
     rest = 0.01 * np.median((weights * quantum).sum(0))  # where nothing is exposed the map tends to 1
     gain = 1 + (weights * excess).sum(0) / ((weights * quantum).sum(0) + rest)
     padded = np.pad(gain, 4, mode="reflect", reflect_type="odd")  # odd: a slope goes on at the border
@@ -245,21 +251,27 @@ def calibrate(
         ]
         frequencies = radial(levels[0].spectrum)[0] / pixel_mm
     kernel = kernel_of(torch.from_numpy(fit_spectrum(levels, response, law))).numpy()
-    detector = Detector(
-        name=name,
-        gain=math.copysign(float(gain), response.slope),
-        sigma=math.sqrt(law.electronic),
-        offset=response.offset,
-        structural=math.sqrt(law.structural),
-        kernel=kernel,
-        gain_map=gain_map,
-        pixel_mm=pixel_mm,
-        exposures=[level.exposure for level in levels],
-        signals=signals,
-        variances=variances,
-        frequencies=frequencies.tolist(),
-        nnps=nnps,
-    )
+    try:
+        detector = Detector(
+            name=name,
+            gain=math.copysign(float(gain), response.slope),
+            sigma=math.sqrt(law.electronic),
+            offset=response.offset,
+            structural=math.sqrt(law.structural),
+            kernel=kernel,
+            gain_map=gain_map,
+            pixel_mm=pixel_mm,
+            exposures=[level.exposure for level in levels],
+            signals=signals,
+            variances=variances,
+            frequencies=frequencies.tolist(),
+            nnps=nnps,
+            shape=shape,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"the flats make no detector ({error}); check --exposures, and pass raw images (FOR PROCESSING)"
+        ) from None
     return detector, response
 
 
@@ -269,10 +281,8 @@ def normalised(variance: float, signal: float, pixel_mm: float) -> float:
 
 
 def clipped_share(image: np.ndarray) -> float:
-    """Median over regions of the share of pixels at the least or greatest value of an image (H, W); 0 below `CLIPPED`."""
-    at_end = (image == image.min()) | (image == image.max())
-    starts = itertools.product(*map(region_starts, image.shape))
-    share = float(np.median([at_end[i : i + SIDE, j : j + SIDE].mean() for i, j in starts]))
+    """The share of pixels at the least or greatest value of an image (H, W); 0 below `CLIPPED`."""
+    share = float(((image == image.min()) | (image == image.max())).mean())
     return share if share > CLIPPED else 0.0
 
 

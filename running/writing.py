@@ -17,13 +17,16 @@ from helper import explained
 def atomic_path(path: Path, flag: str = "--out") -> Iterator[Path]:
     """A temporary path beside `path`, which takes its name if the block ends well and vanishes if it does not.
 
+    Folders that are made for it vanish too.
+
     Raises UserError, naming the file and the `flag` that chose its folder, if the system refuses to write it.
     """
     with explained(f"{path}: cannot be written", f"free space or choose another {flag}"):
+        made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-        temporary.touch(exist_ok=False)
         try:
+            temporary.touch(exist_ok=False)
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -35,6 +38,9 @@ def atomic_path(path: Path, flag: str = "--out") -> Iterator[Path]:
                 os.close(handle)
         finally:
             temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds the file, or another's
+                for folder in made:
+                    folder.rmdir()
 
 
 def remove_parts(*folders: Path, seconds: float = 0) -> None:

@@ -1,8 +1,10 @@
 """Calibration on simulated flat fields returns what was put in."""
 
+import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -148,7 +150,7 @@ ENTRIES = {
     "gain": [0.0, None, "0.1", True, [0.1], 1e300], "sigma": [-1], "structural": [-0.1], "pixel_mm": [0, -0.1],
     "kernel": [[[0.0]], [[1, 2], [3, 4]], [[1, 2, 3]], [1], [[[1]]], [[1], [1, 2]], np.ones((33, 33)).tolist()],
     "gain_map": [[[0.0]], [[]], [[1, -1]], np.ones((2, 40)).tolist()], "name": [3], "electronic_is_white": [1],
-    "exposures": [[1.0]], "nnps": [[[1.0]]], "extra": [1],
+    "exposures": [[1.0]], "nnps": [[[1.0]]], "extra": [1], "offset": [-(2**63), 1e7], "shape": [3, [3], [0, 4], [[3, 4]]],
 }  # fmt: skip
 
 
@@ -160,6 +162,29 @@ def test_a_file_that_cannot_be_a_detector_is_refused(tmp_path, name, value):
     path.write_text(json.dumps(entries))
     with pytest.raises(UserError, match=r"d\.json: not the calibration of a detector.*preprocessing/calibrate\.py"):
         Detector.from_json(path)
+
+
+@pytest.mark.parametrize(
+    "entries, words",
+    [
+        ({"gain": "0.1"}, "gain must be a number up to 1e+06"),
+        ({"exposures": 3}, "exposures must be a list of numbers"),
+        ({"kernel": [[1], [1, 2]]}, "kernel must be a table of numbers"),
+        ({"kernel": [[1e-30]]}, "kernel must have squares that add up to about 1"),
+        ({"gain": 1e-300, "sigma": 1e-300}, "neither quantum nor electronic noise"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_in_plain_words(tmp_path, entries, words):
+    path = tmp_path / "d.json"
+    small().to_json(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    with pytest.raises(UserError) as refusal:
+        Detector.from_json(path)
+    assert words in str(refusal.value)
+    for text in ("[1]", "{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"\(no JSON object\)"):
+            Detector.from_json(path)
 
 
 @pytest.mark.parametrize("text", [b"", b"[1]", b"{}", b"\xff\xfe", b"NaN", b"[" * 100_000])
@@ -275,6 +300,99 @@ def test_an_out_that_cannot_be_written_is_found_before_the_work(flats, tmp_path,
     call = [*flats.paths, "--exposures", *flats.mas, "--out"]
     assert "cannot be written" in refused(monkeypatch, *call, tmp_path / "file" / "d.json")
     assert "a folder; name a file" in refused(monkeypatch, *call, tmp_path)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", *map(str, arguments)])
+    calibrate.main()
+
+
+def test_a_flat_is_never_overwritten(flats, monkeypatch):
+    before = Path(flats.paths[1]).read_bytes()
+    said = refused(monkeypatch, *flats.paths, "--exposures", *flats.mas, "--out", flats.folder / "." / "5-1.png")
+    assert said.endswith("5-1.png: is one of the flats; choose another file")
+    assert Path(flats.paths[1]).read_bytes() == before
+
+
+def test_flats_that_are_no_file_are_named(flats, tmp_path, monkeypatch):
+    out = ["--exposures", 5, "--out", tmp_path / "d.json"]
+    assert refused(monkeypatch, tmp_path, *out) == f"{tmp_path}: a folder; name the files in it"
+    assert refused(monkeypatch, tmp_path / "no.dcm", *out) == f"{tmp_path / 'no.dcm'}: no such file"
+
+
+def test_equal_flats_are_named_and_nothing_is_left_behind(flats, tmp_path, monkeypatch, capsys):
+    """Their difference is no noise. The line of the error does not begin behind the progress bar."""
+    one, _, three, _ = flats.paths
+    out = ["--out", tmp_path / "new" / "deep" / "d.json"]
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(Path(one).read_bytes())
+    for paths, exposures in (([one, three, one], [5, 60, 5]), ([one, copy, three], [5, 5, 60])):
+        said = refused(monkeypatch, *paths, "--exposures", *exposures, *out)
+        assert said == f"{paths[-1] if paths[-1] == one else copy}: the same image as {one}; leave one of them out"
+        assert capsys.readouterr().err.endswith("\n")
+    assert not (tmp_path / "new").exists()
+    pixel = np.asarray(Image.open(one)).copy()
+    pixel[0, 0] += 1
+    Image.fromarray(pixel).save(copy)
+    assert "copy.png: no noise in the flats of its exposure" in refused(
+        monkeypatch, one, copy, three, "--exposures", 5, 5, 60, *out
+    )
+
+
+def test_clipped_flats_are_left_out_wherever_they_are_clipped(flats, tmp_path, monkeypatch, capsys):
+    paths = []
+    for i, path in enumerate(flats.paths):
+        pixels = np.asarray(Image.open(path)).copy()
+        pixels[:, :2] = 65535  # 0.8 %
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    out = ["--out", tmp_path / "d.json", "--no-tqdm"]
+    said = refused(monkeypatch, *paths, "--exposures", *flats.mas, *out)
+    assert said.startswith("all of the flats are clipped; pass ")
+    assert "0.png: 0.8 % of its pixels are clipped" in capsys.readouterr().err
+    run(monkeypatch, *flats.paths, paths[3], "--exposures", *flats.mas, 60, *out)
+    assert "3.png: 0.8 % of its pixels are clipped" in capsys.readouterr().err
+    assert Detector.from_json(tmp_path / "d.json").gain == pytest.approx(0.05, rel=0.1)
+
+
+def test_a_collimated_edge_is_no_gain(tmp_path, monkeypatch, capsys):
+    images = simulated(HOLOGIC, structural=0)
+    dark = np.random.default_rng(1).normal(40, 2.8, images[..., :100].shape)
+    images[..., :100] = np.rint(dark).clip(0)
+    levels = [Level.of(mas, stack) for mas, stack in zip(MAS, images, strict=True)]
+    assert fit(levels, (SIDE, SIDE), "", None)[0].gain_map is None
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for path, image in zip(paths, images[::2, :2].reshape(4, SIDE, SIDE), strict=True):
+        Image.fromarray(image).save(path)
+    run(monkeypatch, *paths, "--exposures", 5, 5, 60, 60, "--out", tmp_path / "d.json", "--no-tqdm")
+    # the outermost of five columns of regions, and the next
+    assert "note: 40 % of the field does not follow the exposure" in capsys.readouterr().out
+
+
+def test_flats_of_too_few_bits_are_refused(flats, tmp_path, monkeypatch):
+    Image.fromarray(np.full((200, 256), 9, np.uint8)).save(tmp_path / "8.png")
+    said = refused(monkeypatch, tmp_path / "8.png", "--exposures", 5, "--out", tmp_path / "d.json", "--no-tqdm")
+    assert "8.png: 8 bits a pixel are too few" in said
+
+
+def test_numbers_beyond_reason_are_refused(flats, tmp_path, monkeypatch):
+    for text in ("1.4e-298", "-1", "1e10", "nan"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be 0 or a number from 1e-06 to 1e"):
+            calibrate.exposure_number(text)
+    call = [*flats.paths, "--exposures", *flats.mas, "--out", tmp_path / "d.json", "--no-tqdm"]
+    for pitch in ("1e8", "0", "1e-300", "nan"):
+        assert "--pixel-mm must be from 0.001 to 10" in refused(monkeypatch, *call, "--pixel-mm", pitch)
+    dim, *_, bright = simulated(HOLOGIC, repeats=2)[..., :128, :128]
+    with pytest.raises(UserError, match=r"the flats make no detector \(offset must be a number up to 1e\+06\)"):
+        fit([Level.of(1000, dim), Level.of(1010.2, bright * 20.0)], (128, 128), "", None)
+
+
+def test_files_exposures_and_size_are_told(flats, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, *flats.paths, "--exposures", *flats.mas, "--out", tmp_path / "d.json", "--no-tqdm")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [[path, mas] in lines for path, mas in zip(flats.paths, flats.mas, strict=True)] == [True] * 4
+    detector = Detector.from_json(tmp_path / "d.json")
+    assert (detector.shape, detector.name) == ([200, 256], "")
 
 
 def test_an_image_for_display_is_refused(tmp_path, monkeypatch):
