@@ -52,6 +52,11 @@ def one_line(error: Exception | str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: match[0].encode("unicode_escape").decode(), sentence)
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """A number and what it counts, with its verb if there is one: by default `many` is `one` with an s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 class Silence:
     """The time since the last line of output, for scripts without a progress bar."""
 

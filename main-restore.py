@@ -129,18 +129,18 @@ def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpar
     for flag, value in (("--sampler", args.sampler), ("--steps", args.steps)):
         if value and not (args.sample or args.samples):
             parser.error(f"{flag} goes with --sample or --samples; the posterior mean is not sampled")
+    level = None if args.noise_level == "auto" else args.noise_level  # 0 is a level, and auto the default
+    resize = args.resize or None
+    noise = {"--noise-level": level, "--degrade": args.degrade, "--resize": resize}
+    sampled = {"--sample": args.sample or None, "--samples": args.samples or None, "--resize": resize}
     exclusive = (
-        (
-            "--detector",
-            args.detector,
-            {"--noise-level": args.noise_level, "--degrade": args.degrade, "--resize": args.resize},
-        ),
-        ("--dose", args.dose, {"--noise-level": args.noise_level, "--degrade": args.degrade, "--resize": args.resize}),
-        ("--to-dose", args.to_dose, {"--sample": args.sample, "--samples": args.samples, "--resize": args.resize}),
+        ("--detector", args.detector, noise),
+        ("--dose", args.dose, noise),
+        ("--to-dose", args.to_dose, sampled),
     )
     for flag, value, others in exclusive:
         for other, given in others.items():
-            if value is not None and given not in (None, False, 0):
+            if value is not None and given is not None:
                 parser.error(f"{flag} does not go with {other}; leave one of them out")
     args.sampler = args.sampler or ("dpm++" if args.samples else "ddim")
     if args.noise_level is None:

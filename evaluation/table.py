@@ -42,7 +42,8 @@ class Evaluation:
         """Per method: mean and standard deviation of each metric, and the gain of its mean over the low-dose input."""
         grouped = self.per_image.groupby("method", sort=False)[list(METRICS)]
         mean, std = grouped.mean(), grouped.std(ddof=0)
-        gain = (mean - mean.loc[INPUT]).where(mean != mean.loc[INPUT], 0.0)  # noise level 0: inf - inf
+        # at noise level 0 the input is the reference: from its infinite PSNR there is no gain to state
+        gain = (mean - mean.loc[INPUT]).where(mean != mean.loc[INPUT], 0.0).replace(-np.inf, np.nan)
         parts = {"": mean, "_std": std, f"_{INPUT.replace(' ', '_')}": mean.loc[[INPUT] * len(mean)], "_gain": gain}
         return {
             method: {f"{m}{suffix}": float(part[m].iloc[i]) for m in METRICS for suffix, part in parts.items()}
@@ -58,7 +59,8 @@ class Evaluation:
         rows = []
         for method, row in self.summary().items():
             cells = [f"{row[m]:.{digits}f} ({row[f'{m}_low_dose']:.{digits}f})" for m, digits in DIGITS.items()]
-            rows.append([method, *cells, f"{row['psnr_breast_gain']:+.2f}"])
+            gain = row["psnr_breast_gain"]
+            rows.append([method, *cells, "-" if np.isnan(gain) else f"{gain:+.2f}"])
         table = format_table(["", *(f"{name} (input)" for name in names), "gain in breast, dB"], rows)
         return f"{table}\n{SSIM_NOTE}"
 

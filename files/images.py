@@ -29,7 +29,7 @@ from files.dicom import (
     read_dicom,
 )
 from files.pictures import FORMATS, MAX_PIXELS, PICTURE_SUFFIXES, SOFTWARE, read_picture, write_picture
-from helper import ImageError, UserError, reason_of
+from helper import ImageError, UserError, counted, reason_of
 from running.writing import atomic_path
 
 IMAGE_SUFFIXES = (*PICTURE_SUFFIXES, *DICOM_SUFFIXES)
@@ -161,10 +161,14 @@ def find_images(root: Path) -> list[Path]:
             lost.append(path)
     if lost:
         example = lost[0].relative_to(root)
-        print(f"warning: {root}: {len(lost)} links lead to no file, such as {example}; left out", file=sys.stderr)
+        print(
+            f"warning: {root}: {counted(len(lost), 'link leads', 'links lead')} to no file, such as {example}; left out",
+            file=sys.stderr,
+        )
     if others:
         example = others[0].relative_to(root)
-        print(f"{root}: {len(others)} DICOM files that hold no image are passed over, such as {example}")
+        what = counted(len(others), "DICOM file that holds no image is", "DICOM files that hold no image are")
+        print(f"{root}: {what} passed over, such as {example}")
     if not images:
         raise UserError(
             f"{root}: no images in it; looked for {', '.join(IMAGE_SUFFIXES)} and DICOM files of other names"

@@ -21,8 +21,8 @@ from evaluation.pictures import comparison, save_picture
 from evaluation.table import INPUT, Evaluation, write_evaluation
 from evaluation.uncertainty import Calibration
 from files.images import Mammogram, read_mammogram
-from helper import UserError, format_table, seeded_generator
-from preprocessing.breast import breast_mask
+from helper import UserError, counted, format_table, seeded_generator
+from preprocessing.breast import breast_mask, clipped_background
 from preprocessing.degrade import simulate_dose, simulate_low_dose
 from preprocessing.detector import Detector
 from preprocessing.estimate import estimate_noise
@@ -37,10 +37,10 @@ from restoration.restorer import SHIPPED_CALIBRATION, Restorer
 from running.folders import record_run
 from running.writing import write_text
 
-UNTOUCHED = 0.2  # mean share of the correction below which an image counts as left alone
 CALIBRATION = SHIPPED_CALIBRATION.name  # in a model's folder
 TABLE_ROWS = 16  # images that the table on the screen lists at most
 LEAST_SIDE = 16  # pixels
+SAME_PITCH = 0.01  # of a pixel pitch: what differs by more is another
 
 
 def load_calibration(args: argparse.Namespace) -> Calibration | None:
@@ -69,6 +69,7 @@ class InputImage:
     reference: np.ndarray  # (H, W): the input
     image: np.ndarray  # (H, W): what is restored; with --degrade the low dose of the input
     mask: torch.Tensor  # (1, H, W) bool, the breast
+    mean: float  # of the breast, without clipped air
     noise: NoiseModel | None  # of it, in [0, 1]; None: that of the training, whatever it is
     doubt: str = ""  # why the estimate of the noise is not sure
 
@@ -82,8 +83,7 @@ class InputImage:
         """Standard deviation of the noise at the breast's mean, in stored values."""
         if self.noise is None:
             return None
-        mean = torch.tensor(float(self.image[self.mask[0].numpy()].mean()))
-        return abs(self.mammogram.scale.factor) * float(self.noise.variance(mean).mean()) ** 0.5
+        return abs(self.mammogram.scale.factor) * float(self.noise.variance(torch.tensor(self.mean)).mean()) ** 0.5
 
     def at_own_size(self, pixels: np.ndarray) -> np.ndarray:
         """Restored pixels (H, W) at the size of the mammogram."""
@@ -108,6 +108,12 @@ class BatchRestorer:
         """Whether a low dose of the inputs is made, which they are the truth of."""
         return self.args.degrade is not None or self.args.dose is not None
 
+    @property
+    def product(self) -> str:
+        """What is made of images that show noise, in words."""
+        factor = None if self.args.noise_level == 0 else self.args.to_dose
+        return self.restorer.product + (f", blended to {factor:g} x the dose" if factor else "")
+
     def restore(self, job: Job) -> Listed:
         """Restore an image, and write it and what belongs beside it. Raises UserError naming the file."""
         args, own = self.args, self._read(job)
@@ -119,11 +125,15 @@ class BatchRestorer:
                 raise
             raise UserError(f"{job.source}: not enough memory for its tiles; pass a smaller --tile") from None
         if args.to_dose is not None and own.is_noisy:
-            noise, mean = own.noise or self.restorer.noise, float(own.image[own.mask[0].numpy()].mean())
-            pixels = to_dose(own.image, result.pixels, noise, args.to_dose, value=mean)
-            result = dataclasses.replace(result, products=pixels[None])
+            noise = own.noise or self.restorer.noise
+            pixels = to_dose(own.image, result.pixels, noise, args.to_dose, value=own.mean)
+            result = dataclasses.replace(result, products=pixels[None].clip(0, 1))  # as it is written
+        if not np.isfinite(result.products).all():
+            raise UserError(
+                f"{job.source}: its restoration is not finite; check its noise, --detector or --noise-level"
+            )
         self._write(job, own, result)
-        images, figures = {self.restorer.product: result.pixels}, {}
+        images, figures = {self.product: result.pixels}, {}
         clean = torch.from_numpy(own.reference)[None]
         if self.is_simulated:
             images = {INPUT: own.image} | images
@@ -151,16 +161,24 @@ class BatchRestorer:
         if args.degrade is not None:
             image = simulate_low_dose(torch.from_numpy(reference), args.degrade, generator).numpy()
         noise, doubt = self._noise(mammogram, image, mask[0].numpy())
+        tissue = mask[0].numpy() & ~clipped_background(reference, np.zeros(image.shape, bool))
+        mean = float(image[tissue if tissue.any() else mask[0].numpy()].mean())
+        if self.detector is not None and noise.signal(torch.tensor(mean)).mean() < 0:
+            stored = f"{mammogram.scale.factor * mean + mammogram.scale.shift:.4g}"
+            raise UserError(
+                f"{job.source}: its breast, at {stored}, lies on the dark side of the offset {self.detector.offset:.4g} of "
+                f"{args.detector}; calibrate on flats that are stored as this image is, or leave --detector out"
+            )
         if args.dose is not None:
             if noise is None or noise.is_none:
                 raise UserError(
                     f"{job.source}: {doubt or 'its noise is not known'}, so no dose can be simulated; pass --detector"
                 )
             low = simulate_dose(torch.from_numpy(reference), args.dose, noise, generator)
-            # as bright as the full dose, for both to be compared
-            image = (noise.offset + (low - noise.offset) / args.dose).numpy().astype(np.float32)
+            # as bright as the full dose, for both to be compared, and in the range of what can be stored
+            image = (noise.offset + (low - noise.offset) / args.dose).numpy().astype(np.float32).clip(0, 1)
             noise = noise.of_dose(args.dose)
-        return InputImage(mammogram, grid, name, reference, image, mask, noise, doubt)
+        return InputImage(mammogram, grid, name, reference, image, mask, mean, noise, doubt)
 
     def _noise(self, mammogram: Mammogram, image: np.ndarray, mask: np.ndarray) -> tuple[NoiseModel | None, str]:
         """The noise of an image (H, W) in [0, 1], and why it is not sure, if it is not."""
@@ -180,7 +198,7 @@ class BatchRestorer:
         # noise that was not seen may be there all the same, and nobody knows the error
         samples = args.samples if own.is_noisy or args.noise_level != "auto" else 0
         remove_stale(job)
-        description = self._description(own, restorer.product)
+        description = self._description(own, self._product(own))
         own.mammogram.write(job.target, own.at_own_size(result.pixels), description)
         for number, sample in enumerate(result.products[:samples], 1):
             said = self._description(own, f"posterior sample number {number} of {samples}, {restorer.sampling}")
@@ -191,6 +209,10 @@ class BatchRestorer:
             )
             clean = own.reference if self.is_simulated else None
             write_maps(job, own.mammogram, result.products, factor, description, clean)
+
+    def _product(self, own: InputImage) -> str:
+        """What is made of an image: without noise there is nothing to blend."""
+        return self.product if own.is_noisy else self.restorer.product
 
     def _description(self, own: InputImage, product: str) -> str:
         """How an image is restored, and to what, in words."""
@@ -206,8 +228,6 @@ class BatchRestorer:
             )
             parts.append(f"noise {how} as {strength if own.is_noisy else 'none'}")
         parts.append(product)
-        if args.to_dose is not None:
-            parts.append(f"blended with the input to the noise of {args.to_dose:g} times its dose")
         if args.resize:
             parts.append(f"on a grid of {self.restorer.shape[1]} x {self.restorer.shape[0]}")
         return "; ".join([*parts, f"seed {args.seed}", RESEARCH_USE])
@@ -217,7 +237,7 @@ class BatchRestorer:
         return {
             "path": printable(job.name),
             "output": printable(job.target.relative_to(self.args.out).as_posix()),
-            "product": self.restorer.product,
+            "product": self._product(own),
             "width": width,
             "height": height,
             "bits": own.mammogram.bits,
@@ -229,6 +249,7 @@ class BatchRestorer:
             "doubt": own.doubt,
             "detector": printable(own.mammogram.detector),
             "processed": own.mammogram.is_processed,
+            "pixel_mm": own.mammogram.pixel_mm,
             "factor": result.factor,
             "strength": result.strength,
         }
@@ -242,10 +263,11 @@ class BatchRestorer:
                     folder.rmdir()
             return
         sampling = dataclasses.asdict(restorer.sampling) if restorer.samples else None
-        what = {"model": restorer.name, "product": restorer.product, "sampling": sampling}
+        product = "; ".join(dict.fromkeys(row["product"] for row, _ in done))
+        what = {"model": restorer.name, "product": product, "sampling": sampling}
         record_run(out, restorer.hps, self.args.seed, RECORD, **what, failures=list(failures))
         self.report(done)
-        print(f"{len(done)} images restored into {out}: {restorer.product}")
+        print(f"{counted(len(done), 'image')} restored into {out}: {product}")
 
     def report(self, done: Sequence[Listed]) -> None:
         """Write the tables and print them; if a low dose was simulated, the figures stand beside the input's."""
@@ -285,37 +307,69 @@ class BatchRestorer:
         result = Evaluation(pd.DataFrame(rows), what)
         write_evaluation(result, args.out)
         how = f"noise level {args.degrade:g}" if args.dose is None else f"{100 * args.dose:g} % of the dose"
-        print(f"\n{len(images)} images, low dose of {how} simulated")
+        print(f"\n{counted(len(images), 'image')}, low dose of {how} simulated")
         print(result.table())
         if args.dose is not None:
             print("the full dose that these figures compare with is no truth: it has noise of its own")
 
     def _remark(self, images: pd.DataFrame) -> None:
         """Print what is not known of images: their noise, or how to restore its level."""
+        if self.detector is not None:
+            self._remark_unlike(images, self.detector)
         is_estimated = self.args.detector is None and self.args.noise_level == "auto"
         for reason, doubtful in images[images["doubt"] != ""].groupby("doubt") if is_estimated else ():
             print(
-                f"the noise of {len(doubtful)} images is not sure: {reason}; give --detector, or --noise-level if you know it"
+                f"the noise of {counted(len(doubtful), 'image')} is not sure: {reason}; "
+                "give --detector, or --noise-level if you know it"
             )
         if is_estimated and (processed := int(images["processed"].sum())):
             print(
-                f"{processed} images are processed for presentation: the estimate takes their noise as it stands, but processing "
-                "leaves it neither Poisson nor alike all over; restore the FOR PROCESSING image if you have it"
+                f"{counted(processed, 'image is', 'images are')} processed for presentation: the estimate takes the noise "
+                "as it stands, but processing leaves it neither Poisson nor alike all over; "
+                "restore the FOR PROCESSING image if you have it"
             )
+        unseen = int((images["deviation"] == 0).sum())
+        if unseen and self.args.to_dose is not None:
+            print(f"{counted(unseen, 'image shows', 'images show')} no noise, so nothing is blended")
         if not self.args.samples:
             return
-        if unseen := int((images["deviation"] == 0).sum()):
+        if unseen:
             print(
-                f"{unseen} images show no noise to tell an expected error from: no samples and no maps are written of them"
+                f"{counted(unseen, 'image shows', 'images show')} no noise to tell an expected error from: "
+                "no samples and no maps are written of them"
             )
         low, high = self.restorer.level_range if self.restorer.stabilized else (0.0, math.inf)
         # a level that was given comes back through its variance
         is_known = images["level"].between(low * 0.999, high * 1.001)
         if outside := int((images["level"].notna() & (images["deviation"] > 0) & ~is_known).sum()):
             print(
-                f"{outside} images are of noise levels that the model was not trained at ({low:g} to {high:g}): "
-                "their expected error and interval are not to be trusted"
+                f"{counted(outside, 'image is', 'images are')} of noise levels that the model was not trained at "
+                f"({low:g} to {high:g}): their expected error and interval are not to be trusted"
             )
+
+    def _remark_unlike(self, images: pd.DataFrame, detector: Detector) -> None:
+        """Print how many images are not what the detector's file describes, and why."""
+        pitch, (rows, columns) = detector.pixel_mm or math.nan, detector.shape or (math.nan, math.nan)
+        moved = (images["height"] - rows).abs() + (images["width"] - columns).abs()
+        checks = (
+            (images["processed"], "processed for presentation; restore the image FOR PROCESSING"),
+            (
+                (images["detector"] != "") & (images["detector"] != printable(detector.name)) & (detector.name != ""),
+                f"of another detector than {printable(detector.name)}; calibrate that one",
+            ),
+            (
+                (images["pixel_mm"].astype(float) - pitch).abs() > SAME_PITCH * pitch,
+                f"of another pixel pitch than {pitch:g} mm; calibrate at that pitch",
+            ),
+            (
+                (moved > 0) & (detector.gain_map is not None),
+                f"of another size than its flats, {columns} x {rows}, so the gain map is stretched; take flats of the image's size",
+            ),
+            (images["bits"] <= 8, "of 8 bits, which no detector stores; restore the raw image"),
+        )
+        for is_unlike, words in checks:
+            if count := int(is_unlike.sum()):
+                print(f"{self.args.detector} does not describe {counted(count, 'image')}: {words}")
 
 
 def printable(name: str) -> str:

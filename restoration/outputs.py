@@ -17,7 +17,7 @@ from evaluation.pictures import save_picture, spread_picture
 from evaluation.uncertainty import REGIONS, interval, region_means
 from files.dicom import dicom_tag, is_dicom
 from files.images import Mammogram, find_images, is_restored, stem_of
-from helper import UserError, explained
+from helper import UserError, counted, explained
 
 REGION_MAPS = {f"std-{side}x{side}": side for side in REGIONS}
 LEGENDS = {  # of the maps that --samples writes beside an image
@@ -75,7 +75,7 @@ def find_sources(inputs: Sequence[Path], out: Path) -> dict[Path, tuple[Path, st
             # a link does not take the place of the file it leads to
             found = sorted((p for p in inside if not is_restored(p)), key=Path.is_symlink)
             if earlier := len(inside) - len(found):
-                print(f"{path}: {earlier} restored images in it are passed over")
+                print(f"{path}: {counted(earlier, 'restored image in it is', 'restored images in it are')} passed over")
             if not found:
                 raise UserError(f"{path}: nothing but restored images in it; name a folder of mammograms")
         for source in found:

@@ -443,7 +443,7 @@ def test_noise_that_is_not_seen_has_no_samples_and_no_maps(restored, restore):
     restored("in --out out --samples 2")
     png("in/a.png", np.full((96, 96), 0.4), bits=16)
     result = restore("in --out out --samples 2")
-    assert "1 images show no noise to tell an expected error from: no samples and no maps are written" in result.out
+    assert "1 image shows no noise to tell an expected error from: no samples and no maps are written" in result.out
     assert written(Path("out")) == ["a.png", *RECORDS]
     restored("in --out out --samples 2 --noise-level 0")  # who says that there is none is believed
     assert written(Path("out")) == sorted(["a.png", *beside("a.png", 2, *MAPS), *RECORDS])

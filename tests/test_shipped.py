@@ -215,7 +215,7 @@ def test_main_restore_needs_no_model_and_writes_how_sure_it_is(phantom, tmp_path
     # noise that is not seen may be there all the same: no maps that promise no error, nor those of the run before
     Image.fromarray(np.full((96, 96), 30_000, np.uint16)).save("low.png")
     result = succeed("main-restore", "low.png --out out --samples 3")
-    assert "1 images show no noise to tell an expected error from" in result.out
+    assert "1 image shows no noise to tell an expected error from" in result.out
     assert written(tmp_path / "out") == ["low.png", "restore.csv", "restore.json"]
     succeed("main-restore", "low.png --out out --samples 3 --noise-level 0")  # who says that there is none is believed
     assert np.asarray(Image.open(tmp_path / "out" / "low.std.png")).max() == 0
