@@ -74,6 +74,8 @@ class Detector:
                 object.__setattr__(self, name, values)
         if max(abs(self.gain), self.sigma) < _LEAST_NOISE:
             raise ValueError("it has neither quantum nor electronic noise")
+        if self.structural > 1:
+            raise ValueError("structural must be at most 1, of the signal")
         for name, side in (("kernel", KERNEL_SIDE), ("gain_map", MAP_SIDE)):
             values = getattr(self, name)
             if values is not None and not 1 <= min(values.shape) <= max(values.shape) <= side:

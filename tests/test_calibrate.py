@@ -147,7 +147,7 @@ def test_a_detector_survives_its_file(ge, tmp_path):
 
 
 ENTRIES = {
-    "gain": [0.0, None, "0.1", True, [0.1], 1e300], "sigma": [-1], "structural": [-0.1], "pixel_mm": [0, -0.1],
+    "gain": [0.0, None, "0.1", True, [0.1], 1e300], "sigma": [-1], "structural": [-0.1, 1.1], "pixel_mm": [0, -0.1],
     "kernel": [[[0.0]], [[1, 2], [3, 4]], [[1, 2, 3]], [1], [[[1]]], [[1], [1, 2]], np.ones((33, 33)).tolist()],
     "gain_map": [[[0.0]], [[]], [[1, -1]], np.ones((2, 40)).tolist()], "name": [3], "electronic_is_white": [1],
     "exposures": [[1.0]], "nnps": [[[1.0]]], "extra": [1], "offset": [-(2**63), 1e7], "shape": [3, [3], [0, 4], [[3, 4]]],
