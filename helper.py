@@ -12,7 +12,7 @@ import random
 import re
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -55,6 +55,23 @@ def one_line(error: Exception | str) -> str:
 def counted(count: int, one: str, many: str = "") -> str:
     """A number and what it counts, with its verb if there is one: by default `many` is `one` with an s."""
     return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def remark_lines(remarks: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What is peculiar about images, one line a peculiarity with their number and the first of them.
+
+    `remarks` are those of each image, by its name: the sentence without its subject, and the number of pixels or 0.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for name, own in remarks.items():
+        for sentence, pixels in own.items():
+            found.setdefault(sentence, {})[name] = pixels
+    lines = []
+    for sentence, images in found.items():
+        pixels = sum(images.values())
+        count = (f"{pixels:,} pixels of " if pixels else "") + counted(len(images), "image")
+        lines.append(one_line(f"warning: {count}, such as {next(iter(images))}, {sentence}"))
+    return lines
 
 
 class Silence:

@@ -23,7 +23,7 @@ from running.distributed import worker_count
 from running.stopping import left_to_the_main_process
 from running.writing import atomic_path, remove_parts
 
-CACHE_FORMAT = 1  # raised when the layout of an entry or the result of `prepare_record` changes
+CACHE_FORMAT = 2  # raised when the layout of an entry or the result of `prepare_record` changes
 _LEFT_OVER_SECONDS = 3600  # a temporary file this old belongs to a killed build
 _HEADER_BYTES = 1024  # upper bound, to estimate the disk space
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # raised by a damaged entry
@@ -33,7 +33,7 @@ class PreparedCache:
     """Prepared images below `folder`, for a training grid of `image_shape` (1, H, W).
 
     An entry is one file: uint16 planes (clean, and degraded of a real pair), the mask in packed bits, and a JSON header at
-    the end with format, grid and the sources' sizes and times. It gets its name when it is complete, so processes need no
+    the end with format, grid, remarks, and the sources' sizes and times. It gets its name when it is complete, so processes need no
     locks and a reader never sees half an entry.
     """
 
@@ -89,7 +89,7 @@ class PreparedCache:
         if record.path in self.failures:
             raise ImageError(self.failures[record.path])
         try:
-            planes, mask, _, grid = self._read(record)
+            planes, mask, _, info = self._read(record)
         except _DAMAGED as error:
             reason = getattr(error, "strerror", None) or "damaged"
             raise UserError(
@@ -98,7 +98,7 @@ class PreparedCache:
         values = torch.from_numpy(planes.astype(np.uint16).view(np.int16))
         bits = np.unpackbits(mask, count=planes[0].size).view(np.bool_).reshape(1, *planes.shape[1:])
         degraded = None if record.degraded is None else values[1:]
-        image = Prepared(values[:1], torch.from_numpy(bits), degraded, {"grid": grid})
+        image = Prepared(values[:1], torch.from_numpy(bits), degraded, info)
         return image if as_grey_values else image.as_floats()
 
     def path(self, record: Record) -> Path:
@@ -121,7 +121,7 @@ class PreparedCache:
         header = self._expected(record)  # first: if a source changes while it is read, the entry is stale
         image = prepare_record(record, self.image_shape)
         planes = image.clean if image.degraded is None else torch.cat([image.clean, image.degraded])
-        header["grid"] = dataclasses.asdict(image.info["grid"])
+        header |= {"grid": dataclasses.asdict(image.info["grid"]), "remarks": image.info["remarks"]}
         with atomic_path(self.path(record), "--cache") as temporary, temporary.open("wb") as file:
             file.write(np.rint(planes.numpy() * np.float32(MAX_GREY_VALUE)).astype("<u2").tobytes())
             file.write(np.packbits(image.mask.numpy()).tobytes())
@@ -141,13 +141,14 @@ class PreparedCache:
         pixels = self.image_shape[1] * self.image_shape[2]
         return 2 * pixels * (1 if record.degraded is None else 2), -(-pixels // 8)
 
-    def _read(self, record: Record) -> tuple[np.ndarray, np.ndarray, dict, Grid]:
-        """Planes (1 or 2, H, W), packed mask, header and grid of a record's entry; raises one of `_DAMAGED`."""
+    def _read(self, record: Record) -> tuple[np.ndarray, np.ndarray, dict, dict]:
+        """Planes (1 or 2, H, W), packed mask, header and info of a record's entry; raises one of `_DAMAGED`."""
         data = np.asarray(np.memmap(self.path(record), np.uint8, "r"))
         planes, mask, header = np.split(data, np.cumsum(self._sizes(record)))
         header = json.loads(header.tobytes())
         grid = Grid(**{name: tuple(values) for name, values in header.pop("grid").items()})
-        return planes.view("<u2").reshape(-1, *self.image_shape[1:]), mask, header, grid
+        info = {"grid": grid, "remarks": header.pop("remarks")}
+        return planes.view("<u2").reshape(-1, *self.image_shape[1:]), mask, header, info
 
     def _make_room(self, missing: Sequence[Record], total: int) -> None:
         """Make the folder, remove what killed builds left in it, and say how much is written to which disk."""

@@ -1,56 +1,62 @@
-"""DICOM files: the image of one, and a derived image in place of it.
-
-Reading: `read_dicom`, then `Scaling`, `_decode`, `_padding`. Writing: `derived_dicom`. Sections PS3.x are of the DICOM standard.
-"""
+"""DICOM files: the image of one. Sections PS3.x are of the DICOM standard; `dicom_writing.py` writes."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import io
+import importlib.metadata
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pydicom
-from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import get_frame
-from pydicom.filereader import read_dataset, read_file_meta_info, read_preamble
-from pydicom.multival import MultiValue
+from pydicom.filereader import read_dataset, read_file_meta_info, read_partial, read_preamble
 from pydicom.pixels import apply_modality_lut, get_decoder
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless
 
-from files.pictures import MAX_PIXELS, PICTURE_SUFFIXES, SOFTWARE, refuse_size, stream_size
-from helper import ImageError, UserError, reason_of
+from files.padding import find_padding
+from files.pictures import MAX_PIXELS, PICTURE_SUFFIXES, StreamHeader, refuse_size
+from helper import ImageError
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
 MAX_HEADER_BYTES = 2**24  # of a data set, beside its pixels
 FOR_PROCESSING, FOR_PRESENTATION = "FOR PROCESSING", "FOR PRESENTATION"  # PresentationIntentType
 PITCH_RANGE = 0.001, 10.0  # mm; a pixel pitch beyond it is a slip
-LEAST_TURNING = -0.2  # correlation of neighbouring steps: white noise has -0.5, a scintillator's -0.3, fillings none
-# Elements that are wrong once the pixels change: thumbnails, signatures, and where compressed frames begin.
-_STALE_TAGS = (
-    "IconImageSequence", "MACParametersSequence", "DigitalSignaturesSequence", "ExtendedOffsetTable",
-    "ExtendedOffsetTableLengths",
-)  # fmt: skip
-# Elements that describe stored values before the modality LUT.
-_LUT_TAGS = (
-    "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType", "PixelPaddingValue",
-    "PixelPaddingRangeLimit",
-)  # fmt: skip
+PIXEL_DATA = 0x7FE00010
+BEGIN_OF_FRAMES = b"\xfe\xff\x00\xe0"  # the first item of compressed pixel data (PS3.5 A.4)
+PAST_THE_BITS = "have more bits than BitsStored says, such as values too great for it; these bits are ignored"
 
 
 def is_dicom(path: Path) -> bool:
     """Whether a file is DICOM, by its suffix or, if that does not tell, by the mark at byte 128."""
     if (suffix := path.suffix.lower()) in (*DICOM_SUFFIXES, *PICTURE_SUFFIXES):
         return suffix in DICOM_SUFFIXES
+    return has_mark(path)
+
+
+def has_mark(path: Path) -> bool:
+    """Whether a file has the mark of DICOM at byte 128 (PS3.10 7.1)."""
+    return _head(path)[128:] == b"DICM"
+
+
+def lacks_preamble(path: Path) -> bool:
+    """Whether a file begins as DICOM does behind its preamble and mark: with group 2 or 8, a low element, and a length."""
+    head = _head(path).ljust(8)
+    group, element, length = int.from_bytes(head[:2], "little"), int.from_bytes(head[2:4], "little"), head[4:8]
+    return group in (2, 8) and element <= 0x18 and (length[:2].isupper() or length[2:] == bytes(2))
+
+
+def _head(path: Path) -> bytes:
+    """The first 132 bytes of a file, none of one that cannot be read."""
     try:
         with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            return file.read(132)
     except OSError:
-        return False
+        return b""
 
 
 def holds_image(path: Path) -> bool:
@@ -87,13 +93,26 @@ def dicom_tag(path: Path, tag: str) -> str:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_dicom(path: Path) -> tuple[np.ndarray, int, pydicom.Dataset, np.ndarray | None]:
-    """Pixels (H, W) float32 in [0, 1], bits, the whole data set, and where the padding is: (H, W) bool or None.
+@dataclass(frozen=True)
+class DicomImage:
+    """The image of a DICOM file."""
+
+    pixels: np.ndarray  # (H, W) float32 in [0, 1]
+    bits: int
+    header: pydicom.Dataset  # the data set up to its pixels
+    padding: np.ndarray | None  # (H, W) bool
+    filling: np.ndarray  # the stored values of the padding, in its order
+    remarks: dict[str, int]  # what a header says and its pixels do not: sentences, with the number of pixels or 0
+
+
+def read_dicom(path: Path) -> DicomImage:
+    """The image of a DICOM file.
 
     Raises ImageError if the file is not a single grayscale image of at most 16 bits, and what pydicom raises for a broken one.
     """
     _refuse_inflation(path)
-    header = pydicom.dcmread(path)
+    with path.open("rb") as file:
+        header = read_partial(file, stop_when=_behind_the_pixels())
     if other := _other_class(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")):
         raise ImageError(f"{path}: a DICOM file of class {other}, which holds no image; leave it out")
     if int(header.get("NumberOfFrames", 1) or 1) > 1 or int(header.get("SamplesPerPixel", 1)) > 1:
@@ -104,18 +123,41 @@ def read_dicom(path: Path) -> tuple[np.ndarray, int, pydicom.Dataset, np.ndarray
     if "PixelData" not in header:
         raise ImageError(f"{path}: a DICOM file cut short or without pixel data; remove or replace it")
     refuse_size(path, int(header.Columns), int(header.Rows))
+    element = header.get_item(PIXEL_DATA)  # which the transfer syntax may contradict, and pydicom reads as it is
+    header.set_original_encoding(element.is_implicit_VR, element.is_little_endian)
     scaling = Scaling.of(header)
     if not 1 <= scaling.bits <= 16 or int(header.get("HighBit", header.BitsStored - 1)) != header.BitsStored - 1:
         raise ImageError(
             f"{path}: {header.BitsStored} bits with high bit {header.get('HighBit')}; only up to 16, from bit 0 on, can be read"
         )
-    stored = _decode(path, header)
+    raw = _decode(path, header)
+    unused = max(8 * raw.itemsize - header.BitsStored, 0)
+    stored = raw << unused >> unused
     pixels = scaling.unit(_through_lut(stored, header) if scaling.from_lut else stored).astype(np.float32)
-    padding = _padding(header, stored)
-    if padding is not None:  # the background of a detector's own image is bright
-        is_raw = intent_of(header) == FOR_PROCESSING
+    limits = Scaling(header.BitsStored, bool(header.get("PixelRepresentation", 0))).limits
+    padding, remarks = find_padding(header, raw, stored, limits)
+    overlays = sum(1 << bit for bit in set(overlays_in_pixels(header).values()))
+    past = ((raw ^ stored).astype(np.int32) & ~overlays) != 0
+    if padding is not None:
+        past &= ~padding
+        is_raw = intent_of(header) == FOR_PROCESSING  # the background of a detector's own image is bright
         pixels[padding] = pixels[~padding].max(initial=0) if is_raw else 0
-    return pixels, scaling.bits, header, padding
+    if past.any():
+        remarks[PAST_THE_BITS] = int(past.sum())
+    filling = raw[np.zeros_like(past) if padding is None else padding]
+    return DicomImage(pixels, scaling.bits, header, padding, filling, remarks)
+
+
+def _behind_the_pixels() -> Callable[..., bool]:
+    """A condition of pydicom to stop reading: what follows the pixels is no image, nor always DICOM."""
+    seen = set()
+
+    def stops(tag: int, *_: object) -> bool:
+        is_behind = PIXEL_DATA in seen
+        seen.add(tag)
+        return is_behind
+
+    return stops
 
 
 @dataclass(frozen=True)
@@ -216,27 +258,6 @@ def _through_lut(stored: np.ndarray, header: pydicom.Dataset) -> np.ndarray:
     return apply_modality_lut(stored, table)
 
 
-def _padding(header: pydicom.Dataset, stored: np.ndarray) -> np.ndarray | None:
-    """Where the stored values are padding (PS3.3 C.7.5.1.1.2); None if the file declares no padding value that holds.
-
-    A value that the stored type cannot hold is left over from another depth. A range in which neighbours go up
-    and down as noise does reaches into the air: that is image.
-    """
-    if header.get("PixelPaddingValue") is None:
-        return None
-    value, limit = header.PixelPaddingValue, header.get("PixelPaddingRangeLimit")
-    ends, held = np.array([int(value), int(value if limit is None else limit)]), np.iinfo(stored.dtype)
-    # the elements have 16 bits, and some files write -1 as 65535 or the other way round
-    ends[ends > held.max] -= 2**16 if held.min < 0 else 0
-    ends[ends < held.min] += 0 if held.min < 0 else 2**16
-    if ends.min() < held.min or ends.max() > held.max:
-        return None
-    padding = (stored >= ends.min()) & (stored <= ends.max())
-    step = np.diff(stored.astype(np.float64), axis=1)
-    steps = np.stack([step[:, :-1], step[:, 1:]])[:, padding[:, :-2] & padding[:, 1:-1] & padding[:, 2:]]
-    return None if steps.prod(0).sum() < LEAST_TURNING * (steps**2).sum() / 2 else padding
-
-
 def _refuse_inflation(path: Path) -> None:
     """Raise ImageError if a deflated data set grows beyond the size of a mammogram."""
     if read_file_meta_info(path).get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
@@ -252,91 +273,64 @@ def _refuse_inflation(path: Path) -> None:
                 raise ImageError(f"{path}: inflates to more than {size:,} bytes; not a mammogram, remove it")
 
 
+def overlays_in_pixels(header: pydicom.Dataset) -> dict[int, int]:
+    """Groups 60xx of overlays without data of their own, which lie in unused bits, and their bits (PS3.3 C.9.2, retired)."""
+    groups = [group for group in range(0x6000, 0x6020, 2) if header.group_dataset(group)]
+    bits = {group: header.get((group, 0x0102)) for group in groups if (group, 0x3000) not in header}
+    return {group: int(bit.value or 0) if bit else 0 for group, bit in bits.items()}
+
+
 def _decode(path: Path, header: pydicom.Dataset) -> np.ndarray:
-    """The stored values (H, W). Raises ImageError, naming the package to install, if no installed decoder can read them."""
+    """The stored values (H, W) with the bits that are not used.
+
+    Raises ImageError, naming the remedy, if no installed decoder can read them or a stream contradicts its header.
+    """
     syntax = header.file_meta.get("TransferSyntaxUID", ExplicitVRLittleEndian)
-    if not syntax.is_compressed or syntax == RLELossless:
-        return header.pixel_array
-    plugin = "openjpeg" if "2000" in syntax.name else "libjpeg"
-    wanted = "pyjpegls" if "JPEG-LS" in syntax.name else f"pylibjpeg pylibjpeg-{plugin}"
     try:
-        available = get_decoder(syntax).is_available
+        decoder = get_decoder(syntax)
     except NotImplementedError:
         raise ImageError(
             f"{path}: {syntax.name} is a compression that cannot be read; convert it to uncompressed DICOM"
         ) from None
-    with contextlib.suppress(ValueError):  # the decoder complains if the data are not encapsulated
-        refuse_size(path, *stream_size(get_frame(header.PixelData, 0, number_of_frames=1)))
-    if not available:
-        raise ImageError(f"{path}: compressed as {syntax.name}, whose decoder is not installed; pip install {wanted}")
-    try:
-        return header.pixel_array
-    except Exception:  # noqa: BLE001  Pillow decodes some images of a kind and not others
+    if syntax.is_compressed and not header.PixelData.startswith(BEGIN_OF_FRAMES):
         raise ImageError(
-            f"{path}: compressed as {syntax.name}, and no installed decoder can read it; replace it if it is damaged, "
-            f"else pip install {wanted}"
-        ) from None
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def derived_dicom(
-    path: Path, source: pydicom.Dataset, padding: np.ndarray | None, pixels: np.ndarray, description: str, series: str
-) -> bytes:
-    """A DICOM file with `pixels` (H, W) in [0, 1] in place of those of the file `path`, which `read_dicom` gave as `source`.
-
-    It becomes a derived image, with a new identifier from the source's and `description`, and a new series from the
-    source's and `series`. Raises UserError if the source cannot be written back.
-    """
-    if not source.file_meta.get("TransferSyntaxUID", ExplicitVRLittleEndian).is_little_endian:
-        raise UserError(f"{path}: big-endian DICOM can be read but not written; convert it with dcmconv +te first")
-    buffer = io.BytesIO()
+            f"{path}: its transfer syntax says {syntax.name}, but its pixel data are not compressed; correct the syntax"
+        )
+    if not syntax.is_compressed or syntax == RLELossless:
+        return decoder.as_array(header, index=0, correct_unused_bits=False)[0]
+    stream = StreamHeader()
+    with contextlib.suppress(ValueError):  # the decoder complains of data that are cut short
+        stream = StreamHeader.of(get_frame(header.PixelData, 0, number_of_frames=1))
+    refuse_size(path, stream.width, stream.height)
+    plugin = "openjpeg" if "2000" in syntax.name else "libjpeg"
+    wanted = "pyjpegls" if "JPEG-LS" in syntax.name else f"pylibjpeg pylibjpeg-{plugin}"
+    if not decoder.is_available:
+        raise ImageError(f"{path}: compressed as {syntax.name}, whose decoder is not installed; pip install {wanted}")
+    is_signed = bool(header.get("PixelRepresentation", 0))
+    how = {} if stream.signed in (None, is_signed) else {"pixel_representation": int(stream.signed)}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # faults of the header stay as they are
-            derived = _with_pixels(source, padding, pixels)
-            _identify(derived, source, path.resolve(), description, series)
-            derived.save_as(buffer, enforce_file_format=True)
-    except Exception as error:  # noqa: BLE001  pydicom raises many kinds of error for a faulty header
-        raise UserError(f"{path}: cannot be written back as DICOM ({reason_of(error)}); repair or convert it") from None
-    return buffer.getvalue()
+        values = decoder.as_array(header, index=0, correct_unused_bits=False, **how)[0]
+    except Exception:  # noqa: BLE001  Pillow decodes some images of a kind and not others
+        if 0 < stream.bits <= 8 < header.BitsAllocated:
+            reason = f"in {stream.bits} bits, but its header has BitsAllocated {header.BitsAllocated}; convert it with dcmdjpeg"
+        elif all(map(_is_installed, wanted.split())):
+            reason = "and no installed decoder can read it; replace it, or convert it to uncompressed DICOM"
+        else:
+            reason = f"and no installed decoder can read it; replace it if it is damaged, else pip install {wanted}"
+        raise ImageError(f"{path}: compressed as {syntax.name}, {reason}") from None
+    if not how:
+        return values
+    low, high = Scaling(header.BitsStored, is_signed).limits
+    if values.min() < low or values.max() > high:
+        sign = ("unsigned", "signed")
+        raise ImageError(
+            f"{path}: its stream has {sign[not is_signed]} values that do not fit its header, which says {sign[is_signed]}; "
+            "convert it to uncompressed DICOM"
+        )
+    return values.view(values.dtype.str.replace(*("iu" if stream.signed else "ui")))
 
 
-def _with_pixels(source: pydicom.Dataset, padding: np.ndarray | None, pixels: np.ndarray) -> pydicom.Dataset:
-    """A copy of a data set with other pixels; padding stays."""
-    derived, scaling = copy.deepcopy(source), Scaling.of(source)
-    values = scaling.stored(pixels.astype(np.float64))
-    if padding is not None and not scaling.from_lut:
-        values[padding] = source.pixel_array[padding]
-    for tag in (*_STALE_TAGS, *(_LUT_TAGS if scaling.from_lut else ())):
-        if tag in derived:
-            delattr(derived, tag)
-    photometric = str(source.get("PhotometricInterpretation", "MONOCHROME2"))
-    derived.set_pixel_data(values, photometric, scaling.bits, generate_instance_uid=False)
-    for tag, value in (("SmallestImagePixelValue", values.min()), ("LargestImagePixelValue", values.max())):
-        if tag in derived:
-            derived.add_new(tag, "SS" if scaling.signed else "US", int(value))
-    return derived
-
-
-def _identify(derived: pydicom.Dataset, source: pydicom.Dataset, place: Path, description: str, series: str) -> None:
-    """Give a derived image its identifiers and its origin; `place` stands in for identifiers that the source lacks."""
-    own, group = source.get("SOPInstanceUID") or place, source.get("SeriesInstanceUID") or place.parent
-    derived.SOPInstanceUID = generate_uid(entropy_srcs=[str(own), description])
-    derived.SeriesInstanceUID = generate_uid(entropy_srcs=[str(group), series, "series"])
-    derived.SOPClassUID = source.get("SOPClassUID") or source.file_meta.get("MediaStorageSOPClassUID")
-    derived.file_meta = FileMetaDataset()  # pydicom adds the identifiers and its own name
-    derived.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    derived.preamble = bytes(128)
-    kinds = source.get("ImageType")
-    derived.ImageType = ["DERIVED", "SECONDARY", *(kinds[2:] if isinstance(kinds, MultiValue) else [])]
-    derived.DerivationDescription = f"{SOFTWARE}: {description}"[:1024]
-    derived.SeriesDescription = f"{str(source.get('SeriesDescription') or '')[:55]} restored".strip()
-    if source.get("SOPInstanceUID"):
-        purpose, item = pydicom.Dataset(), pydicom.Dataset()  # PS3.3 C.7.6.1, with code 121322 of PS3.16 CID 7202
-        purpose.CodeValue, purpose.CodingSchemeDesignator = "121322", "DCM"
-        purpose.CodeMeaning = "Source image for image processing operation"
-        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = derived.SOPClassUID, source.SOPInstanceUID
-        item.PurposeOfReferenceCodeSequence = [purpose]
-        derived.SourceImageSequence = [item]
+def _is_installed(package: str) -> bool:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version(package))
+    return False

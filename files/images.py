@@ -19,16 +19,18 @@ from files.dicom import (
     FOR_PRESENTATION,
     FOR_PROCESSING,
     Scaling,
-    derived_dicom,
     detector_of,
     dicom_tag,
+    has_mark,
     holds_image,
     intent_of,
     is_dicom,
+    lacks_preamble,
     pitch_of,
     read_dicom,
 )
-from files.pictures import FORMATS, MAX_PIXELS, PICTURE_SUFFIXES, SOFTWARE, read_picture, write_picture
+from files.dicom_writing import derived_dicom
+from files.pictures import FORMATS, MAX_PIXELS, PICTURE_SUFFIXES, SOFTWARE, kind_of, read_picture, write_picture
 from helper import ImageError, UserError, counted, reason_of
 from running.writing import atomic_path
 
@@ -44,6 +46,8 @@ class Mammogram:
     bits: int  # 8 or 16 in a picture, the bits stored in DICOM
     header: pydicom.Dataset | None = None  # of DICOM: the whole data set
     padding: np.ndarray | None = None  # of DICOM: (H, W) bool, True outside the image
+    filling: np.ndarray | None = None  # of DICOM: what is stored there
+    remarks: dict[str, int] = field(default_factory=dict)  # see `remark_lines`
     carried: dict[str, Any] = field(
         default_factory=dict
     )  # of a picture: its pixel pitch and orientation, kept in a PNG
@@ -90,9 +94,17 @@ class Mammogram:
         if self.header is None:
             write_picture(path, pixels, self.bits, description, self.carried)
             return
-        content = derived_dicom(self.path, self.header, self.padding, pixels, description, series or description)
+        content = self._derived(pixels, description, series or description)
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
+
+    def check_writable(self) -> None:
+        """Raise UserError if DICOM cannot be written back, whatever the pixels."""
+        if self.header is not None:
+            self._derived(self.pixels, "", "")
+
+    def _derived(self, pixels: np.ndarray, description: str, series: str) -> bytes:
+        return derived_dicom(self.path, self.header, self.padding, self.filling, pixels, description, series)
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -114,7 +126,7 @@ def read_mammogram(path: Path) -> Mammogram:
             if path.stat().st_size == 0:
                 raise ImageError(f"{path}: not a readable image (the file is empty); remove or replace it")
             if is_dicom(path):
-                return Mammogram(path, *read_dicom(path))
+                return Mammogram(path, **vars(read_dicom(path)))
             pixels, bits, carried = read_picture(path)
             return Mammogram(path, pixels, bits, carried=carried)
     except ImageError:
@@ -123,10 +135,26 @@ def read_mammogram(path: Path) -> Mammogram:
         raise ImageError(f"{path}: no such file") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{path}: declares more than {MAX_PIXELS:,} pixels; not a mammogram, remove it") from None
+    except (InvalidDicomError, UnidentifiedImageError):
+        raise ImageError(f"{path}: not a readable image {_what_it_is(path)}") from None
     except Exception as error:  # noqa: BLE001  decoders raise many kinds of error for a broken file
-        known = {InvalidDicomError: "no DICOM header", UnidentifiedImageError: "of no known format"}
-        reason = known.get(type(error)) or reason_of(error)
-        raise ImageError(f"{path}: not a readable image ({reason}); remove or replace it") from None
+        raise ImageError(f"{path}: not a readable image ({reason_of(error)}); remove or replace it") from None
+
+
+def _what_it_is(path: Path) -> str:
+    """What a file is that neither pydicom nor Pillow takes for its own, and the remedy."""
+    if has_mark(path):
+        return "(DICOM under the name of a picture); rename it to .dcm"
+    if lacks_preamble(path):
+        return "(DICOM without its preamble); mend it with dcmconv +te"
+    kind = kind_of(path)
+    if kind and is_dicom(path):
+        return f"({kind} under the name of DICOM); give it a suffix of its own"
+    if kind:
+        return (
+            f"({kind}, of a kind that is not read, or damaged); convert it to 8- or 16-bit grayscale PNG, or replace it"
+        )
+    return f"({'no DICOM header' if is_dicom(path) else 'of no known format'}); remove or replace it"
 
 
 def is_restored(path: Path) -> bool:
@@ -150,12 +178,13 @@ def find_images(root: Path) -> list[Path]:
     for path in sorted(root.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(root).parts):
             continue
-        named = path.suffix.lower() in IMAGE_SUFFIXES
+        # DICOM files without a suffix are often named by a UID, which has dots
+        named, bare = path.suffix.lower() in IMAGE_SUFFIXES, not path.suffix.lstrip(".") or path.suffix[1:].isdigit()
         # pathlib raises an error if a folder may be listed but not searched; os.path says no
         if os.path.isfile(path):  # noqa: PTH113
             if is_dicom(path):
                 (images if holds_image(path) else others).append(path)
-            elif named:
+            elif named or (bare and lacks_preamble(path)):
                 images.append(path)
         elif named and os.path.lexists(path) and not os.path.exists(path):  # noqa: PTH110
             lost.append(path)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from files.cache import PreparedCache
 from files.prepared import Record, prepare_record
 from files.splits import SPLITS
-from helper import ImageError, one_line, seeded_generator, tracked
+from helper import ImageError, one_line, remark_lines, seeded_generator, tracked
 from hps import HParams
 from loading.batches import Batch, Meta, PackedBatch, PendingNoise, SampleKey
 from preprocessing.augment import CHANGES_OF_INTENSITIES, augment, grained, log_uniform, switched_on, toss
@@ -116,7 +116,9 @@ class MammogramDataset(Dataset):
         image, meta = self._image_or_another(key)
         generator = seeded_generator("sample", self.seed, key.epoch, key.index)
         hps = self.unaltered if 0 < self.hps.altered_epochs <= key.epoch else self.hps
-        crop = replace(augment(image, hps, generator), info={k: image.info[k] for k in image.info.keys() & {"noise"}})
+        crop = replace(
+            augment(image, hps, generator), info={k: image.info[k] for k in image.info.keys() & {"noise", "remarks"}}
+        )
         sample = self._sample(crop, meta, generator, self.degrade_on_device)
         return one_side(sample, generator) if self.hps.part_edges else sample
 
@@ -259,22 +261,21 @@ class RecordDataset(MammogramDataset):
         return self.cache.load(record, as_grey_values=self.sends_grey_values)
 
     def leave_out_unreadable(self, progress: bool = True) -> None:
-        """Read every image; leave out what cannot be read, with a line on stderr each.
+        """Read every image; leave out what cannot be read, with a line on stderr each, and one for each peculiarity.
 
         Raises ImageError if nothing is left or, with `strict`, for the first of them.
         """
-        kept = []
+        kept, remarks = [], {}
         for i, record in enumerate(tracked(self.records, f"checking {self.split}", "image", progress)):
             try:
-                if self.cache is None:
-                    self.prepared(i)
-                elif record.path in self.cache.failures:
-                    raise ImageError(self.cache.failures[record.path])
+                remarks[str(record.path)] = self.prepared(i).info["remarks"]
                 kept.append(record)
             except ImageError as error:
                 if self.strict:
                     raise
                 self.left_out.append(one_line(error))
+        for line in remark_lines(remarks):
+            print(line, file=sys.stderr)
         if not self.left_out:
             return
         if not kept:

@@ -8,8 +8,9 @@ import dataclasses
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from evaluation.pictures import comparison, save_picture
 from evaluation.table import INPUT, Evaluation, write_evaluation
 from evaluation.uncertainty import Calibration
 from files.images import Mammogram, read_mammogram
-from helper import UserError, counted, format_table, seeded_generator
+from helper import UserError, counted, format_table, remark_lines, seeded_generator
 from preprocessing.breast import breast_mask, clipped_background
 from preprocessing.degrade import simulate_dose, simulate_low_dose
 from preprocessing.detector import Detector
@@ -102,6 +103,7 @@ class BatchRestorer:
     calibration: Calibration | None
     detector: Detector | None  # that of --detector
     args: argparse.Namespace
+    remarks: dict[str, dict[str, int]] = field(default_factory=dict)  # of the images, by name: see `remark_lines`
 
     @property
     def is_simulated(self) -> bool:
@@ -149,6 +151,8 @@ class BatchRestorer:
 
     def _read(self, job: Job) -> InputImage:
         args, mammogram = self.args, read_mammogram(job.source)
+        mammogram.check_writable()
+        self.remarks[str(job.source)] = mammogram.remarks
         image, grid = mammogram.pixels, None
         if min(image.shape) < LEAST_SIDE:
             raise UserError(f"{job.source}: {image.shape[1]} x {image.shape[0]} pixels are too few; leave it out")
@@ -294,6 +298,8 @@ class BatchRestorer:
         if len(images) > TABLE_ROWS:
             print(f"... and {len(images) - TABLE_ROWS} more in {args.out / 'restore.csv'}")
         self._remark(images)
+        for line in remark_lines(self.remarks):
+            print(line, file=sys.stderr)
         if not self.is_simulated:
             for name in TABLES[1:]:  # of an earlier run, on other images
                 (args.out / name).unlink(missing_ok=True)

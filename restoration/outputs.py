@@ -33,6 +33,7 @@ MAPS = (*LEGENDS, "uncertainty")  # kinds of pictures that --samples writes besi
 STD_SCALE = 10.0  # the expected error is written so many times as bright, for 16 bits to hold it
 SAMPLE_MARK = "; posterior sample number "  # in the description of each of --samples
 RECORD = "restore.json"  # in the output folder: how its images were made
+MOST_NAME_BYTES = 255  # that file systems take
 TABLES = ("restore.csv", "metrics.csv", "metrics.json", "table.txt")  # what else is written there
 
 
@@ -89,8 +90,8 @@ def plan(inputs: Sequence[Path], out: Path, *, kinds: Sequence[str] = (), sample
     """The images of files and folders, and where they go: the tree below the inputs' common folder is kept.
 
     Pictures become PNG, DICOM stays DICOM; if two would come to the same name, what changes keeps its suffix too. Raises
-    UserError as `find_sources` does, and if a target, or a picture of the `kinds` or a sample beside it, is an input or not
-    of this script's making.
+    UserError as `find_sources` does, and if a target, or a picture of the `kinds` or a sample beside it, is an input, not of
+    this script's making, or too long a name.
     """
     sources = find_sources(inputs, out)
     suffixes = {place: ".dcm" if is_dicom(place) else ".png" for place in sources}
@@ -103,6 +104,8 @@ def plan(inputs: Sequence[Path], out: Path, *, kinds: Sequence[str] = (), sample
             below = name + suffixes[place]
         job = Job(source, name, out / below)
         for target in (job.target, *map(job.beside, kinds), *map(job.sample, range(1, samples + 1))):
+            if len(os.fsencode(target.name)) > MOST_NAME_BYTES:
+                raise UserError(f"{source}: too long a name for {target.name[-24:]!r} to be made of it; shorten it")
             other = writers.setdefault(target, source)
             if other is not source:
                 raise UserError(f"{source}: would be written to {target}, as {other}; restore them into two folders")

@@ -24,7 +24,7 @@ def atomic_path(path: Path, flag: str = "--out") -> Iterator[Path]:
     with explained(f"{path}: cannot be written", f"free space or choose another {flag}"):
         made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # short, for a name may have 255 bytes
         try:
             temporary.touch(exist_ok=False)
             yield temporary

@@ -30,7 +30,16 @@ import pydicom
 import torch
 from PIL import Image
 from pydicom.encaps import encapsulate
-from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,7 +47,9 @@ import scripts
 from preprocessing.phantom import generate_phantom
 from running.checkpoints import CHECKPOINT_FORMAT
 from scripts import Result, call, shell, succeed
+from test_dicom_kinds import jpeg, jpeg_2000, stream_file, under_syntax
 from test_images import OTHER_CLASSES, dicom_file, other_object
+from test_padding import padded_file
 from trees import own_case_files, write_case_files, write_dicom, write_kaggle, write_tcia
 
 # Status, script, flags, and a regular expression for the line on stderr. After a script, + means that it may have written
@@ -219,6 +230,20 @@ ROWS = r"""
 2 | main-restore | {models} {frames-tiff} --out x | {frames-tiff}: holds several pages
 2 | main-restore | {models} {frames-png} --out x | {frames-png}: holds several pages
 2 | main-restore | {models} {script-png} --out x | {script-png}: not a readable image \(of no known format\)
+2 | main-restore | {models} {big-endian} --out x | {big-endian}: big-endian DICOM can be read but not written; convert it
+2 | main-restore | {models} {no-preamble} --out x | not a readable image \(DICOM without its preamble\); mend it with dcmconv \+te
+2 | main-restore | {models} {jpeg-in-16} --out x | in 8 bits, but its header has BitsAllocated 16; convert it with dcmdjpeg
+2 | main-restore | {models} {two-signs} --out x | {two-signs}: its stream has unsigned values that do not fit its header
+2 | main-restore | {models} {not-compressed} --out x | {not-compressed}: its transfer syntax says .* are not compressed
+2 | main-restore | {models} {picture-dcm} --out x | {picture-dcm}: not a readable image \(PNG under the name of DICOM\)
+2 | main-restore | {models} {dicom-png} --out x | {dicom-png}: not a readable image \(DICOM under the name of a picture\)
+2 | main-restore | {models} {jpeg-12} --out x | {jpeg-12}: not a readable image \(JPEG of 12 bits, .*\); convert it to 8- or 16-bit
+2 | main-restore | {models} {jpeg-xl} --out x | {jpeg-xl}: not a readable image \(JPEG XL, .*\); convert it to 8- or 16-bit
+2 | main-restore | {models} {cmyk} --out x | {cmyk}: pixel format CMYK is not 8- or 16-bit grayscale; convert it
+2 | main-restore | {models} {long-name} --out x --samples 2 | {long-name}: too long a name for .*; shorten it
+1 | main-restore+ | {models} {scan} {big-endian} --out x | ^error: {big-endian}: big-endian DICOM can be read but not written
+0 | main-restore+ | {models} {left-over} --out x | ^warning: 1 images, such as {left-over}, declare padding that their bits
+0 | main-restore+ | {models} {past-the-bits} --out x | ^warning: 64 pixels of 1 images, such as .*, have more bits than BitsStored
 2 | main-restore | {models} {missing} --out x | {missing}: no such file or folder
 2 | main-restore | {models} {empty} --out x | {empty}: no images in it
 2 | main-restore | {models} {scan} | the following arguments are required: --out
@@ -355,9 +380,9 @@ def bomb_dicom(path: Path, stream: bytes, syntax: str, side: int = 8) -> Path:
     return path
 
 
-def jpeg_header(marker: int, width: int, height: int) -> bytes:
+def jpeg_header(marker: int, width: int, height: int, bits: int = 16) -> bytes:
     """The beginning of a JPEG or JPEG-LS stream: a comment, then the start of frame `marker`."""
-    frame = struct.pack(">HBHHB3B", 11, 16, height, width, 1, 1, 0x11, 0)
+    frame = struct.pack(">HBHHB3B", 11, bits, height, width, 1, 1, 0x11, 0)
     return b"\xff\xd8\xff\xfe\x00\x04ab\xff" + bytes([marker]) + frame + b"\xff\xd9"
 
 
@@ -417,6 +442,34 @@ def write_dicoms(folder: Path, scan: Path) -> dict[str, Path]:
         for name, kind in OTHER_CLASSES.items():
             other_object(root / name, kind)
     return paths | {"report": paths["others"] / "cad.dcm"}
+
+
+def write_oddities(folder: Path) -> dict[str, Path]:
+    """Images with what real archives have: in another format than their names say, or whose headers and pixels differ."""
+    folder.mkdir()
+    values = np.linspace(0, 4095, 48 * 40).reshape(48, 40).round().astype(np.uint16)
+    small, paths = (values >> 4).astype(np.uint8), {}
+    paths["big-endian"] = dicom_file(folder / "big-endian.dcm", values, syntax=ExplicitVRBigEndian)
+    paths["no-preamble"] = folder / "no-preamble.dcm"
+    paths["no-preamble"].write_bytes(dicom_file(folder / "plain.dcm", values).read_bytes()[132:])
+    paths["jpeg-in-16"] = stream_file(folder / "jpeg.dcm", jpeg(small), JPEGBaseline8Bit, small.astype(np.uint16))
+    paths["two-signs"] = stream_file(
+        folder / "signs.dcm", jpeg_2000(values), JPEG2000Lossless, values, PixelRepresentation=1
+    )
+    paths["not-compressed"] = under_syntax(folder / "syntax.dcm", ExplicitVRLittleEndian, JPEG2000Lossless)
+    paths["picture-dcm"], paths["dicom-png"] = folder / "picture.dcm", folder / "dicom.png"
+    Image.fromarray(small).save(paths["picture-dcm"], "PNG")
+    paths["dicom-png"].write_bytes(dicom_file(folder / "plain.dcm", values).read_bytes())
+    paths["jpeg-12"], paths["jpeg-xl"], paths["cmyk"] = (folder / f"{name}.jpg" for name in ("12", "xl", "cmyk"))
+    paths["jpeg-12"].write_bytes(jpeg_header(0xC1, 40, 48, bits=12))
+    paths["jpeg-xl"].write_bytes(b"\xff\x0a" + bytes(64))
+    Image.new("CMYK", (40, 48)).save(paths["cmyk"])
+    paths["long-name"] = folder / ("x" * 250 + ".png")
+    Image.fromarray(small).save(paths["long-name"])
+    paths["left-over"] = padded_file(folder / "left.dcm", small, 0, 658, bits=8, allocated=8)
+    values[8:16, 8:16] = 5000
+    paths["past-the-bits"] = dicom_file(folder / "past.dcm", values)
+    return paths
 
 
 def write_trees(folder: Path) -> dict[str, Path]:
@@ -600,7 +653,7 @@ def make_files(work: Path, trained: Mapping[str, Path]) -> dict[str, str]:
             for stem, split in zip("abcdz", ("train", "validation", "test", "test", place), strict=True)
         )
         (bad / name / "split.csv").write_text("file,split\n" + rows)
-    paths |= write_dicoms(work / "dicoms", folder_of_pngs / "p0.png")
+    paths |= write_dicoms(work / "dicoms", folder_of_pngs / "p0.png") | write_oddities(work / "oddities")
     paths |= write_bombs(work / "bombs") | write_trees(work / "trees") | write_checkpoints(work / "damaged", vqvae)
     paths["scan"] = folder_of_pngs / "p0.png"
     paths["busy"], paths["busy-new"], paths["disk"] = work / "busy", work / "busy-new", work / "disk"

@@ -167,7 +167,7 @@ def test_every_grey_value_reads_as_numpy_divides_it():
 
 
 def test_a_second_build_decodes_nothing_and_loading_needs_no_sources(built, records, monkeypatch, capsys):
-    monkeypatch.setattr("files.prepared.read_image", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("files.prepared.read_mammogram", lambda path: pytest.fail(f"{path} was read"))
     capsys.readouterr()
     again = PreparedCache(built.root, SHAPE)
     again.build(records[::-1], progress=False)
@@ -238,7 +238,7 @@ def test_settings_and_formats_have_folders_of_their_own(built, records, made, mo
     newer = PreparedCache(built.root, SHAPE)
     newer.build(records, progress=False)
     assert len(made) == 8 and all(newer.holds(record) for record in records)
-    assert sorted(path.name for path in built.root.iterdir()) == ["64x48-v1", "64x48-v2", "96x64-v1"]
+    assert sorted(path.name for path in built.root.iterdir()) == ["64x48-v2", "64x48-v3", "96x64-v2"]
 
 
 @pytest.mark.parametrize("change, reason", [("gone", "No such file"), ("empty", "damaged"), ("cut planes", "damaged")])
@@ -376,7 +376,7 @@ def test_training_does_not_depend_on_the_cache(tree, tmp_path, monkeypatch):
         for name, flag in (("cold", ""), ("warm", "--cache cache"), ("plain", "--no-cache"))
     )
     assert [result.code for result in (cold, warm, plain)] == [0, 0, 0], plain.err
-    folder = re.escape(str(Path("cache") / "64x48-v1"))
+    folder = re.escape(str(Path("cache") / "64x48-v2"))
     assert re.search(rf"{folder}: preparing 10 of 10 images, 0\.000 GB; [\d.]+ GB free\n", cold.out)
     assert re.search(rf"{folder}: all 10 images are prepared\n", warm.out) and "prepar" not in plain.out
     for name in ("warm", "plain"):

@@ -64,12 +64,12 @@ def png_file(path, values, bits, colour):
     return path
 
 
-def tiff_file(path, data, bits, *, white_is_zero=False, order="<", resolution=None, orientation=None):
+def tiff_file(path, data, bits, *, white_is_zero=False, order="<", resolution=None, orientation=None, more=None):
     """An uncompressed TIFF of SHAPE; `bits` of every sample."""
     photometric, samples = (2, len(bits)) if isinstance(bits, tuple) else (0 if white_is_zero else 1, 1)
     height, width = SHAPE
     entries = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: samples, 278: height,
-               279: len(data)}  # fmt: skip
+               279: len(data), **(more or {})}  # fmt: skip
     if orientation:
         entries[274] = orientation
     if resolution:
@@ -866,6 +866,60 @@ def test_a_file_that_is_empty_or_of_another_kind_is_called_that(name, reason, tm
         path.write_text(text)
         with pytest.raises(UserError, match=rf"^{path}: not a readable image \({said}\); remove or replace it$"):
             read_mammogram(path)
+
+
+def jpeg_bytes(image, **options):
+    file = io.BytesIO()
+    image.save(file, **options)
+    return file.getvalue()
+
+
+V8_RGB = Image.fromarray(np.stack([V8] * 3, -1))
+CONVERT = "convert it to 8- or 16-bit grayscale"
+# What a file of a name holds, and what is said of it.
+STRANGERS = {
+    "TIFF of 14 bits": ("a.tif", lambda p: tiff_file(p, bytes(70), 14).read_bytes(), rf"\(TIFF, .*{CONVERT} PNG"),
+    "TIFF of 64 bits": ("a.tif", lambda p: tiff_file(p, bytes(280), 64).read_bytes(), rf"\(TIFF, .*{CONVERT} PNG"),
+    "BigTIFF": ("a.tif", lambda p: b"II+\0\x08\0\0\0" + bytes(60), rf"\(BigTIFF, .*{CONVERT} PNG"),
+    "JPEG of 12 bits": ("a.jpg", lambda p: b"\xff\xd8" + SOF, rf"\(JPEG of 12 bits, .*{CONVERT} PNG"),
+    "lossless JPEG": ("a.jpg", lambda p: b"\xff\xd8" + SOF.replace(b"\xc1", b"\xc3"), rf"\(JPEG of 12 bits, .*{CONVERT} PNG"),
+    "JPEG-LS": ("a.jpg", lambda p: b"\xff\xd8" + SOF.replace(b"\xc1", b"\xf7"), rf"\(JPEG-LS of 12 bits, .*{CONVERT} PNG"),
+    "JPEG 2000": ("a.jpg", lambda p: jpeg_bytes(V8_RGB, format="JPEG2000"), rf"\(JPEG 2000, .*{CONVERT} PNG"),
+    "JPEG 2000 stream": ("a.png", lambda p: jpeg_bytes(V8_RGB, format="JPEG2000", no_jp2=True), r"\(JPEG 2000, "),
+    "JPEG XL": ("a.jpg", lambda p: b"\xff\x0a" + bytes(40), r"\(JPEG XL, "),
+    "JPEG XL in a box": ("a.jpg", lambda p: b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40), r"\(JPEG XL, "),
+    "BMP": ("a.png", lambda p: jpeg_bytes(V8_RGB, format="BMP"), rf"\(BMP, .*{CONVERT} PNG"),
+    "WebP": ("a.jpg", lambda p: jpeg_bytes(V8_RGB, format="WEBP"), r"\(WebP, "),
+    "DICOM as a picture": ("a.png", lambda p: dicom_file(p).read_bytes(), r"\(DICOM under the name of a picture\); rename it"),
+    "picture as DICOM": ("a.dcm", lambda p: jpeg_bytes(V8_RGB, format="PNG"), r"\(PNG under the name of DICOM\); give it a suffix"),
+    "no preamble": (
+        "a.dcm", lambda p: dicom_file(p).read_bytes()[132:],
+        r"\(DICOM without its preamble\); mend it with dcmconv \+te$"),
+    "no preamble, implicit": (
+        "1.2.3", lambda p: dicom_file(p, syntax=ImplicitVRLittleEndian).read_bytes()[META_BYTES:],
+        r"\(DICOM without its preamble\); mend it with dcmconv \+te$"),
+}  # fmt: skip
+SOF = b"\xff\xc1\0\x0b\x0c\0\x05\0\x07\1\1\x11\0\xff\xd9"
+META_BYTES = 286  # of the file header of `dicom_file`
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_a_file_of_a_kind_that_is_not_read_is_called_that(kind, tmp_path):
+    name, make, words = STRANGERS[kind]
+    path = tmp_path / name
+    path.write_bytes(make(path))
+    assert find_images(tmp_path) == [path]
+    with pytest.raises(UserError, match=rf"^{path}: not a readable image {words}"):
+        read_mammogram(path)
+
+
+def test_planes_of_16_bits_and_signed_values_of_8_are_not_taken_for_others(tmp_path):
+    planar = tiff_file(tmp_path / "a.tif", np.stack([V16] * 3, -1).tobytes(), (16, 16, 16), more={284: 2})
+    with pytest.raises(UserError, match="several channels of 16 bits"):
+        read_mammogram(planar)
+    signed = tiff_file(tmp_path / "b.tif", V8.tobytes(), 8, more={339: 2})
+    with pytest.raises(UserError, match=f"^{signed}: signed values of 8 bits; {CONVERT}"):
+        read_mammogram(signed)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.dcm", "a"])

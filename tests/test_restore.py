@@ -285,7 +285,9 @@ def test_a_restored_image_depends_on_seed_and_file_alone(restored):
 def test_noise_level_0_leaves_every_value_as_it_was(restored):
     png("in/a.png", bits=8)
     png("in/b.png", bits=16)
-    dcm("in/c.dcm", PhotometricInterpretation="MONOCHROME1", PixelPaddingValue=0)
+    values = np.rint(noisy() * 4095).clip(1).astype(np.uint16)
+    values[:16] = 0
+    dicom_file(Path("in/c.dcm"), values, PhotometricInterpretation="MONOCHROME1", PixelPaddingValue=0)
     table = restored("in --out out --noise-level 0")
     for name in ("a.png", "b.png"):
         with Image.open(f"in/{name}") as before, Image.open(f"out/{name}") as after:

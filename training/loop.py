@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from evaluation.pictures import save_picture
-from helper import Silence, UserError, rng_state, seed_of, set_rng_state
+from helper import Silence, UserError, remark_lines, rng_state, seed_of, set_rng_state
 from hps import HParams
 from loading.batches import Batch, LatentBatch, make_loader
 from logger import Logger
@@ -105,6 +105,8 @@ class Trainer:
         self.taken: list[TakenStep] = []
         self.skips, self.skips_in_row = 0, 0  # steps of the epoch that were not finite, and the last ones that were not
         self.unreadable: set[str] = set()  # what was wrong with training images of all epochs
+        self.remarks: dict[str, dict[str, int]] = {}  # of the epoch's images, by their paths: see `remark_lines`
+        self.remarked: set[str] = set()  # those whose remarks are printed
         self.skipped: Counter[str] = Counter()  # training samples of images that could not be read, by what was wrong
         self.logger: Logger | None = None
 
@@ -234,6 +236,7 @@ class Trainer:
                     self.save(LAST)
         self.look_at_steps()
         self.report_skipped()
+        self.report_remarks()
 
     def train_step(self, batches: Iterator[Batch | LatentBatch], samples: int) -> dict[str, Tensor]:
         """A step on the next `samples` of all processes, `mini_batch_size` at a time; returns this process's part of the logs.
@@ -246,6 +249,7 @@ class Trainer:
         taken = TakenStep(self.step + 1, [], [])
         for number, batch in enumerate(itertools.islice(batches, passes), 1):
             share = sum(batch.counts) / samples
+            self.remarks |= {meta.path: meta.info["remarks"] for meta in batch.meta if meta.info.get("remarks")}
             self.skipped.update(meta.failure for meta in batch.meta if meta.failure)
             batch = batch.to(self.device)
             with distributed.synchronised(self.objective, number == passes):
@@ -336,6 +340,15 @@ class Trainer:
             f"epoch {self.epoch + 1}: {len(skipped)} images could not be read; others took their place in "
             f"{skipped.total()} samples"
         )
+
+    def report_remarks(self) -> None:
+        """At the end of an epoch: say what is peculiar about training images, once for each."""
+        found = dict(distributed.join([*self.remarks.items()]))
+        if distributed.is_main():
+            for line in remark_lines({path: own for path, own in found.items() if path not in self.remarked}):
+                tqdm.write(line, file=sys.stderr)
+        self.remarked |= set(found)
+        self.remarks.clear()
 
     def optimizer_step(self) -> Tensor:
         """Clip the accumulated gradients and update the weights.
