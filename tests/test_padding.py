@@ -176,7 +176,7 @@ def test_training_says_once_what_is_peculiar(flags, tmp_path, own_folder):
     root.mkdir()
     splits = ["train"] * 3 + ["validation", "validation", "test"]
     for i in range(6):
-        padded_file(root / f"{i}.dcm", FILLED // 16, 0, 658, **EIGHT)
+        padded_file(root / f"{i}.dcm", FILLED // 16, 0, 658, **EIGHT, PatientID=f"p{i}")
     (root / "split.csv").write_text("file,split\n" + "".join(f"{i},{split}\n" for i, split in enumerate(splits)))
     shape = "--hps image_shape=1,64,48 --hps crop_size=32 --hps flip=false"
     result = call(
