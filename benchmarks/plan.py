@@ -1,7 +1,7 @@
 """How large a GPU, how large a batch and how long a training? Worked out without a GPU: memory, arithmetic, traffic and time.
 
 The trainers' own steps run on fake tensors: every operator is seen, none is computed. A GPU's time is a roofline (Williams
-et al., 2009): an operator takes as long as its arithmetic or its traffic, whichever is longer.
+et al., 2009): an operator takes as long as its arithmetic or its traffic, whichever is longer, and the time of its launch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from plan_trace import Operator, Setting, Trace, Tracer, Work, flops, trace_forw
 
 from helper import UserError, format_table, get_parameter_count
 from hps import HPS_DIFFUSION, HPS_VQVAE, TASKS, HParams, apply_overrides
-from running.command_line import Parser, path_argument, positive_int
+from running.command_line import Parser, non_negative_int, path_argument, positive_int
 from running.scripts import run_script
 from running.writing import write_json
 
@@ -35,18 +34,22 @@ TITLES = {
     "sampling": "restoring",
 }  # fmt: skip
 CBIS_TRAINING_IMAGES = 2113  # breast views of CBIS-DDSM that `split=patient` and `validation_fraction=0.1` train on
-GIB, GB, TERA = 2**30, 1e9, 1e12
+GIB, GB, TERA, MICRO = 2**30, 1e9, 1e12, 1e-6
+# Microseconds that the launch of an operator adds to a step: the one number that brings the roofline within 2 % of the stage-1
+# steps that an H100 took at commit 3583a4d (docs/gpu-plan.md): batch 4 and 16, and without AMP.
+LAUNCH = 23
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Memory in bytes, bandwidth in bytes/s, and rates in FLOP/s by number format."""
+    """Memory in bytes, bandwidth in bytes/s, rates in FLOP/s by number format, and seconds a launch."""
 
     name: str
     memory: float
     bandwidth: float
     rates: Mapping[str, float]
     source: str = ""
+    launch: float = 0.0
 
     def arithmetic(self, op: Operator) -> float:
         """Seconds of an operator's arithmetic."""
@@ -54,18 +57,24 @@ class Machine:
 
     def seconds(self, work: Work) -> float:
         """Time of operators one after the other."""
-        return sum(count * max(self.arithmetic(op), op.bytes / self.bandwidth) for op, count in work.items())
+        roofline = sum(count * max(self.arithmetic(op), op.bytes / self.bandwidth) for op, count in work.items())
+        return roofline + self.launches(work)
 
-    def arithmetic_share(self, work: Work) -> float:
-        """Share of that time in operators whose arithmetic takes longer than their traffic."""
-        bound = {op: n for op, n in work.items() if self.arithmetic(op) > op.bytes / self.bandwidth}
-        return self.seconds(Counter(bound)) / self.seconds(work)
+    def launches(self, work: Work) -> float:
+        """The part of that time that launches take."""
+        return self.launch * work.total()
 
-    def reached(self, efficiency: float, bandwidth_efficiency: float, reserve: float) -> Machine:
-        """What is reached of it: shares of its rates and bandwidth, and its memory less the share that is not for tensors."""
+    def bound_by_arithmetic(self, work: Work) -> float:
+        """The part of that time that arithmetic takes, of operators in which it takes longer than their traffic."""
+        times = ((self.arithmetic(op), op.bytes / self.bandwidth, count) for op, count in work.items())
+        return sum(count * arithmetic for arithmetic, traffic, count in times if arithmetic > traffic)
+
+    def reached(self, efficiency: float, bandwidth_efficiency: float, reserve: float, launch: float) -> Machine:
+        """What is reached of it: shares of its rates and bandwidth, its memory less the share that is not for tensors, and
+        the microseconds of a launch."""
         rates = {name: rate * efficiency for name, rate in self.rates.items()}
         memory, bandwidth = self.memory * (1 - reserve), self.bandwidth * bandwidth_efficiency
-        return dataclasses.replace(self, memory=memory, bandwidth=bandwidth, rates=rates)
+        return dataclasses.replace(self, memory=memory, bandwidth=bandwidth, rates=rates, launch=launch * MICRO)
 
 
 # Dense rates of the tensor cores with float32 accumulation, without sparsity; float32 outside them.
@@ -122,10 +131,13 @@ def plan_stage(setting: Setting, cards: Sequence[Machine], samples: int, progres
             return tracer.trace(variant.with_batch(batch))
 
         own = trace(setting.batch)
-        figures = {"flops": flops(own.work), "bytes_moved": traffic(own.work), "peak": own.peak}
+        figures = {"flops": flops(own.work), "bytes_moved": traffic(own.work), "operators": own.work.total()}
+        figures |= {"peak": own.peak}
         result["variants"][name] = figures | {"peak_bytes": own.peak_bytes, "cards": {}}
         for card in cards:
-            row = {"seconds": card.seconds(own.work), "arithmetic_share": card.arithmetic_share(own.work)}
+            row = {"seconds": card.seconds(own.work)}
+            for word, part in (("arithmetic", card.bound_by_arithmetic), ("launch", card.launches)):
+                row[f"{word}_share"] = part(own.work) / row["seconds"]
             row["largest_batch"] = largest_batch(lambda batch, trace=trace: trace(batch).peak_bytes, card.memory)
             row["hours"] = result.get("steps", 0) * row["seconds"] / 3600
             result["variants"][name]["cards"][card.name] = row
@@ -148,6 +160,7 @@ def print_plan(result: Mapping[str, Any]) -> None:
         )
     kinds = ("TFLOP", "flops", TERA, 2), ("GB moved", "bytes_moved", GB, 1), ("peak memory, GiB", "peak_bytes", GIB, 2)
     rows = [[title, *(f"{v[key] / unit:.{d}f}" for v in variants.values())] for title, key, unit, d in kinds]
+    rows.insert(2, ["operators", *(v["operators"] for v in variants.values())])
     for part in dict.fromkeys(part for v in variants.values() for part in v["peak"]):
         rows.append([f"  {part}", *(f"{v['peak'].get(part, 0) / GIB:.2f}" for v in variants.values())])
     print(format_table(["", *(name or "a step" for name in variants)], rows))
@@ -155,9 +168,17 @@ def print_plan(result: Mapping[str, Any]) -> None:
     rows = []
     for name, (card, row) in ((n, item) for n, v in variants.items() for item in v["cards"].items()):
         time_of = f"{1000 * row['seconds']:.1f}" if trains else f"{row['seconds'] / batch:.3g}"
-        cells = [card, name, time_of, f"{100 * row['arithmetic_share']:.0f} %"]
+        cells = [card, name, time_of, *(f"{100 * row[f'{part}_share']:.0f} %" for part in ("arithmetic", "launch"))]
         rows.append([*cells, *([f"{row['hours']:.1f}"] if trains else []), row["largest_batch"]])
-    header = ["", "", "ms a step" if trains else "s an image", "bound by arithmetic", *hours, "largest batch"]
+    header = [
+        "",
+        "",
+        "ms a step" if trains else "s an image",
+        "bound by arithmetic",
+        "launches",
+        *hours,
+        "largest batch",
+    ]
     print("\n" + format_table(header, rows))
 
 
@@ -200,6 +221,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--efficiency", type=_share, default=0.5, help="share of a card's rates reached (default: 0.5)")
     add("--bandwidth-efficiency", type=_share, default=0.8, help="share of its bandwidth (default: 0.8)")
     add("--reserve", type=_share, default=0.1, help="share of its memory not for tensors (default: 0.1)")
+    launch = f"microseconds that the launch of an operator adds (default: {LAUNCH})"
+    add("--launch", type=non_negative_int, default=LAUNCH, help=launch)
     add("--out", type=path_argument, help="folder of plan.json (default: none is written)")
     add("--no-tqdm", action="store_true", help="disable progress bars")
     return parser.parse_args()
@@ -240,7 +263,7 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
 
 def main() -> None:
     args = parse_arguments()
-    shares = {name: getattr(args, name) for name in ("efficiency", "bandwidth_efficiency", "reserve")}
+    shares = {name: getattr(args, name) for name in ("efficiency", "bandwidth_efficiency", "reserve", "launch")}
     cards = [CARDS[name] for name in args.cards]
     results: dict[str, Any] = {}
     for setting in settings_of(args):
@@ -254,8 +277,8 @@ def main() -> None:
         print_training([results["mean"], results["diffusion"]])
     print(
         f"\nassumed: {samples:,} training samples an epoch, fed as fast as they are used; validation not counted;\n"
-        f"{args.efficiency:g} of the rates, {args.bandwidth_efficiency:g} of the bandwidth and {1 - args.reserve:g} of the "
-        "memory of"
+        f"{args.launch} microseconds a launch; {args.efficiency:g} of the rates, {args.bandwidth_efficiency:g} of the bandwidth "
+        f"and {1 - args.reserve:g} of the memory of"
     )
     for card in cards:
         rates = ", ".join(f"{name} {rate / TERA:g}" for name, rate in card.rates.items())

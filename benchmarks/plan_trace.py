@@ -17,12 +17,13 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 import trainer as trainer_module
+import vqvae as vqvae_module
 from diffusion import LatentDiffusion, make_diffusion
 from hps import HPS_VQVAE, HParams
 from loading.batches import Batch, Meta, SampleKey
@@ -155,8 +156,12 @@ def fake_tensors(mode: FakeTensorMode, device: str = "cpu") -> Iterator[None]:
             # torch asks the device which kernel it has, and without one takes the slow one
             patch(F, "scaled_dot_product_attention", lambda q, k, v: attention(q, k, v)[0]),
         ]
-    else:  # where the models meet them, these are all the functions that CUDA's autocast runs in float32 and the CPU's not
-        patches += [patch(F, f.__name__, _in_float32(f)) for f in (F.group_norm, F.interpolate)]
+    else:  # CUDA's way where the models part by device, and the one function that its autocast runs in float32, the CPU's not
+        patches += [
+            patch(FakeTensor, "is_cuda", True, create=True),
+            patch(vqvae_module, "LOOKUP_ROWS", vqvae_module.LOOKUP_ROWS_GPU),
+            patch(F, "interpolate", _in_float32(F.interpolate)),
+        ]
     with contextlib.ExitStack() as stack:
         for context in (*patches, warnings.catch_warnings()):
             stack.enter_context(context)
@@ -280,18 +285,21 @@ def train_step(trainer: Trainer, batch: Batch, passes: int = 1) -> None:
 def sample(trainer: DiffusionTrainer, batch: Batch, evaluations: int, meter: Meter) -> Tensor:
     """Restore a batch as `restoration.Restorer` does: encode, evaluate the posterior mean, sample around it, decode.
 
-    The evaluations of the diffusion are alike: one runs, with DDIM's step, and is counted so often.
+    The evaluations of the diffusion are alike: one runs, with DDIM's step, and is counted so often. Half precision is that of
+    `trainer.amp`: bfloat16 moves and multiplies as fast as float16.
     """
     model, first_stage = trainer.model.eval(), trainer.first_stage
-    view = model.view(model.normalize(first_stage.encode(batch.degraded, batch.noise)), batch.level)
-    latents = view.mean
-    if evaluations:
-        z, t = torch.randn_like(latents), torch.zeros(len(latents), dtype=torch.long, device=latents.device)
-        abar = model.alphas_cumprod[0]
-        meter.repeat = evaluations
-        z = DDIMSampler.step(z, model.predict(z, t, view), abar, abar, 0.0, None)
-        meter.repeat = 1
-        latents = model.variable.restored(z, view)
+    cond = model.normalize(first_stage.encode(batch.degraded, batch.noise))
+    with torch.autocast(trainer.device.type, trainer.amp or torch.bfloat16, enabled=trainer.amp is not None):
+        view = model.view(cond, batch.level)
+        latents = view.mean
+        if evaluations:
+            z, t = torch.randn_like(latents), torch.zeros(len(latents), dtype=torch.long, device=latents.device)
+            abar = model.alphas_cumprod[0]
+            meter.repeat = evaluations
+            z = DDIMSampler.step(z, model.predict(z, t, view), abar, abar, 0.0, None)
+            meter.repeat = 1
+            latents = model.variable.restored(z, view)
     return first_stage.decode(model.denormalize(latents), shape=batch.clean.shape[-2:], noise=batch.noise)
 
 

@@ -179,15 +179,47 @@ def test_the_largest_batch_of_a_traced_stage_fits_and_the_next_does_not():
     assert batch > 1 and peak(batch) <= 40e6 < peak(batch + 1)
 
 
-def test_time_is_the_longer_of_arithmetic_and_traffic_and_hours_are_steps_times_time():
-    card = plan.Machine("card", 40e6, 100.0, {"bf16": 1000.0, "fp32": 1000.0, "tf32": 10.0})
+def test_time_is_the_longer_of_arithmetic_and_traffic_and_the_launch_and_hours_are_steps_times_time():
+    card = plan.Machine("card", 40e6, 100.0, {"bf16": 1000.0, "fp32": 1000.0, "tf32": 10.0}, launch=0.5)
     work = Counter({Operator("attention", "bf16", 5000, 100): 2, Operator("other", "fp32", 0, 400): 3,
                     Operator("convolution", "tf32", 30, 0): 1})  # fmt: skip
-    assert card.seconds(work) == 2 * 5 + 3 * 4 + 3
-    assert card.arithmetic_share(work) == (2 * 5 + 3) / 25
-    reached = card.reached(0.5, 0.25, 0.1)
-    assert reached.seconds(work) == 2 * 10 + 3 * 16 + 6 and reached.memory == 36e6
+    assert card.launches(work) == 6 * 0.5
+    assert card.seconds(work) == 2 * 5 + 3 * 4 + 3 + 3
+    assert card.bound_by_arithmetic(work) == 2 * 5 + 3
+    reached = card.reached(0.5, 0.25, 0.1, launch=2_000_000)
+    assert reached.seconds(work) == 2 * 10 + 3 * 16 + 6 + 6 * 2 and reached.memory == 36e6
     result = plan.plan_stage(small("1", batch_size=4, max_epochs=3), [card], samples=10)
     row = result["variants"][""]["cards"]["card"]
     assert result["steps"] == math.ceil(10 / 4) * 3 == 9
     assert row["hours"] == pytest.approx(9 * row["seconds"] / 3600) and row["seconds"] > 0
+    assert row["arithmetic_share"] + row["launch_share"] < 1 and row["launch_share"] > 0
+
+
+@pytest.mark.parametrize(
+    "operators, roofline, measured", [(1511, 7.84, 43.3), (1220, 12.49, 40.5), (1588, 31.03, 67.4)]
+)
+def test_launches_explain_the_stage_1_steps_of_an_h100(operators, roofline, measured):
+    """Batch 4, without AMP, batch 16: what was traced of commit 3583a4d, and the milliseconds that a step of it took."""
+    card = plan.CARDS["h100"].reached(0.5, 0.8, 0.1, plan.LAUNCH)
+    launches = 1000 * card.launches(Counter({Operator("other", "bf16", 0, 0): operators}))
+    assert roofline + launches == pytest.approx(measured, rel=0.02)
+
+
+def test_the_lookup_has_the_launches_of_a_gpu():
+    """On a CPU it takes 2,048 vectors at a time."""
+    setting = small("1")
+    tracer = Tracer(setting)
+    few, many = (tracer.trace(setting.with_batch(batch)).work for batch in (2, 16))  # 512 and 4,096 vectors
+    assert few.total() == many.total()
+
+
+def test_restoring_has_half_precision_in_the_unets_alone():
+    work = {}
+    for amp in (True, False):
+        setting = small("sampling", amp=amp, fast_steps=2).variants["sample, DPM-Solver++ 2"]
+        work[amp] = Tracer(setting).trace(setting).work
+    formats = {amp: {(op.kind, op.format) for op in each if op.flops} for amp, each in work.items()}
+    assert {("convolution", "bf16"), ("convolution", "tf32"), ("attention", "bf16")} <= formats[True]
+    assert ("attention", "fp32") not in formats[True]
+    assert not any(number == "bf16" for _, number in formats[False])
+    assert flops(work[True]) == flops(work[False]) and traffic(work[True]) < traffic(work[False])
