@@ -227,7 +227,10 @@ def training(
     trainer.optimizer_step = own
     seconds = statistics.median(bench.clock.seconds(marks))
     result = {"seconds": seconds, "peak_bytes": bench.peak_bytes(), "flops": flops}
-    return result | profiled(lambda: take_steps(trainer, PROFILED_STEPS), bench.device, PROFILED_STEPS)
+    result |= profiled(lambda: take_steps(trainer, PROFILED_STEPS), bench.device, PROFILED_STEPS)
+    if compiled:
+        torch.compiler.reset()  # or its caches keep the model, which would count in the next row
+    return result
 
 
 # --- evaluations and samples -----------------------------------------------------------------------------------------

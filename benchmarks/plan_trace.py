@@ -285,8 +285,8 @@ def train_step(trainer: Trainer, batch: Batch, passes: int = 1) -> None:
 def sample(trainer: DiffusionTrainer, batch: Batch, evaluations: int, meter: Meter) -> Tensor:
     """Restore a batch as `restoration.Restorer` does: encode, evaluate the posterior mean, sample around it, decode.
 
-    The evaluations of the diffusion are alike: one runs, with DDIM's step, and is counted so often. Half precision is that of
-    `trainer.amp`: bfloat16 moves and multiplies as fast as float16.
+    Evaluations of the diffusion after the first, for which autocast copies the weights, are alike: one runs, with DDIM's step,
+    and is counted for all. Half precision is that of `trainer.amp`: bfloat16 moves and multiplies as fast as float16.
     """
     model, first_stage = trainer.model.eval(), trainer.first_stage
     cond = model.normalize(first_stage.encode(batch.degraded, batch.noise))
@@ -296,8 +296,8 @@ def sample(trainer: DiffusionTrainer, batch: Batch, evaluations: int, meter: Met
         if evaluations:
             z, t = torch.randn_like(latents), torch.zeros(len(latents), dtype=torch.long, device=latents.device)
             abar = model.alphas_cumprod[0]
-            meter.repeat = evaluations
-            z = DDIMSampler.step(z, model.predict(z, t, view), abar, abar, 0.0, None)
+            for meter.repeat in (1, evaluations - 1):
+                z = DDIMSampler.step(z, model.predict(z, t, view), abar, abar, 0.0, None)
             meter.repeat = 1
             latents = model.variable.restored(z, view)
     return first_stage.decode(model.denormalize(latents), shape=batch.clean.shape[-2:], noise=batch.noise)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def bench(**changes):
 @pytest.fixture(scope="module")
 def results():
     names = [name for name in gpu_rows.ROWS if not name.endswith("-compiled")]
-    return gpu_rows.measure(bench(), names)
+    with mock.patch.object(gpu_rows, "profiled", lambda function, device, steps: {}):  # it takes longer than the rest
+        return gpu_rows.measure(bench(warm=0, steps=1), names)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +61,8 @@ def gpu():
 
 def test_every_row_is_measured_and_has_a_title(gpu, results):
     assert results["errors"] == {}
-    assert list(gpu.ROWS) == list(gpu_rows.ROWS) == [*results["rows"], *gpu.COMPILED] or set(gpu.COMPILED) == set(
-        gpu_rows.ROWS
-    ) - set(results["rows"])
+    assert list(gpu.ROWS) == list(gpu_rows.ROWS)
+    assert {*results["rows"], *gpu.COMPILED} == set(gpu.ROWS) and len(gpu.COMPILED) == 2
     assert {frozenset(row) for row in results["rows"].values()} == {frozenset({"seconds", "peak_bytes", "flops"})}
 
 
@@ -188,7 +189,7 @@ def test_rounds_become_medians_rates_and_shares_of_the_card(gpu):
 def test_ratios_are_those_of_one_round(gpu):
     own, other = [result(0.1), result(0.4), result(0.3)], [result(0.2), result(0.4, 2**31), result(0.4)]
     found = gpu.ratios(own, other)
-    assert found == {"mean": {"seconds": 0.75, "least": 0.5, "most": 1.0, "peak_bytes": 1.0}}
+    assert found["mean"] == pytest.approx({"seconds": 0.75, "least": 0.5, "most": 1.0, "peak_bytes": 1.0})
     other[1]["rows"], own[2]["rows"] = {}, {}  # a round in which one failed has none
     assert gpu.ratios(own, other)["mean"]["seconds"] == 0.5
     assert gpu.ratios(own, [{"rows": {}}] * 3) == {}
