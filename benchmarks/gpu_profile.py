@@ -42,8 +42,8 @@ def operators_around(events: Iterable[Mapping[str, Any]]) -> dict[int, list[str]
     around = {}
     for thread in threads.values():
         stack: list[Mapping[str, Any]] = []
-        for event in sorted(thread, key=lambda e: (e["ts"], -e["dur"])):
-            while stack and stack[-1]["ts"] + stack[-1]["dur"] <= event["ts"]:
+        for event in sorted(thread, key=lambda e: (e["ts"], -e.get("dur", 0))):
+            while stack and stack[-1]["ts"] + stack[-1].get("dur", 0) <= event["ts"]:
                 stack.pop()
             if event["cat"] == "cpu_op":
                 stack.append(event)
