@@ -28,22 +28,29 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shift: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, silu: bool
+        ctx: Any, x: Tensor, shift: Tensor | None, gamma: Tensor, beta: Tensor, groups: int, eps: float, silu: bool
     ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        shift, gamma, beta = (v.to(wide) for v in (shift, gamma, beta))
-        pixels = x[0, 0].numel()
-        own = x.sum((2, 3), dtype=wide) / pixels  # (N, C)
-        square = torch.linalg.vector_norm(x, dim=(2, 3), dtype=wide).square() / pixels
-        square = square + shift * (2 * own + shift)
-        mean = (own + shift).unflatten(1, (groups, -1)).mean(2)  # (N, G)
-        deviation = (square.unflatten(1, (groups, -1)).mean(2) - mean.square()).clamp(min=0).add(eps).sqrt()
-        per_channel = x.shape[1] // groups
-        mean, inverse = (v.repeat_interleave(per_channel, 1) for v in (mean, 1 / deviation))  # (N, C)
-        scale = inverse * gamma
-        offset = beta + scale * (shift - mean)
+        gamma, beta = (v.to(wide).view(groups, -1) for v in (gamma, beta))  # (G, C / G)
+        count, pixels = len(x), x[0, 0].numel()
+        own = total = x.sum((2, 3), dtype=wide)  # (N, C)
+        square = torch.linalg.vector_norm(x, dim=(2, 3), dtype=wide).square_()
+        if shift is not None:  # of x + shift
+            shift = shift.to(wide)
+            square.addcmul_(shift, torch.add(shift * pixels, own, alpha=2))
+            total = torch.add(own, shift, alpha=pixels)
+        share = 1 / (pixels * gamma.shape[1])
+        mean, inverse = (
+            v.view(count, groups, -1).sum(2, keepdim=True).mul_(share) for v in (total, square)
+        )  # (N, G, 1)
+        inverse.addcmul_(mean, mean, value=-1).clamp_(min=0).add_(eps).rsqrt_()  # 1 / deviation
+        scale = inverse * gamma  # (N, G, C / G)
+        offset = torch.addcmul(beta, scale, mean, value=-1).flatten(1)  # (N, C)
+        scale = scale.flatten(1)
+        if shift is not None:
+            offset.addcmul_(scale, shift)
         ctx.save_for_backward(x, shift, gamma, own, mean, inverse, scale, offset)
-        ctx.groups, ctx.silu = groups, silu
+        ctx.silu = silu
         y = _affine(x, scale, offset)
         return F.silu(y, inplace=True) if silu else y
 
@@ -52,20 +59,25 @@ class _Normalised(torch.autograd.Function):
         x, shift, gamma, own, mean, inverse, scale, offset = ctx.saved_tensors
         if ctx.silu:
             grad = torch.ops.aten.silu_backward(grad, _affine(x, scale, offset))
-        pixels = x[0, 0].numel()
+        (count, groups, _), pixels = mean.shape, x[0, 0].numel()
         total = grad.sum((2, 3), dtype=scale.dtype)  # (N, C)
-        product = (grad * x).sum((2, 3), dtype=scale.dtype) + shift * total - mean * total  # with x + shift - mean
-
-        def over_group(values: Tensor) -> Tensor:
-            means = (values * gamma).unflatten(1, (ctx.groups, -1)).mean(2, keepdim=True) / pixels
-            return means.expand(-1, -1, values.shape[1] // ctx.groups).flatten(1)
-
-        slope = -over_group(product) * inverse**3
-        level = -over_group(total) * inverse + slope * (shift - mean)
+        product = (grad * x).sum((2, 3), dtype=scale.dtype)
+        if shift is not None:
+            product.addcmul_(shift, total)
+        by_group = total.view(count, groups, -1)  # (N, G, C / G)
+        product = product.view_as(by_group).addcmul_(by_group, mean, value=-1)  # grad times x + shift - mean
+        share = -1 / (pixels * gamma.shape[1])
+        slope = (product * gamma).sum(2, keepdim=True).mul_(inverse.pow(3)).mul_(share)  # (N, G, 1)
+        level = (by_group * gamma).sum(2, keepdim=True).mul_(inverse).mul_(share).addcmul_(slope, mean, value=-1)
+        slope, level = (v.expand_as(by_group).reshape(count, -1) for v in (slope, level))  # (N, C)
+        grad_shift = None
+        if shift is not None:
+            level = level.addcmul(slope, shift)
+            grad_shift = (scale * total).addcmul_(slope, own).add_(level, alpha=pixels)
         grad_x = _affine(x, slope, level)
         grad_x = torch.addcmul(grad_x, grad, scale[:, :, None, None], out=grad_x)
-        grad_shift = scale * total + pixels * (slope * own + level)
-        return grad_x, grad_shift, (product * inverse).sum(0), total.sum(0), None, None, None
+        grad_gamma = (product * inverse).sum(0).flatten()
+        return grad_x, grad_shift, grad_gamma, total.sum(0), None, None, None
 
 
 class GroupNorm(nn.GroupNorm):
@@ -81,7 +93,6 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         if x.is_cuda and not torch.compiler.is_compiling():
             with torch.autocast(x.device.type, enabled=False):
-                shift = x.new_zeros(x.shape[:2]) if shift is None else shift
                 return _Normalised.apply(x, shift, self.weight, self.bias, self.num_groups, self.eps, self.silu)
         if shift is not None:
             x += shift.to(x.dtype)[:, :, None, None]  # no backward pass looks at what a convolution returned
