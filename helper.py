@@ -69,7 +69,7 @@ def remark_lines(remarks: Mapping[str, Mapping[str, int]]) -> list[str]:
     lines = []
     for sentence, images in found.items():
         pixels = sum(images.values())
-        count = (f"{pixels:,} pixels of " if pixels else "") + counted(len(images), "image")
+        count = (f"{pixels:,} pixels of " if pixels else "") + f"{len(images)} images"
         lines.append(one_line(f"warning: {count}, such as {next(iter(images))}, {sentence}"))
     return lines
 
