@@ -261,7 +261,7 @@ def sample(bench: Bench, single: bool = False) -> dict:
     first_stage = find("VQVAE2Wrapper", "vqvae2_wrapper")(make_vqvae(bench))
     kind = find("Restorer", "restoration.restorer", "restoration")
     try:
-        amp = find("sampling_dtype", "helper")(bench.device, single)
+        amp = find("sampling_dtype", "helper")(bench.device, amp=False, no_amp=single)
     except AttributeError:  # of an older checkout the default is single precision
         amp = None
     if "sampling" in {field.name for field in dataclasses.fields(kind)}:
