@@ -28,6 +28,7 @@ FOR_PROCESSING, FOR_PRESENTATION = "FOR PROCESSING", "FOR PRESENTATION"  # Prese
 PITCH_RANGE = 0.001, 10.0  # mm; a pixel pitch beyond it is a slip
 PIXEL_DATA = 0x7FE00010
 BEGIN_OF_FRAMES = b"\xfe\xff\x00\xe0"  # the first item of compressed pixel data (PS3.5 A.4)
+OVERLAY = "have an overlay in unused bits of their pixels, which a restored image does not keep"
 PAST_THE_BITS = "have more bits than BitsStored says, such as values too great for it; these bits are ignored"
 
 
@@ -136,7 +137,8 @@ def read_dicom(path: Path) -> DicomImage:
     pixels = scaling.unit(_through_lut(stored, header) if scaling.from_lut else stored).astype(np.float32)
     limits = Scaling(header.BitsStored, bool(header.get("PixelRepresentation", 0))).limits
     padding, remarks = find_padding(header, raw, stored, limits)
-    overlays = sum(1 << bit for bit in set(overlays_in_pixels(header).values()))
+    if overlays := sum(1 << bit for bit in set(overlays_in_pixels(header).values())):
+        remarks[OVERLAY] = 0
     past = ((raw ^ stored).astype(np.int32) & ~overlays) != 0
     if padding is not None:
         past &= ~padding

@@ -42,7 +42,9 @@ _OTHER_WORDS = re.compile(
     r"(?i)(?<![a-z])(left|right|[lr]|[lr]?(cc|mlo?|lmo?|xcc[lm]?|fb|sio|cv)|full|low|mask|dm|cm|ffdm|raw|normal|benign|"
     r"malignant|cancer|bi-?rads?[ _-]?\d*|train(ing)?|val(idation)?|test|images?|mammograms?|png|dicom)(?![a-z])"
 )
-_DATE = re.compile(r"(?<!\d)(19|20)\d\d([-_.]?(0[1-9]|1[0-2])[-_.]?(0[1-9]|[12]\d|3[01]))?(?!\d)")
+_DATE = re.compile(  # the year first, alone, or last
+    r"(?<!\d)((19|20)\d\d([-_.]?(0[1-9]|1[0-2])[-_.]?(0[1-9]|[12]\d|3[01]))?|[0-3]?\d[-_.]?[0-3]\d[-_.]?(19|20)\d\d)(?!\d)"
+)
 # What stands in a table or header in place of a patient who was taken out.
 _NOBODY = re.compile(
     r"(?i)[\W_]*(x+|anon[a-z]*|removed|unknown|none|nan|null|n/?a|deidentified|patient)?[\W_]*(patient|name|id)?"
@@ -163,10 +165,14 @@ def _guessed(names: Sequence[Path], studies: Sequence[str], untold: Sequence[int
         homes[guesses[i]].add(tuple(folders))
     if twice := next((patient for patient, folders in homes.items() if len(folders) > 1), None):
         return guesses, f"files called {twice!r} lie in several folders"
-    heads = {guess: match[0] for guess in homes if (match := re.match(r"\D*\d\S* ", guess))}
+    heads = {guess: guess.split(" ")[0] for guess in homes}
     shared = Counter(heads.values())
-    if exam := next((guess for guess, head in heads.items() if shared[head] > 1), None):
-        return guesses, f"{exam!r} and others that begin with {heads[exam].strip()!r} may be one"
+    # a word that all begin with, such as "scan", tells nothing
+    if exam := len(shared) > 1 and next((guess for guess, head in heads.items() if shared[head] > 1), ""):
+        return guesses, f"{exam!r} and others that begin with {heads[exam]!r} may be one"
+    dates = [guess for guess in homes if not _plain(_DATE.sub(" ", guess))]
+    if dates and not all(re.search(r"\d", guess) for guess in homes):
+        return guesses, f"{dates[0]!r} is a date"
     return guesses, _crowd(list(guesses.values()), [names[i] for i in untold])
 
 

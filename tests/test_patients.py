@@ -88,6 +88,7 @@ def test_a_patient_is_read_off_the_name_of_a_file(name, patient):
         ("patient_07, case12, P1", lambda p, i, s, v: f"site/Patient {p}/visit_{i}/{hexed(8, p, i)}.png"),
         ("a folder of dated ones", lambda p, i, s, v: f"QIN/{hexed(6, p)}/{1 + i:02d}-02-1999-STUDY-1/s/1-{i}.png"),
         ("a folder of UIDs", lambda p, i, s, v: f"{hexed(6, p)}/{uid(p, i)}/{uid(p, i, 1)}/1-1.png"),
+        ("", lambda p, i, s, v: f"Doe{chr(97 + p)}_{('14032019', '22112021')[i // 2]}_{s}_{v}.png"),
         ("", lambda p, i, s, v: f"{hexed(6, p)}x_{2018 + i // 2}_{s}_{v}.png"),
         ("", lambda p, i, s, v: f"{hexed(6, p)}x/{s}/{v}.png"),
         ("", lambda p, i, s, v: f"{LONG[s]}/{v}/{hexed(6, p)}.png"),
@@ -110,6 +111,14 @@ def test_names_of_data_sets_tell_their_patients(data_set, name):
             lambda p, i, s, v: f"{p:03d}_{i // 2}_{'LR'[i % 2]}_CC.png",
             "'000 0' and others that begin with '000' may be one",
         ),
+        (
+            lambda p, i, s, v: f"Doe{chr(97 + p)}_{790252 + 97 * (2 * p + i // 2)}_{s}_{v}.png",
+            "'Doea 790252' and others",
+        ),
+        (
+            lambda p, i, s, v: f"{('CM', 'AK', 'BD')[p % 3]}{'xyzw'[p // 3] * (p > 2)}_2019_{s}_{v}.png",
+            "'2019' is a date",
+        ),
         (lambda p, i, s, v: f"class {'abcd'[i]}/{p:04d}.png", "files called '0000' lie in several folders"),
         (lambda p, i, s, v: f"mdb{2 * (4 * p + i):03d}.png", "48 images, .* would be of 48 patients"),
         (
@@ -117,7 +126,17 @@ def test_names_of_data_sets_tell_their_patients(data_set, name):
             "4 images, such as x0.png",
         ),
     ],
-    ids=["hashes", "numbers", "numbers in folders", "exams", "folders by class", "one breast each", "strays"],
+    ids=[
+        "hashes",
+        "numbers",
+        "numbers in folders",
+        "exams",
+        "accessions",
+        "initials",
+        "folders by class",
+        "one breast each",
+        "strays",
+    ],
 )
 def test_where_names_tell_no_patients_no_split_is_made(name, why, tmp_path):
     names, owners = four_images(name)
