@@ -11,7 +11,7 @@ import torch
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from scripts import ROOT, load_script
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # behind the root, whose loading is not that benchmark
 
 import gpu_profile
 import gpu_rows

@@ -14,7 +14,7 @@ from hps import HPS_DIFFUSION, HPS_VQVAE
 from models.unet import UNet
 from scripts import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # behind the root, whose loading is not that benchmark
 
 import plan
 from plan_trace import Meter, Operator, Setting, Tracer, flops, trace_forward, traffic
