@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 LEAST_CHANGE = 1e-3  # standard deviations of the noise; a whitening filter reaches across the image, ever less
-OVERLAP = 64  # pixels that neighbouring tiles share at least; with more, restored images are the same to 0.001 dB
+OVERLAP = 64  # pixels that neighbouring tiles share at least, if a quarter of a tile is not less
 MARGIN = 32  # pixels by which an image is mirrored at its borders
 
 
