@@ -6,4 +6,5 @@ extra=requirements-test.txt
 . ./setup.sh
 ruff check .
 ruff format --check .
-python -m pytest -q "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # a thread for each of the processes that share the tests
+python -m pytest -q -n auto --maxprocesses 4 --dist worksteal "$@"
