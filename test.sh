@@ -1,5 +1,5 @@
 #!/bin/sh
-# The tests and the linter. MAMMOGRAM_DIR and CBIS_CASE_DIR name folders of real data; tests that need them skip without.
+# The tests and the linter. MAMMOGRAM_DIR, CBIS_CASE_DIR and DETECTOR_DIR name folders of real data; tests that need them skip without.
 set -eu
 cd "$(dirname "$0")"
 extra=requirements-test.txt
