@@ -25,9 +25,10 @@ from helper import UserError, format_table, get_device, seeded_generator, tracke
 from preprocessing.estimate import estimate_noise
 from preprocessing.noise import KERNEL_SIDE, NoiseModel, kernel_of, unit_noise
 from restoration.classical import vst_bm3d
+from restoration.dose import to_dose
 from restoration.restore import restore_image
 from restoration.restorer import SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer, sampling_of
-from running.command_line import Parser, device_arguments, path_argument, positive_int
+from running.command_line import Parser, device_arguments, non_negative_int, path_argument, positive_int
 from running.folders import record_run
 from running.scripts import run_script
 from running.writing import write_text
@@ -141,6 +142,7 @@ class Bench:
         made = {INPUT: image, BM3D: vst_bm3d(image, noise)}
         made[MEAN] = restore_image(self.restorer, image, noise, name).pixels
         made[AUTO] = restore_image(self.restorer, image, estimate_noise(image).noise, name).pixels
+        made |= {f"mean, to {f} x the dose": to_dose(image, made[MEAN], noise, f) for f in self.args.to_dose}
         if count := self.args.samples:
             sampling = sampling_of(self.restorer.hps, "dpm++", self.args.steps)
             sampler = dataclasses.replace(self.restorer, samples=count, sampling=sampling)
@@ -262,11 +264,6 @@ PARTS: dict[str, Callable[[Bench], dict]] = {"data": run_data, "phantoms": run_p
 # --- the script ------------------------------------------------------------------------------------------------------
 
 
-def natural(text: str) -> int:
-    """An argparse type: a whole number from 0."""
-    return 0 if text == "0" else positive_int(text)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
@@ -277,9 +274,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
     add("--doses", nargs="+", choices=DOSES, default=["50prct", "100prct"], help="(default: 50prct 100prct)")
     add("--regions", type=positive_int, help="only the first so many regions")
-    add("--samples", type=natural, default=8, help="by DPM-Solver++; 0: none (default: 8)")
+    add("--samples", type=non_negative_int, default=8, help="by DPM-Solver++; 0: none (default: 8)")
+    add(
+        "--to-dose",
+        nargs="*",
+        type=positive_int,
+        default=[2],
+        help="blends of the mean, as main-restore.py's (default: 2)",
+    )
     add("--steps", type=positive_int, help="network evaluations of a sample (default: the checkpoint's)")
-    add("--phantoms", type=natural, default=400, help="pairs of phantoms (default: 400)")
+    add("--phantoms", type=non_negative_int, default=400, help="pairs of phantoms (default: 400)")
     device_arguments(parser)
     args = parser.parse_args()
     if args.data is None:

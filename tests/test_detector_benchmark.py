@@ -180,13 +180,21 @@ def test_the_command_writes_every_method_beside_the_input(bench, data, monkeypat
     monkeypatch.setattr(bench, "vst_bm3d", lambda image, noise: image - 1)
     monkeypatch.setattr(bench, "restore_image", lambda restorer, image, noise, name: SimpleNamespace(pixels=image / 2))
     monkeypatch.setattr(bench, "estimate_noise", lambda image: SimpleNamespace(noise=bench.GE))
-    args = SimpleNamespace(data=data, out=data, doses=["50prct"], regions=None, samples=0, no_tqdm=True)
+    args = SimpleNamespace(data=data, out=data, doses=["50prct"], regions=None, samples=0, to_dose=[2], no_tqdm=True)
     rows = {row["method"]: row for row in bench.run_data(bench.Bench(args, None))["rows"]}
-    assert set(rows) == {"noise-free", bench.INPUT, bench.BM3D, bench.MEAN, bench.AUTO, *bench.AUTHORS}
+    blend = "mean, to 2 x the dose"
+    assert set(rows) == {"noise-free", bench.INPUT, bench.BM3D, bench.MEAN, bench.AUTO, blend, *bench.AUTHORS}
     assert rows[bench.WHITE]["MSE"] == pytest.approx(0, abs=1e-6)  # a constant offset is no error
     assert rows[bench.CORRELATED]["MSE"] == pytest.approx(rows[bench.INPUT]["MSE"] / 4, rel=1e-3)
     assert rows[bench.INPUT]["/ BM3D"] == pytest.approx(1) and rows[bench.INPUT]["/ authors'"] == pytest.approx(
         4, rel=1e-3
     )
     assert rows[bench.INPUT]["d'"] < rows[bench.CORRELATED]["d'"]
-    assert (data / "detector.csv").read_text().count("\n") == 8
+    half = (440 + np.array([-1, 1])) / 2
+    signal = bench.GE.gain * (half - bench.GE.offset)
+    electronic = bench.GE.sigma**2
+    weight = np.sqrt((signal / 2 + electronic / 4) / (signal + electronic))  # Brandao et al., at the mean's brightness
+    slope = np.diff(half * (1 + weight))[0] / 2
+    shares = [rows[method]["residual_noise %"] for method in (blend, bench.INPUT)]
+    assert shares[0] / shares[1] == pytest.approx(slope**2, rel=0.02)
+    assert (data / "detector.csv").read_text().count("\n") == 9
