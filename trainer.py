@@ -25,7 +25,7 @@ from running.checkpoints import Checkpoint, weights_digest
 from running.folders import hold, open_run, record_run
 from running.writing import remove_parts
 from training.loop import StepResult, Trainer
-from vqvae import VQVAE
+from vqvae import VQVAE, perplexity
 from vqvae2_wrapper import VQVAE2Wrapper
 
 LARGEST_PSNR = 120.0  # dB, that of an image without error
@@ -74,23 +74,23 @@ class VQVAETrainer(Trainer):
         draws = [seed_of("path", self.seed, key.epoch, key.index) / 2**63 for key in keys]
         counts = torch.tensor(batch.counts)
         chosen = torch.tensor([u < self.hps.quantize_probability for u in draws]) & counts
-        paths = torch.stack([chosen, counts & ~chosen]).to(self.device, non_blocking=True)
+        weights = torch.stack([chosen, counts & ~chosen]).float().to(self.device, non_blocking=True)  # (2, N)
         # one generator a step: dead codes are re-seeded from the whole batch
-        generator = seeded_generator("revive", self.seed, self.step, keys[0].index, device=self.device)
+        draws = self.model.quantizers.draws(seeded_generator("revive", self.seed, self.step, keys[0].index))
         clean = self.images(batch)
-        output = self.model(clean, paths[0], generator)
-        weights = paths.float()
+        output = self.model(clean, weights[0])
+        draws = draws.to(self.device, non_blocking=True)
+        usage = self.model.quantizers.learn(output.vectors, output.indices, weights[0], draws)
         parts = part_of_mean(weights)
         commitment = output.commitment_loss * parts[0]
         reconstruction = output.reconstruction.float()
-        error = F.l1_loss if self.hps.recon_loss == "l1" else F.mse_loss
-        recon = error(reconstruction, clean)
+        recon = (F.l1_loss if self.hps.recon_loss == "l1" else F.mse_loss)(reconstruction, clean)
         loss = recon + self.hps.beta * commitment
-        mse = (reconstruction.detach() - clean).square().mean((1, 2, 3))  # (N,)
+        mse = F.mse_loss(reconstruction.detach(), clean, reduction="none").mean((1, 2, 3))  # (N,)
+        mse = (mse * weights).sum(1) / weights.sum(1).clamp(min=1) * parts
         logs = {"loss": loss, "recon": recon, "commitment": commitment}
-        for name, weight, part in zip(("quantized", "continuous"), weights, parts, strict=True):
-            logs[f"mse_{name}"] = (mse * weight).sum() / weight.sum().clamp(min=1) * part
-        logs |= {f"perplexity_{level}": value for level, value in enumerate(output.perplexity)}
+        logs |= {f"mse_{name}": value for name, value in zip(("quantized", "continuous"), mse, strict=True)}
+        logs |= {f"perplexity_{level}": value for level, value in enumerate(perplexity(usage))}
         return StepResult(loss, logs)
 
     @torch.no_grad()

@@ -63,20 +63,14 @@ class Quantized:
 
     code: Tensor  # (N, D, H, W): nearest entries with straight-through gradient, or the input if not quantised
     indices: Tensor  # (N, H, W) int64: nearest entry of every vector
-    commitment_loss: Tensor  # scalar: mean ||z - e||^2 / D over the quantised samples
-    perplexity: Tensor  # scalar: exp(entropy) of the entries used by the quantised samples
+    error: Tensor  # (N,): mean ||z - e||^2 / D
 
 
 class VectorQuantizer(nn.Module):
-    """Codebook with EMA updates (van den Oord et al., 2017, arXiv:1711.00937, appendix A.1) and dead-code revival.
+    """Codebook of (nb_entries, embed_dim) entries e, and the averages that `Codebooks` computes them from."""
 
-    Entries whose EMA count falls under `revive_threshold` times the even share are re-seeded from the current batch.
-    Statistics are summed over all processes, so that every process holds the same codebook.
-    """
-
-    def __init__(self, nb_entries: int, embed_dim: int, decay: float = 0.99, revive_threshold: float = 0.02):
+    def __init__(self, nb_entries: int, embed_dim: int):
         super().__init__()
-        self.decay, self.revive_threshold = decay, revive_threshold
         self.register_buffer("codebook", torch.randn(nb_entries, embed_dim))
         self.register_buffer("ema_count", torch.ones(nb_entries))
         self.register_buffer("ema_sum", self.codebook.clone())
@@ -85,15 +79,17 @@ class VectorQuantizer(nn.Module):
     def lookup(self, vectors: Tensor) -> Tensor:
         """Index of the nearest entry (Euclidean) of each of (M, D) vectors; (M,) int64."""
         vectors = vectors.float()
-        bias = 0.5 * self.codebook.pow(2).sum(1)
         # argmin ||v - e||^2 = argmin ||e||^2 / 2 - v.e, in chunks: no M x K matrix is kept
-        size = LOOKUP_ROWS if vectors.device.type == "cpu" else LOOKUP_ROWS_GPU
+        norms, product = self.codebook.square().sum(1), dict(beta=0.5, alpha=-1)
+        if vectors.is_cuda:
+            chunks = (torch.addmm(norms, rows, self.codebook.t(), **product) for rows in vectors.split(LOOKUP_ROWS_GPU))
+            return torch.cat([distances.argmin(1) for distances in chunks])
         indices = torch.empty_like(vectors[:, 0], dtype=torch.int64)
         # one chunk's memory serves all: fresh pages for each would cost as much as its product
-        distances = vectors.new_empty(min(size, len(vectors)), len(bias))
-        width = math.gcd(len(bias), LOOKUP_BLOCK)
-        for rows, nearest in zip(vectors.split(size), indices.split(size), strict=True):
-            torch.addmm(bias, rows, self.codebook.t(), alpha=-1, out=distances[: len(rows)])
+        distances = vectors.new_empty(min(LOOKUP_ROWS, len(vectors)), len(norms))
+        width = math.gcd(len(norms), LOOKUP_BLOCK)
+        for rows, nearest in zip(vectors.split(LOOKUP_ROWS), indices.split(LOOKUP_ROWS), strict=True):
+            torch.addmm(norms, rows, self.codebook.t(), **product, out=distances[: len(rows)])
             # amin is vectorised on the CPU, argmin is not: first the block of the least, then its place in it
             blocks = distances[: len(rows)].unflatten(1, (-1, width))
             block = blocks.amin(2).argmin(1)
@@ -136,77 +132,96 @@ class VectorQuantizer(nn.Module):
         self.ema_count.copy_((used / len(vectors) * entries * share).clamp(min=share / 3))
         self.ema_sum.copy_(self.codebook * self.ema_count[:, None])
 
-    @torch.no_grad()
-    def update(self, x: Tensor, indices: Tensor, chosen: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One EMA step on (N, D, H, W) vectors with (N, H, W) indices, of the samples whose `chosen` (N,) is True.
-
-        Vectors that are not finite leave the codebook as it is. Returns how often each entry was used, (K,), over all processes.
-        """
-        vectors = x.permute(0, 2, 3, 1).flatten(0, 2).float()
-        weight = chosen.to(vectors.dtype)[:, None, None].expand_as(indices).flatten()
-        flat = indices.flatten()
-        counts = torch.zeros_like(self.ema_count).index_add_(0, flat, weight)
-        sums = torch.zeros_like(self.ema_sum).index_add_(0, flat, vectors * weight[:, None])
-        distributed.all_reduce(counts)
-        distributed.all_reduce(sums)
-        finite, before = sums.isfinite().all(), [buffer.clone() for buffer in self.buffers()]
-        self.ema_count.lerp_(counts, 1 - self.decay)
-        self.ema_sum.lerp_(sums, 1 - self.decay)
-        total = self.ema_count.sum()
-        entries = len(self.ema_count)
-        smoothed = (self.ema_count + 1e-5) / (total + entries * 1e-5) * total  # Laplace smoothing
-        self.codebook.copy_(self.ema_sum / smoothed[:, None].clamp(min=1e-12))
-        if self.revive_threshold > 0:
-            self._revive(vectors, (vectors - self.codebook[flat]).square().sum(1) * weight, total / entries, generator)
-        for buffer, old in zip(self.buffers(), before, strict=True):
-            buffer.copy_(torch.where(finite, buffer, old))
-        return counts
-
-    def _revive(self, vectors: Tensor, error: Tensor, share: Tensor, generator: torch.Generator | None) -> None:
-        """Re-seed entries used less than `revive_threshold * share` from (M, D) vectors, drawn in proportion to `error` (M,).
-
-        Drawing by squared error, as k-means++ does (Arthur and Vassilvitskii, 2007), puts the entry where it is missed.
-        The vectors of several processes count as one row of them, in the order of the processes.
-        """
-        draws = torch.rand(len(self.ema_count), generator=generator, device=vectors.device, dtype=torch.float64)
-        cumulative = error.double().cumsum(0)
-        ends = distributed.stack(cumulative[-1]).cumsum(0)  # of the processes' parts of the row
-        targets = distributed.broadcast(draws) * ends[-1]
-        owner = torch.searchsorted(ends, targets, right=True).clamp(max=len(ends) - 1)
-        start = ends[distributed.rank()] - cumulative[-1]
-        picked = torch.searchsorted(cumulative, targets - start, right=True).clamp(max=len(vectors) - 1)
-        candidates = distributed.all_reduce(vectors[picked] * (owner == distributed.rank())[:, None])
-        dead = (self.ema_count < self.revive_threshold * share) & (ends[-1:] > 0)
-        # a revived entry gets a third of the share: enough to stay for about a hundred steps without being used
-        count = torch.where(dead, share / 3, self.ema_count)
-        self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
-        self.ema_sum.copy_(torch.where(dead[:, None], candidates * count[:, None], self.ema_sum))
-        self.ema_count.copy_(count)
-
-    def forward(self, x: Tensor, chosen: Tensor | None = None, generator: torch.Generator | None = None) -> Quantized:
-        """Quantise (N, D, H, W) vectors, of the samples whose `chosen` (N,) bool is True; of all if it is None."""
+    def forward(self, x: Tensor, weight: Tensor) -> Quantized:
+        """Quantise (N, D, H, W) vectors, of the samples whose `weight` (N,) is 1; others, with 0, stay as they are."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            if chosen is None:
-                chosen = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            weight = chosen.float()
             indices = self.nearest(x.detach())  # (N, H, W)
             rest = self.embed(indices) - x  # (N, D, H, W)
-            error = rest.square().mean(dim=(1, 2, 3))  # (N,)
-            commitment_loss = (error * weight).sum() / weight.sum().clamp(min=1)  # ()
-            code = x + rest.detach() * weight[:, None, None, None]  # (N, D, H, W)
-            if self.training:
-                counts = self.update(x.detach(), indices, chosen, generator)  # (K,)
-            else:
-                each = weight[:, None, None].expand_as(indices).flatten()  # (N H W,)
-                counts = torch.zeros_like(self.ema_count).index_add_(0, indices.flatten(), each)  # (K,)
-            return Quantized(code, indices, commitment_loss, perplexity(counts))
+            code = torch.addcmul(x, rest.detach(), weight[:, None, None, None])  # (N, D, H, W)
+            return Quantized(code, indices, rest.square().mean(dim=(1, 2, 3)))
+
+
+class Codebooks(nn.ModuleList):
+    """Codebooks of `nb_levels` levels, with EMA updates (van den Oord et al., 2017, arXiv:1711.00937, appendix A.1).
+
+    Entries whose EMA count falls under `revive_threshold` times the even share are re-seeded from the current batch.
+    Statistics are summed over all processes, so that every process holds the same codebooks. All levels learn at once: a GPU
+    waits longer for the launch of these small operators than it takes to run them.
+    """
+
+    def __init__(self, levels: Iterable[VectorQuantizer] = (), decay: float = 0.99, revive_threshold: float = 0.02):
+        super().__init__(levels)
+        self.decay, self.revive_threshold = decay, revive_threshold
+
+    def draws(self, generator: torch.Generator | None = None) -> Tensor:
+        """Random numbers for `learn`, in [0, 1): (nb_levels, nb_entries) float64 on the host."""
+        return torch.rand(len(self), len(self[0].codebook), generator=generator, dtype=torch.float64)
+
+    @torch.no_grad()
+    def learn(self, vectors: Sequence[Tensor], indices: Sequence[Tensor], weight: Tensor, draws: Tensor) -> Tensor:
+        """One EMA step, in training: of every level on (N, D, H, W) vectors and (N, H, W) indices of samples with `weight` (N,) 1.
+
+        Vectors that are not finite leave their level as it is. `draws` are those of the method. Returns how often each entry
+        was used, (nb_levels, nb_entries), over all processes.
+        """
+        (levels, entries), sizes = draws.shape, [each.numel() for each in indices]
+        rows = torch.cat([each.movedim(1, -1).flatten(0, 2) for each in vectors]).float()  # (M, D), level after level
+        firsts = [level * entries for level in range(levels)]  # of the entries of all levels
+        flat = torch.cat(torch._foreach_add([each.flatten() for each in indices], firsts))  # (M,)
+        weight = torch.cat([weight[:, None, None].expand_as(each).flatten() for each in indices])  # (M,)
+        used = rows.new_zeros(levels * entries, 1 + rows.shape[1])
+        used[:, 0].index_add_(0, flat, weight)
+        used[:, 1:].index_add_(0, flat, rows * weight[:, None])
+        counts, sums = (
+            distributed.all_reduce(used).view(levels, entries, -1).tensor_split([1], 2)
+        )  # (L, K, 1), (L, K, D)
+        if self.training:
+            buffers = [*self.buffers()]
+            before = [torch.stack(buffers[i::3]).view(levels, entries, -1) for i in range(3)]
+            count, total = (old.lerp(new, 1 - self.decay) for old, new in zip(before[1:], (counts, sums), strict=True))
+            number = count.sum(1, keepdim=True)  # (L, 1, 1)
+            smoothed = (count + 1e-5) / (number + entries * 1e-5) * number  # Laplace smoothing
+            codebook = total / smoothed.clamp(min=1e-12)
+            if self.revive_threshold > 0:
+                error = (rows - codebook.flatten(0, 1)[flat]).square().sum(1) * weight
+                candidates, found = self._candidates(rows, error, sizes, draws)
+                dead = (count < self.revive_threshold / entries * number) & found
+                # a revived entry gets a third of the share: enough to stay for about a hundred steps without being used
+                count = torch.where(dead, number / (3 * entries), count)
+                codebook = torch.where(dead, candidates, codebook)
+                total = torch.where(dead, candidates * count, total)
+            finite = torch.linalg.vector_norm(sums, math.inf, (1, 2), keepdim=True) < math.inf
+            learnt = [torch.where(finite, *each) for each in zip((codebook, count, total), before, strict=True)]
+            values = itertools.chain(*zip(*learnt, strict=True))  # level after level, as the buffers are
+            torch._foreach_copy_(buffers, [new.view_as(old) for new, old in zip(values, buffers, strict=True)])
+        return counts.squeeze(2)
+
+    def _candidates(self, rows: Tensor, error: Tensor, sizes: Sequence[int], draws: Tensor) -> tuple[Tensor, Tensor]:
+        """For every entry one of its level's vectors, (L, K, D), and whether there is any, (L, 1, 1).
+
+        Drawing by squared error, as k-means++ does (Arthur and Vassilvitskii, 2007), puts the entry where it is missed: `error`
+        (M,) is that of the vectors `rows` (M, D), so many of each level. The vectors of several processes count as one row of
+        them, in the order of the processes.
+        """
+        ends = list(itertools.accumulate(sizes))
+        cumulative = error.nan_to_num(0, 0, 0).cumsum(0, dtype=torch.float64)
+        after = torch.stack([cumulative[end - 1] for end in ends])  # (L,)
+        before = F.pad(after[:-1], (1, 0))
+        own = after - before
+        parts = distributed.stack(own).cumsum(0)  # (P, L), of the processes' parts of the row
+        targets = distributed.broadcast(draws) * parts[-1, :, None]  # (L, K)
+        owner = torch.searchsorted(parts.t().contiguous(), targets, right=True)
+        start = before + own - parts[distributed.rank()]
+        picked = torch.searchsorted(cumulative, targets + start[:, None], right=True)
+        torch._foreach_clamp_max_(picked.unbind(), [end - 1 for end in ends])
+        is_own = owner.clamp(max=len(parts) - 1) == distributed.rank()
+        return distributed.all_reduce(torch.where(is_own[..., None], rows[picked], 0)), parts[-1, :, None, None] > 0
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp(entropy) of usage counts (K,): the number of entries in even use; 1 if nothing was counted."""
-    p = counts / counts.sum().clamp(min=1e-12)
-    return torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum())
+    """exp(entropy) of usage counts (..., K): the number of entries in even use; 1 if nothing was counted."""
+    return torch.special.entr(counts / counts.sum(-1, keepdim=True).clamp(min=1e-12)).sum(-1).exp()
 
 
 @dataclass
@@ -215,8 +230,8 @@ class VQVAEOutput:
 
     reconstruction: Tensor  # (N, C, H, W)
     indices: list[Tensor]  # per level, finest first: (N, h, w) int64; empty on the continuous path
-    commitment_loss: Tensor  # scalar: summed over levels
-    perplexity: Tensor  # (nb_levels,), finest first; zeros on the continuous path
+    vectors: list[Tensor]  # per level: (N, embed_dim, h, w), of which the indices are the nearest entries
+    commitment_loss: Tensor  # scalar: ||z - e||^2 / D, the mean over vectors of quantised samples, summed over levels
 
 
 class VQVAE(nn.Module):
@@ -250,7 +265,8 @@ class VQVAE(nn.Module):
             raise ValueError(f"embed_dim {embed_dim} must not exceed hidden_channels {hidden_channels}")
         self.in_channels, self.hidden_channels, self.nb_levels = in_channels, hidden_channels, nb_levels
         self.scale = math.prod(self.scaling_rates)
-        self.downs, self.encoders, self.projections, self.quantizers = (nn.ModuleList() for _ in range(4))
+        self.downs, self.encoders, self.projections = (nn.ModuleList() for _ in range(3))
+        self.quantizers = Codebooks(decay=codebook_decay, revive_threshold=revive_threshold)
         self.inputs, self.decoders, self.ups = (nn.ModuleList() for _ in range(3))
         basis = torch.empty(hidden_channels, hidden_channels)  # one for all levels: what one fills, the next one keeps
         nn.init.orthogonal_(basis)
@@ -269,7 +285,7 @@ class VQVAE(nn.Module):
             # what a level codes starts as what the coarser levels leave of it ...
             own_minus_above = torch.cat([project, -project], dim=1) if has_above else project
             self.projections.append(_centre_tap(own_minus_above, kernel_size=1))
-            self.quantizers.append(VectorQuantizer(nb_entries, embed_dim, codebook_decay, revive_threshold))
+            self.quantizers.append(VectorQuantizer(nb_entries, embed_dim))
             # ... and its decoder starts by adding the two up again
             code_plus_above = torch.cat([project.t(), torch.eye(hidden_channels)], dim=1) if has_above else project.t()
             self.inputs.append(_centre_tap(code_plus_above))
@@ -320,38 +336,30 @@ class VQVAE(nn.Module):
         """The features of all levels, finest first, from the finest."""
         return list(itertools.accumulate(range(1, self.nb_levels), self._features, initial=z))
 
-    def decode(
-        self,
-        z: Tensor,
-        quantize: bool | Tensor = True,
-        shape: tuple[int, int] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> VQVAEOutput:
+    def decode(self, z: Tensor, quantize: bool | Tensor = True, shape: tuple[int, int] | None = None) -> VQVAEOutput:
         """Decode finest features (N, hidden_channels, H', W'), re-deriving the coarser levels from them.
 
         Args:
             z: what `encode` returned, or a restored version of it.
-            quantize: True through the codebooks of all levels, False past them, or an (N,) bool tensor by sample.
+            quantize: True through the codebooks of all levels, False past them, or an (N,) tensor of both by sample.
             shape: (H, W) to crop the image to; None keeps what z stands for.
-            generator: source of randomness for dead-code revival in training.
         """
         features = self._pyramid(z)
+        weight = z.new_ones(len(z)) if isinstance(quantize, bool) else quantize
+        weight = weight.float()
+        vectors: list[Tensor] = []
         codes: list[Quantized] = []
         above: list[Tensor] = []  # what is decoded so far, once there is something
         for level in reversed(range(self.nb_levels)):
             code = self._code(level, features, above)  # (N, embed, h, w)
             if quantize is not False:
-                codes.insert(0, self.quantizers[level](code, None if quantize is True else quantize, generator))
+                vectors.insert(0, code.detach())
+                codes.insert(0, self.quantizers[level](code, weight))
                 code = codes[0].code
             above = [self._decoded(level, code, above)]  # (N, hidden, h r, w r), at last (N, C, H, W)
-        image = _crop(above[0], shape)
-        zero = image.new_zeros((), dtype=torch.float32)
-        return VQVAEOutput(
-            reconstruction=image,
-            indices=[code.indices for code in codes],
-            commitment_loss=sum((code.commitment_loss for code in codes), zero),
-            perplexity=torch.stack([code.perplexity for code in codes]) if codes else zero.expand(self.nb_levels),
-        )
+        error = torch.stack([code.error for code in codes] or [torch.zeros_like(weight)])  # (nb_levels, N)
+        commitment_loss = (error * weight).sum() / weight.sum().clamp(min=1)
+        return VQVAEOutput(_crop(above[0], shape), [code.indices for code in codes], vectors, commitment_loss)
 
     def decode_codes(self, indices: list[Tensor], shape: tuple[int, int] | None = None) -> Tensor:
         """Image (N, C, H, W) from code indices alone: a list, finest level first, of (N, h, w) int64."""
@@ -368,11 +376,9 @@ class VQVAE(nn.Module):
         x = self.ups[level](self.decoders[level](x))  # (N, C r^2, h, w)
         return F.pixel_shuffle(x, self.scaling_rates[level])  # (N, C, h r, w r)
 
-    def forward(
-        self, x: Tensor, quantize: bool | Tensor = True, generator: torch.Generator | None = None
-    ) -> VQVAEOutput:
+    def forward(self, x: Tensor, quantize: bool | Tensor = True) -> VQVAEOutput:
         """Encode and decode (N, C, H, W) images of any size; see `decode`."""
-        return self.decode(self.encode(x), quantize, x.shape[-2:], generator)
+        return self.decode(self.encode(x), quantize, x.shape[-2:])
 
     @torch.no_grad()
     def initialise_codebooks(

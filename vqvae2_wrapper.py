@@ -29,11 +29,6 @@ class VQVAE2Wrapper(nn.Module):
     def __init__(self, vqvae: VQVAE):
         super().__init__()
         self.vqvae = vqvae.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> VQVAE2Wrapper:
-        """Stays in evaluation mode: training mode would go on updating the codebooks."""
-        return super().train(False)
 
     @property
     def latent_channels(self) -> int:

@@ -18,7 +18,7 @@ from running.checkpoints import load_checkpoint
 from scripts import ROOT, arguments, load_script, succeed, written
 from test_trainer import Silent, stage_1, stage_2
 from training import loop
-from vqvae import VectorQuantizer
+from vqvae import Codebooks, VectorQuantizer
 
 SAMPLES = 13  # batches of four, and one of a single sample, where one of two processes has none
 STEPS = dict(max_epochs=5, warmup_steps=2, log_frequency=1, validation_frequency=2, lr_schedule="cosine")
@@ -47,14 +47,16 @@ def train(name):
     return {"model": stage.model.state_dict(), "ema": averages, "logs": dict(stage.logger), "best": stage.best}
 
 
-def revive_at(rank):
-    """A codebook after revival from a batch of 40 vectors, of which process 0 holds 30; `rank` None holds all."""
+def revive_at(rank, threshold=1.0):
+    """Two codebooks after revival from 40 vectors each, of which process 0 holds 30; `rank` None holds all."""
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(8, 3, revive_threshold=1.0)
-    x = torch.randn(4, 3, 2, 5)
-    parts = [x] if rank is None else [x[:3], x[3:]]
-    quantizer(parts[rank or 0], None, torch.Generator().manual_seed(5 if not rank else 6))
-    return quantizer.state_dict()
+    books = Codebooks([VectorQuantizer(8, 3) for _ in range(2)], revive_threshold=threshold)
+    x = torch.randn(2, 4, 3, 2, 5)
+    parts = [x] if rank is None else [x[:, :3], x[:, 3:]]
+    own = [*parts[rank or 0]]
+    indices = [book.nearest(each) for book, each in zip(books, own, strict=True)]
+    books.learn(own, indices, torch.ones(len(own[0])), books.draws(torch.Generator().manual_seed(5 if not rank else 6)))
+    return books.state_dict()
 
 
 def work(rank, port, folder):
@@ -140,10 +142,8 @@ def test_vectors_of_all_processes_revive_the_codes_that_one_would(results):
     one = revive_at(None)
     for two in results:
         assert_close(two["revival"], one, "codebook")
-    torch.manual_seed(0)
-    untouched = VectorQuantizer(8, 3, revive_threshold=0)
-    untouched(torch.randn(4, 3, 2, 5))
-    assert (untouched.codebook - one["codebook"]).abs().amax(1).gt(0.01).sum() >= 2
+    for name, entries in revive_at(None, threshold=0).items():
+        assert "codebook" not in name or (entries - one[name]).abs().amax(1).gt(0.01).sum() >= 2
 
 
 def test_what_processes_tell_each_other(results):

@@ -1,5 +1,6 @@
 """Codebooks against hand-computed steps, and the hierarchy around them."""
 
+import copy
 import math
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 import vqvae
 from hps import HPS_VQVAE
-from vqvae import VQVAE, VectorQuantizer, perplexity
+from vqvae import VQVAE, Codebooks, VectorQuantizer, perplexity
 from vqvae2_wrapper import VQVAE2Wrapper
 
 SMALL = dict(hidden_channels=16, res_channels=4, nb_levels=2, scaling_rates=(2, 2), embed_dim=8, nb_entries=16)
@@ -23,6 +24,13 @@ def seeded(seed=0):
 def rows_of(x):
     """(N, D, H, W) as a list of all its vectors, (N * H * W, D)."""
     return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def learn(books, x, chosen=None, generator=None):
+    """Quantise (N, D, H, W) vectors by the first of some codebooks, which learns from them; what it said, and their usage."""
+    weight = torch.ones(len(x)) if chosen is None else chosen.float()
+    result = books[0](x, weight)
+    return result, books.learn([x], [result.indices], weight, books.draws(generator))
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +53,10 @@ def trained():
 
 
 def test_every_vector_goes_to_its_nearest_entry():
-    quantizer = VectorQuantizer(40, 5).eval()
+    quantizer = VectorQuantizer(40, 5)
     x = torch.randn(3, 5, 6, 7)
     distances = torch.cdist(rows_of(x).double(), quantizer.codebook.double())
-    result = quantizer(x)
+    result = quantizer(x, torch.ones(3))
     assert torch.equal(result.indices.flatten(), distances.argmin(1))
     assert torch.allclose(rows_of(result.code), quantizer.codebook[distances.argmin(1)], atol=1e-6)
 
@@ -89,14 +97,14 @@ def test_of_equally_near_entries_the_first_is_taken_and_a_vector_that_is_no_numb
 
 
 def test_ema_step_equals_one_computed_by_hand():
-    quantizer = VectorQuantizer(3, 2, decay=0.9, revive_threshold=0)
+    quantizer = VectorQuantizer(3, 2)
     entries = torch.tensor([[0.0, 0.0], [1.0, 1.0], [5.0, -5.0]])
     counts = torch.tensor([2.0, 1.0, 1e-5])  # as rare as the third entry is, Laplace smoothing halves it
     quantizer.codebook.copy_(entries)
     quantizer.ema_count.copy_(counts)
     quantizer.ema_sum.copy_(entries * counts[:, None])
     x = torch.tensor([[0.2, 0.4], [-0.4, 0.0], [1.5, 0.9], [0.3, 0.0]]).t().reshape(1, 2, 2, 2)
-    quantizer(x)
+    learn(Codebooks([quantizer], decay=0.9, revive_threshold=0), x)
     expected_counts = torch.tensor([0.9 * 2 + 0.1 * 3, 0.9 * 1 + 0.1 * 1, 0.9e-5])
     expected_sums = torch.tensor([[0.1 * 0.1, 0.1 * 0.4], [0.9 + 0.15, 0.9 + 0.09], [4.5e-5, -4.5e-5]])
     total = 2.1 + 1.0 + 0.9e-5
@@ -107,42 +115,67 @@ def test_ema_step_equals_one_computed_by_hand():
 
 
 def test_samples_past_the_quantiser_keep_their_values_and_touch_no_statistics():
-    mixed = VectorQuantizer(10, 4)
-    alone = VectorQuantizer(10, 4)
+    mixed, alone = (Codebooks([VectorQuantizer(10, 4)]) for _ in range(2))
     alone.load_state_dict(mixed.state_dict())
     x = torch.randn(4, 4, 5, 5)
     chosen = torch.tensor([True, False, True, False])
-    result = mixed(x, chosen, seeded())
-    only = alone(x[chosen], None, seeded())
+    result, usage = learn(mixed, x, chosen, seeded())
+    only, usage_alone = learn(alone, x[chosen], None, seeded())
     assert torch.equal(result.code[~chosen], x[~chosen])
     assert torch.equal(result.code[chosen], only.code)
-    assert torch.allclose(result.commitment_loss, only.commitment_loss)
-    assert torch.allclose(result.perplexity, only.perplexity)
+    assert torch.allclose(result.error[chosen], only.error)
+    assert torch.equal(usage, usage_alone)
     for name, value in mixed.state_dict().items():
         assert torch.allclose(value, alone.state_dict()[name], atol=1e-6), name
 
 
 def test_a_batch_of_which_nothing_is_quantised_leaves_the_entries_where_they_are():
-    quantizer = VectorQuantizer(10, 4)
-    before = quantizer.codebook.clone()
-    result = quantizer(torch.randn(2, 4, 5, 5), torch.zeros(2, dtype=torch.bool))
-    assert torch.allclose(quantizer.codebook, before, atol=1e-6)
-    assert (result.commitment_loss, result.perplexity) == (0, 1)
+    books = Codebooks([VectorQuantizer(10, 4)])
+    before = books[0].codebook.clone()
+    _, usage = learn(books, torch.randn(2, 4, 5, 5), torch.zeros(2, dtype=torch.bool))
+    assert torch.allclose(books[0].codebook, before, atol=1e-6)
+    assert perplexity(usage) == 1
+    assert VQVAE(**SMALL)(torch.rand(2, 1, 8, 8), torch.zeros(2)).commitment_loss == 0
+
+
+@pytest.mark.parametrize("poisoned", [None, 0, 1, 2])
+def test_all_levels_learn_at_once_what_each_would_alone(poisoned):
+    """Also if one of them is not finite, which then stands still; in evaluation all do."""
+    books = Codebooks([VectorQuantizer(20, 4) for _ in range(3)], decay=0.7, revive_threshold=0.9)
+    alone = copy.deepcopy(books)
+    x = [torch.randn(2, 4, side, side + 1) for side in (8, 4, 2)]
+    if poisoned is not None:
+        x[poisoned][0, 1, 1, 1] = math.nan
+    weight, draws = torch.tensor([1.0, 0.0]), books.draws(seeded())
+    indices = [book(each, weight).indices for book, each in zip(books, x, strict=True)]
+    before = copy.deepcopy(books.state_dict())
+    usage = books.eval().learn(x, indices, weight, draws)
+    assert all(torch.equal(value, before[name]) for name, value in books.state_dict().items())
+    assert torch.equal(usage, books.train().learn(x, indices, weight, draws))
+    for level, book in enumerate(alone):
+        own = Codebooks([book], decay=0.7, revive_threshold=0.9)
+        assert torch.equal(own.learn([x[level]], [indices[level]], weight, draws[level : level + 1])[0], usage[level])
+        changed = (books[level].codebook - before[f"{level}.codebook"]).abs().amax(1) > 0
+        assert changed.any() == (level != poisoned)
+        for name, value in book.state_dict().items():
+            assert torch.allclose(books[level].state_dict()[name], value, atol=1e-6), (level, name)
 
 
 def test_gradient_passes_straight_through():
     x = torch.randn(2, 4, 3, 3, requires_grad=True)
     weight = torch.randn(2, 4, 3, 3)
-    code = VectorQuantizer(10, 4)(x).code
+    code = VectorQuantizer(10, 4)(x, torch.ones(2)).code
     assert torch.equal(torch.autograd.grad((code * weight).sum(), x)[0], weight)
 
 
 def test_commitment_loss_is_the_mean_squared_distance_to_the_entry():
-    quantizer = VectorQuantizer(2, 2).eval()
+    quantizer = VectorQuantizer(2, 2)
     quantizer.codebook.copy_(torch.tensor([[0.0, 0.0], [10.0, 10.0]]))
     x = torch.tensor([[1.0, 2.0], [9.0, 10.0], [50.0, 50.0]])[:, :, None, None].requires_grad_()
-    loss = quantizer(x, torch.tensor([True, True, False])).commitment_loss
-    assert loss.item() == pytest.approx(((1 + 4) / 2 + (1 + 0) / 2) / 2)
+    weight = torch.tensor([1.0, 1.0, 0.0])
+    error = quantizer(x, weight).error
+    assert error.tolist() == [(1 + 4) / 2, (1 + 0) / 2, 40**2]
+    loss = (error * weight).sum() / 2
     # d/dz of ||z - e||^2 / (2 * 2): the entry gets no gradient, and a sample past the quantiser no loss
     expected = torch.tensor([[0.5, 1.0], [-0.5, 0.0], [0.0, 0.0]])
     assert torch.allclose(torch.autograd.grad(loss, x)[0].flatten(1), expected)
@@ -158,7 +191,7 @@ def test_perplexity_is_the_exponential_of_the_entropy(counts, expected):
 def test_revival_reseeds_exactly_the_rarely_used_entries_from_quantised_samples():
     entries = torch.tensor([[0.0, 0.0], [4.0, 0.0], [50.0, 0.0], [0.0, 4.0], [4.0, 4.0], [0.0, 50.0]])
     counts = torch.tensor([4.0, 4.0, 0.2, 4.0, 0.6, 0.1])
-    revived, plain = (VectorQuantizer(6, 2, decay=0.9, revive_threshold=threshold) for threshold in (0.1, 0.0))
+    revived, plain = (VectorQuantizer(6, 2) for _ in range(2))
     for quantizer in (revived, plain):
         quantizer.codebook.copy_(entries)
         quantizer.ema_count.copy_(counts)
@@ -166,8 +199,8 @@ def test_revival_reseeds_exactly_the_rarely_used_entries_from_quantised_samples(
     # entries 0, 1, 3 and 4 serve four vectors each; the second sample, far off, is not quantised
     near = entries[[0, 1, 3, 4]].repeat(4, 1) + 0.1 * torch.randn(16, 2)
     x = torch.stack([near, near + 1000]).transpose(1, 2).reshape(2, 2, 4, 4)
-    for quantizer in (revived, plain):
-        quantizer(x, torch.tensor([True, False]))
+    for quantizer, threshold in ((revived, 0.1), (plain, 0.0)):
+        learn(Codebooks([quantizer], decay=0.9, revive_threshold=threshold), x, torch.tensor([True, False]))
     dead = plain.ema_count < 0.1 * plain.ema_count.mean()
     assert dead.nonzero().flatten().tolist() == [2, 5]
     assert torch.equal(revived.codebook[~dead], plain.codebook[~dead])
@@ -179,12 +212,12 @@ def test_revival_reseeds_exactly_the_rarely_used_entries_from_quantised_samples(
 
 
 def test_revival_draws_vectors_in_proportion_to_their_squared_error():
-    quantizer = VectorQuantizer(4001, 1, decay=1.0)
+    quantizer = VectorQuantizer(4001, 1)
     quantizer.codebook.fill_(1000.0)[0] = 0.0  # one entry serves all; the others are dead
     quantizer.ema_count.fill_(1e-3)[0] = 1e5
     quantizer.ema_sum.copy_(quantizer.codebook * quantizer.ema_count[:, None])
     values = torch.tensor([0.0, 1.0, -2.0, 3.0])
-    quantizer(values.view(1, 1, 2, 2), generator=seeded())
+    learn(Codebooks([quantizer], decay=1.0), values.view(1, 1, 2, 2), generator=seeded())
     drawn = (quantizer.codebook[1:] == values).float().mean(0)
     assert torch.allclose(drawn, values**2 / 14, atol=0.04)  # five standard errors of 4000 draws
     assert drawn[0] == 0
@@ -224,23 +257,24 @@ def _update_half(rank, folder):
     """Body of one of two processes: an update on its half of the batch."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     case = torch.load(folder / "case.pt", weights_only=True)
-    quantizer = VectorQuantizer(*case["state"]["codebook"].shape, revive_threshold=0)
-    quantizer.load_state_dict(case["state"])
-    result = quantizer(case["x"][2 * rank : 2 * rank + 2], case["chosen"][2 * rank : 2 * rank + 2])
-    torch.save((quantizer.state_dict(), result.perplexity), folder / f"{rank}.pt")
+    books = Codebooks([VectorQuantizer(10, 4)], revive_threshold=0)
+    books.load_state_dict(case["state"])
+    own = slice(2 * rank, 2 * rank + 2)
+    _, usage = learn(books, case["x"][own], case["chosen"][own])
+    torch.save((books.state_dict(), usage), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_hold_the_codebook_of_one(tmp_path):
-    quantizer = VectorQuantizer(10, 4, revive_threshold=0)
+    books = Codebooks([VectorQuantizer(10, 4)], revive_threshold=0)
     x, chosen = torch.randn(4, 4, 5, 5), torch.tensor([True, False, True, True])
-    torch.save({"state": quantizer.state_dict(), "x": x, "chosen": chosen}, tmp_path / "case.pt")
+    torch.save({"state": books.state_dict(), "x": x, "chosen": chosen}, tmp_path / "case.pt")
     mp.spawn(_update_half, (tmp_path,), nprocs=2)
-    result = quantizer(x, chosen)
+    _, usage = learn(books, x, chosen)
     for rank in range(2):
-        state, usage = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.allclose(usage, result.perplexity)
-        for name, value in quantizer.state_dict().items():
+        state, usage_of_both = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(usage_of_both, usage)
+        for name, value in books.state_dict().items():
             assert torch.allclose(state[name], value, atol=1e-6), name
 
 
@@ -337,7 +371,6 @@ def test_the_wrapper_keeps_the_first_stage_frozen(trained):
     model, images = trained
     before = {name: value.clone() for name, value in model.state_dict().items()}
     wrapper = VQVAE2Wrapper(model.train()).train()
-    assert not any(module.training for module in wrapper.modules())
     assert not any(parameter.requires_grad for parameter in wrapper.parameters())
     z = wrapper.encode(images)
     wrapper.decode(z, quantize=True)

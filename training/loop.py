@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class TakenStep:
     """A step that was taken, or skipped, on the device, and not yet looked at on the host."""
 
     step: int
-    finite: Sequence[Tensor]  # of the loss of every forward pass in it, and of the norm of the gradient
+    figures: list[Tensor]  # the loss of every forward pass in it, and the norm of the gradient: () each
     images: list[list[str]]  # of every forward pass
 
 
@@ -245,7 +245,7 @@ class Trainer:
         """
         torch.manual_seed(seed_of("step", self.seed, self.step, distributed.rank()))  # dropout is not keyed by sample
         passes = math.ceil(samples / self.mini_batch)
-        logs: dict[str, Tensor] = {}
+        logs: float | Tensor = 0.0
         taken = TakenStep(self.step + 1, [], [])
         for number, batch in enumerate(itertools.islice(batches, passes), 1):
             share = sum(batch.counts) / samples
@@ -257,23 +257,23 @@ class Trainer:
                     result = self.objective(batch)
                 # gradients are averaged over the processes, and shares add up
                 self.scaler.scale(result.loss * (share * distributed.size())).backward()
-            for name, value in result.logs.items():
-                logs[name] = logs.get(name, 0) + value.detach() * share
-            taken.finite.append(result.loss.detach().isfinite())
+            logs += torch.stack([*result.logs.values()]).detach() * share
+            taken.figures.append(result.loss.detach())
             taken.images.append([meta.path for meta in batch.meta if meta.key.counts])
-        taken.finite.append(self.optimizer_step())
+        taken.figures.append(self.optimizer_step())
         self.taken.append(taken)
-        return logs
+        return dict(zip(result.logs, logs, strict=True))
 
     def look_at_steps(self) -> None:
         """Find those of the steps since the last look that were skipped, and name their images.
 
         Raises UserError after `MOST_SKIPPED` in a row.
         """
-        flags = iter(torch.stack([f for taken in self.taken for f in taken.finite]).tolist() if self.taken else [])
+        figures = [figure for taken in self.taken for figure in taken.figures]
+        flags = iter(torch.stack(figures).isfinite().tolist() if figures else [])
         skipped: dict[int, list[tuple[bool, str]]] = {}  # images of a step, and whether their pass was finite
         for taken in self.taken:
-            *passes, norm = itertools.islice(flags, len(taken.finite))
+            *passes, norm = itertools.islice(flags, len(taken.figures))
             if not (all(passes) and norm):
                 pairs = zip(passes, taken.images, strict=True)
                 skipped[taken.step] = [(finite, path) for finite, paths in pairs for path in paths]
@@ -311,7 +311,7 @@ class Trainer:
         """Whether it is time for a checkpoint inside an epoch, and the last step was finite: else the weights may be bad."""
         if self.folder is None or not 0 < self.hps.checkpoint_minutes * 60 < time.monotonic() - self.saved_at:
             return False
-        return all(self.taken[-1].finite) if self.taken else not self.skips_in_row
+        return bool(torch.stack(self.taken[-1].figures).isfinite().all()) if self.taken else not self.skips_in_row
 
     def stop_if_asked(self) -> None:
         """Raises `stopping.Stopped` in all processes of the run if one of them has got a signal."""
@@ -353,25 +353,24 @@ class Trainer:
     def optimizer_step(self) -> Tensor:
         """Clip the accumulated gradients and update the weights.
 
-        Returns whether the gradient was finite, () bool on the device; if it was not, no weight has changed.
+        Returns the norm of the gradient, () on the device; if it is not finite, no weight has changed.
         """
         first, stop = self.phase()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.hps, self.step - first, stop - first)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.hps.grad_clip_norm or math.inf)
-        finite = norm.detach().isfinite()
         if self.scaler.is_enabled():  # it looks itself, and finds its scale by steps that are not finite
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            finite = torch.ones_like(finite)
+            norm = torch.zeros_like(norm)
         else:
-            self.optimizer.found_inf = (~finite).float()  # fused optimisers skip the step on the device
+            self.optimizer.found_inf = (~(norm < math.inf)).float()  # fused optimisers skip the step on the device
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.after_step()
-        return finite
+        return norm
 
     def end_epoch(self) -> None:
         """Count the epoch; validate, draw a sample picture and save, as often as the settings say."""
