@@ -19,6 +19,7 @@ from evaluation.pictures import comparison
 from helper import UserError, amp_dtype, get_parameter_count, randn_by_sample, seed_of, seeded_generator
 from hps import HParams
 from loading.batches import Batch, LatentBatch
+from models import precision
 from models.samplers import NoiseField, Sampling
 from running import distributed
 from running.checkpoints import Checkpoint, weights_digest
@@ -78,7 +79,7 @@ class VQVAETrainer(Trainer):
         # one generator a step: dead codes are re-seeded from the whole batch
         draws = self.model.quantizers.draws(seeded_generator("revive", self.seed, self.step, keys[0].index))
         clean = self.images(batch)
-        output = self.model(clean, weights[0])
+        output = precision.call(self.model, self.amp, clean, weights[0])
         draws = draws.to(self.device, non_blocking=True)
         usage = self.model.quantizers.learn(output.vectors, output.indices, weights[0], draws)
         parts = part_of_mean(weights)

@@ -49,8 +49,8 @@ class ReZeroBlock(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        # in place: no backward pass looks at what a convolution returned
-        return x + self.alpha * self.conv2(F.relu(self.conv1(F.relu(x)), inplace=True))
+        # in place: no backward pass looks at what a convolution returned, nor at a product
+        return (self.alpha * self.conv2(F.relu(self.conv1(F.relu(x)), inplace=True))).add_(x)
 
 
 def _residual_stack(channels: int, res_channels: int, nb_res_layers: int) -> nn.Sequential:

@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 import trainer as trainer_module
-import vqvae as vqvae_module
 from diffusion import LatentDiffusion, make_diffusion
 from hps import HPS_VQVAE, HParams
 from loading.batches import Batch, Meta, SampleKey
@@ -145,6 +144,9 @@ def fake_tensors(mode: FakeTensorMode, device: str = "cpu") -> Iterator[None]:
         patch(nn.Module, "to", lambda self, *args, **kwargs: self),
         patch(FakeTensorMode, "__deepcopy__", lambda self, memo: self, create=True),
         patch(LatentDiffusion, "has_samples", True),  # values would say it
+        patch(
+            nn.utils.clip_grad, "_has_foreach_support", lambda tensors, device: True
+        ),  # CUDA has, for all gradients at once
     ]
     if device == "cuda":
         torch._C._ensureCUDADeviceGuardSet()
@@ -159,7 +161,6 @@ def fake_tensors(mode: FakeTensorMode, device: str = "cpu") -> Iterator[None]:
     else:  # CUDA's way where the models part by device, and the one function that its autocast runs in float32, the CPU's not
         patches += [
             patch(FakeTensor, "is_cuda", True, create=True),
-            patch(vqvae_module, "LOOKUP_ROWS", vqvae_module.LOOKUP_ROWS_GPU),
             patch(F, "interpolate", _in_float32(F.interpolate)),
         ]
     with contextlib.ExitStack() as stack:
