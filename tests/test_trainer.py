@@ -468,17 +468,46 @@ def test_samples_depend_on_their_noise_field_and_draws_not_on_the_batch():
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [stage_1, stage_2])
-def test_compiling_leaves_the_names_of_a_state_dict_and_the_loss_as_they_are(make, monkeypatch):
-    compiled = []
-    # the compiler itself is torch's, and takes a minute: what it is given here runs as it stands
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
-    plain, trainer = make(4), make(4)
-    trainer.compile()
-    assert len(compiled) == (2 if make is stage_2 else 1)
-    assert list(trainer.model.state_dict()) == list(plain.model.state_dict())
-    batches = [next(iter(own.loader)) for own in (plain, trainer)]
-    assert trainer.loss(batches[1]).loss.item() == plain.loss(batches[0]).loss.item()
+def small_unets(samples):
+    return stage_2(samples, channel_mult=[1, 2], num_res_blocks=1, mean_res_blocks=1)
+
+
+@pytest.mark.parametrize(("make", "amp"), [(stage_1, torch.bfloat16), (small_unets, None)])
+def test_a_compiled_step_is_one_graph_and_equals_a_plain_one(make, amp, monkeypatch):
+    """As far as torch traces it: code for a device takes a minute to generate."""
+    compiled, compile_ = [], torch.compile
+
+    def traced(function, **options):
+        compiled.append(function)
+        return compile_(function, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    steps = []
+    for compiles in (False, True):
+        trainer = make(4)
+        trainer.amp = amp
+        torch.manual_seed(1)
+        with torch.no_grad():  # a model that is the identity, or predicts zero, has hardly any gradient
+            for parameter in trainer.model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        trainer.begin()
+        trainer.model.train()
+        if compiles:
+            trainer.compile()
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp is not None):
+            loss = trainer.loss(next(iter(trainer.loader))).loss
+        loss.backward()
+        gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        steps.append(
+            {"loss": loss.detach(), **trainer.model.state_dict(), **{f"{n}.grad": g for n, g in gradients.items()}}
+        )
+    torch._dynamo.reset()
+    assert len(compiled) == (1 if make is stage_1 else 2)
+    plain, traced_ = steps
+    assert list(plain) == list(traced_)
+    for name, value in plain.items():
+        torch.testing.assert_close(traced_[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_stage_2_draws_the_low_dose_that_its_loader_left_to_it():
