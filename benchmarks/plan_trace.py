@@ -144,9 +144,6 @@ def fake_tensors(mode: FakeTensorMode, device: str = "cpu") -> Iterator[None]:
         patch(nn.Module, "to", lambda self, *args, **kwargs: self),
         patch(FakeTensorMode, "__deepcopy__", lambda self, memo: self, create=True),
         patch(LatentDiffusion, "has_samples", True),  # values would say it
-        patch(
-            nn.utils.clip_grad, "_has_foreach_support", lambda tensors, device: True
-        ),  # CUDA has, for all gradients at once
     ]
     if device == "cuda":
         torch._C._ensureCUDADeviceGuardSet()
