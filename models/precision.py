@@ -26,12 +26,14 @@ class _Cast(torch.autograd.Function):
         return None, *_Cast.forward(ctx, torch.float32, *gradients)
 
 
-def call(module: nn.Module, dtype: torch.dtype | None, *args: Any) -> Any:
-    """`module(*args)` with its weights in `dtype`, in which autocast leaves them; None: as they are.
+def call(module: nn.Module, *args: Any) -> Any:
+    """`module(*args)` as it is without autocast and, under it, with all weights cast at once.
 
     Scalars stay in float32, in which operators use them also beside tensors in half precision.
     """
-    if dtype is None:
+    weights = {name: parameter for name, parameter in module.named_parameters() if parameter.dim()}
+    device = next(iter(weights.values())).device.type
+    if not torch.is_autocast_enabled(device):
         return module(*args)
-    names, weights = zip(*((name, p) for name, p in module.named_parameters() if p.dim()), strict=True)
-    return functional_call(module, dict(zip(names, _Cast.apply(dtype, *weights), strict=True)), args)
+    cast = _Cast.apply(torch.get_autocast_dtype(device), *weights.values())
+    return functional_call(module, dict(zip(weights, cast, strict=True)), args)

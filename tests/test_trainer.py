@@ -12,6 +12,7 @@ from datasets import get_dataset
 from diffusion import ConditioningView, DiffusionLoss, make_diffusion, sample_latents
 from helper import UserError
 from hps import HPS_DIFFUSION, HPS_VQVAE
+from models import precision
 from models.samplers import NoiseField, Sampling
 from restoration.restorer import Restorer
 from running.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
@@ -406,6 +407,22 @@ def test_loss_in_bfloat16_is_that_of_single_precision_within_a_few_percent(make)
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_weights_cast_at_once_give_the_gradients_of_autocast_to_the_bit(enabled):
+    model, images = make_vqvae(), torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    gradients = []
+    for call in (model, functools.partial(precision.call, model)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = call(images, torch.tensor([True, False]))
+        loss = output.reconstruction.float().square().mean() + output.commitment_loss
+        gradients.append(torch.autograd.grad(loss, [*model.parameters()]))
+    for (name, _), plain, cast in zip(model.named_parameters(), *gradients, strict=True):
+        assert torch.equal(plain, cast) and plain.dtype == cast.dtype == torch.float32 and plain.any(), name
+
+
 def test_precision_of_autocast_is_bfloat16_or_none():
     assert amp_dtype(CPU, False) is None and amp_dtype(CPU, True) is torch.bfloat16
 
@@ -485,7 +502,6 @@ def test_a_compiled_step_is_one_graph_and_equals_a_plain_one(make, amp, monkeypa
     steps = []
     for compiles in (False, True):
         trainer = make(4)
-        trainer.amp = amp
         torch.manual_seed(1)
         with torch.no_grad():  # a model that is the identity, or predicts zero, has hardly any gradient
             for parameter in trainer.model.parameters():
