@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,75 +24,41 @@ STRIP = 192  # rows of an image on which the share of its correction is measured
 PROBE = 0.1  # standard deviations by which an image is moved to see how its correction follows
 
 
-class Domain(Protocol):
-    """What a model sees of images (..., H, W), and back."""
+@dataclass(frozen=True)
+class Domain:
+    """What a model sees of images (..., H, W), and back.
+
+    A stabilised model sees them in units of their noise, whatever it is and whatever they are stored in. The noise is
+    correlated still: `whiten` and `colour` stand around the networks, once edges are taken apart. Another model sees images
+    in [0, 1], multiplied so that their noise is what it knows.
+    """
 
     level: float  # noise level that the networks are told
     own_level: float | None  # noise level of the image, which they may not know; None: nobody knows
-    factor: float  # of `Restoration`
-    is_cleaner: bool  # the image has less noise than those of the training
     noise: NoiseModel | None  # of its values; None: nobody knows
-
-    def values(self, image: Tensor) -> Tensor: ...
-
-    def image(self, values: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class UnitNoise:
-    """Images in units of their noise, whatever it is and whatever they are stored in.
-
-    The noise is correlated still: `whiten` and `colour` stand around the networks, once edges are taken apart.
-    """
-
-    stored: NoiseModel  # in the units of the images, `placed`
-    level: float
-    own_level: float
-    is_cleaner: bool
-    factor: float = 1.0
+    is_cleaner: bool = False  # the image has less noise than those of the training
+    factor: float = 1.0  # of `Restoration`
+    stored: NoiseModel | None = None  # in the units of the images, `placed`; None: the model is not stabilised
 
     @classmethod
-    def of(cls, image: np.ndarray, noise: NoiseModel, mask: np.ndarray, restorer: Restorer) -> UnitNoise:
-        """That of an image (H, W)."""
-        noise, (least, most) = placed(noise, image, mask), restorer.level_range
-        return cls(noise, float(np.clip(noise.level, least, most)), noise.level, noise.level < least)
-
-    @property
-    def noise(self) -> NoiseModel:
-        return replace(UNIT_NOISE, kernel=self.stored.kernel)
-
-    def values(self, image: Tensor) -> Tensor:
-        return stabilize(image, self.stored)
-
-    def image(self, values: Tensor) -> Tensor:
-        return unstabilize(values, self.stored)
-
-
-@dataclass(frozen=True)
-class Matched:
-    """Images in [0, 1], multiplied so that their noise is what a model knows that is not stabilised."""
-
-    level: float
-    own_level: float | None
-    factor: float
-    is_cleaner: bool
-    noise: NoiseModel | None
-
-    @classmethod
-    def of(cls, image: np.ndarray, noise: NoiseModel | None, mask: np.ndarray, restorer: Restorer) -> Matched:
+    def of(cls, image: np.ndarray, noise: NoiseModel | None, mask: np.ndarray, restorer: Restorer) -> Domain:
         """That of an image (H, W), of which nothing is multiplied past full scale."""
-        level, known = restorer.hps.noise_level, restorer.noise
+        known, level = restorer.noise, restorer.hps.noise_level
+        if restorer.stabilized:
+            stored, (least, most) = placed(noise or known, image, mask), restorer.level_range
+            white, own = replace(UNIT_NOISE, kernel=stored.kernel), stored.level
+            return cls(float(np.clip(own, least, most)), own, white, own < least, stored=stored)
         if noise is None:
-            return cls(level, None, 1.0, False, None)
+            return cls(level, None, None)
         wanted = matching_factor(noise, known, float(image[mask].mean()))
         factor = min(wanted, max(1.0, 1.0 / max(float(np.quantile(image[mask], PEAK_QUANTILE)), 1e-6)))
-        return cls(level, level / wanted, factor, factor < wanted, noise.scaled(factor))
+        return cls(level, level / wanted, noise.scaled(factor), factor < wanted, factor)
 
     def values(self, image: Tensor) -> Tensor:
-        return image * self.factor
+        return stabilize(image, self.stored) if self.stored else image * self.factor
 
     def image(self, values: Tensor) -> Tensor:
-        return values / self.factor
+        return unstabilize(values, self.stored) if self.stored else values / self.factor
 
 
 def matching_factor(noise: NoiseModel, known: NoiseModel, intensity: float) -> float:
@@ -119,14 +84,10 @@ class TiledRestorer:
     tile: int  # side in pixels; 0: the restorer's own
     progress: bool
 
-    @property
-    def is_stabilized(self) -> bool:
-        return isinstance(self.domain, UnitNoise)
-
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """Products (K, H, W) of values (H, W); at edges far above the noise, each side is restored by itself."""
         sides = None
-        if self.is_stabilized:
+        if self.restorer.stabilized:
             sides = part_sides(values, least_step(full_scale_of(self.domain.level), self.domain.noise.kernel))
         if sides is None:
             return self._in_tiles(torch.from_numpy(values)[None], self._one)
@@ -140,10 +101,10 @@ class TiledRestorer:
         multiple = self.restorer.scale
         wanted = (self.tile, self.tile) if self.tile else self.restorer.tile
         tile = tuple(max(2, math.ceil(side / multiple)) * multiple for side in wanted)
-        if self.is_stabilized:
+        if self.restorer.stabilized:
             layers = whiten(layers, self.domain.noise)
         products = restore_in_tiles(layers[None], function, tile, multiple, progress=self.progress)[0]
-        return (colour(products, self.domain.noise) if self.is_stabilized else products).numpy()
+        return (colour(products, self.domain.noise) if self.restorer.stabilized else products).numpy()
 
     def _one(self, part: Tensor, origin: tuple[int, int]) -> Tensor:
         told = dict(level=self.domain.level, origin=origin, progress=self.progress)
@@ -173,10 +134,7 @@ def restore_image(
     mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
     if noise is not None and noise.is_none:
         return Restoration(np.repeat(image[None], max(1, restorer.samples), 0), 0.0, math.inf, 0.0)
-    if restorer.stabilized:
-        domain = UnitNoise.of(image, noise or restorer.noise, mask, restorer)
-    else:
-        domain = Matched.of(image, noise, mask, restorer)
+    domain = Domain.of(image, noise, mask, restorer)
     denoise = TiledRestorer(restorer, domain, name, tile, progress)
     values, clipped = domain.values(torch.from_numpy(image)).numpy(), clipped_background(image, mask)
     window = _window(~clipped)
