@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from helper import UserError, get_device, one_line, sampling_dtype, tracked
 from restoration import RESEARCH_USE
@@ -22,33 +21,25 @@ from running.scripts import finish_batch, run_script
 LEVEL_RANGE = 1e-6, 1000.0  # of noise levels: beyond it single precision, and the quanta, run out
 
 
-def noise_level(text: str, words: Sequence[str] = ()) -> float | str:
+def number(said: str, holds: Callable[[float], bool], *words: str) -> Callable[[str], float | str]:
+    """An argparse type: a number that `holds`, as is `said` of it, or one of some words."""
+
+    def read(text: str) -> float | str:
+        if text in words:
+            return text
+        with contextlib.suppress(ValueError):
+            if holds(value := float(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {', '.join([*words, said])}, not {text!r}")
+
+    return read
+
+
+def noise_level(*words: str) -> Callable[[str], float | str]:
     """An argparse type: a noise level, 0 for none, or one of some words."""
-    if text in words:
-        return text
     least, most = LEVEL_RANGE
-    with contextlib.suppress(ValueError):
-        level = float(text)
-        if level == 0 or least <= level <= most:
-            return level
-    known = "".join(f"{word}, " for word in words)
-    raise argparse.ArgumentTypeError(f"must be {known}0 or a number from {least:g} to {most:g}, not {text!r}")
-
-
-def dose_fraction(text: str) -> float:
-    """An argparse type: a fraction of a dose."""
-    with contextlib.suppress(ValueError):
-        if 0.01 <= (fraction := float(text)) < 1:
-            return fraction
-    raise argparse.ArgumentTypeError(f"must be a fraction from 0.01 to below 1, not {text!r}")
-
-
-def dose_factor(text: str) -> float:
-    """An argparse type: how many times a dose."""
-    with contextlib.suppress(ValueError):
-        if 1 < (factor := float(text)) <= 100:
-            return factor
-    raise argparse.ArgumentTypeError(f"must be a number above 1, up to 100, not {text!r}")
+    said = f"0 or a number from {least:g} to {most:g}"
+    return number(said, lambda level: level == 0 or least <= level <= most, *words)
 
 
 def sample_count(text: str) -> int:
@@ -87,12 +78,12 @@ def parse_arguments() -> argparse.Namespace:
         help="uncertainty.json of an evaluation of the model, for --samples (default: that beside --load-path)",
     )  # fmt: skip
     add(
-        "--noise-level", type=functools.partial(noise_level, words=("auto", "trained")),
+        "--noise-level", type=noise_level("auto", "trained"),
         help="noise of the inputs: a level; auto: estimated from each image (default, or that of --degrade); "
         "trained: as the model was trained, whatever it is",
     )  # fmt: skip
     add(
-        "--degrade", type=noise_level, metavar="NOISE_LEVEL",
+        "--degrade", type=noise_level(), metavar="NOISE_LEVEL",
         help="simulate a low dose of full-dose inputs first, and report PSNR and SSIM against them",
     )  # fmt: skip
     add(
@@ -100,11 +91,11 @@ def parse_arguments() -> argparse.Namespace:
         help="noise of the inputs: detector.json of preprocessing/calibrate.py, which measures it on flat fields",
     )  # fmt: skip
     add(
-        "--dose", type=dose_fraction, metavar="FRACTION",
+        "--dose", type=number("a fraction from 0.01 to below 1", lambda f: 0.01 <= f < 1), metavar="FRACTION",
         help="simulate that fraction of the dose of full-dose inputs first, by their own noise, and report PSNR and SSIM",
     )  # fmt: skip
     add(
-        "--to-dose", type=dose_factor, metavar="FACTOR",
+        "--to-dose", type=number("a number above 1, up to 100", lambda f: 1 < f <= 100), metavar="FACTOR",
         help="blend the restoration with the input, to the noise of so many times its dose (default: as little as there can be)",
     )  # fmt: skip
     add("--resize", action="store_true", help="work on the training grid, not at the image's own pixels")

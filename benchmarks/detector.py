@@ -27,7 +27,7 @@ from preprocessing.noise import KERNEL_SIDE, NoiseModel, kernel_of, unit_noise
 from restoration.classical import vst_bm3d
 from restoration.dose import to_dose
 from restoration.restore import restore_image
-from restoration.restorer import SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer, sampling_of
+from restoration.restorer import SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer
 from running.command_line import Parser, device_arguments, non_negative_int, path_argument, positive_int
 from running.folders import record_run
 from running.scripts import run_script
@@ -144,8 +144,7 @@ class Bench:
         made[AUTO] = restore_image(self.restorer, image, estimate_noise(image).noise, name).pixels
         made |= {f"mean, to {f} x the dose": to_dose(image, made[MEAN], noise, f) for f in self.args.to_dose}
         if count := self.args.samples:
-            sampling = sampling_of(self.restorer.hps, "dpm++", self.args.steps)
-            sampler = dataclasses.replace(self.restorer, samples=count, sampling=sampling)
+            sampler = self.restorer.drawing(count, "dpm++", self.args.steps)
             products = restore_image(sampler, image, noise, name).products
             made |= {SAMPLE: products[0], f"mean of {count} samples": products.mean(0)}
         return made
@@ -275,13 +274,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--doses", nargs="+", choices=DOSES, default=["50prct", "100prct"], help="(default: 50prct 100prct)")
     add("--regions", type=positive_int, help="only the first so many regions")
     add("--samples", type=non_negative_int, default=8, help="by DPM-Solver++; 0: none (default: 8)")
-    add(
-        "--to-dose",
-        nargs="*",
-        type=positive_int,
-        default=[2],
-        help="blends of the mean, as main-restore.py's (default: 2)",
-    )
+    add("--to-dose", nargs="*", type=positive_int, default=[2], help="blends of the mean with its input (default: 2)")
     add("--steps", type=positive_int, help="network evaluations of a sample (default: the checkpoint's)")
     add("--phantoms", type=non_negative_int, default=400, help="pairs of phantoms (default: 400)")
     device_arguments(parser)

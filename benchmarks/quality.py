@@ -49,7 +49,7 @@ from preprocessing.noise import NoiseModel
 from preprocessing.stabilize import stabilize
 from restoration.classical import vst_bm3d
 from restoration.restore import restore_image
-from restoration.restorer import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer, sampling_of
+from restoration.restorer import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer
 from running.command_line import Parser, device_arguments, path_argument, positive_int
 from running.folders import record_run
 from running.scripts import run_script
@@ -84,10 +84,6 @@ class Bench:
     def mean(self, image: np.ndarray, noise: NoiseModel, name: str) -> np.ndarray:
         """The posterior mean of an image (H, W)."""
         return restore_image(self.restorer, image, noise, name).pixels
-
-    def sampler(self, kind: str, steps: int | None, count: int) -> Restorer:
-        """The restorer that draws so many posterior samples."""
-        return dataclasses.replace(self.restorer, samples=count, sampling=sampling_of(self.restorer.hps, kind, steps))
 
     def bar(self, items: Iterable, what: str, unit: str = "image", total: int | None = None) -> Iterator:
         """The items under a progress bar, or with a line a minute."""
@@ -143,7 +139,8 @@ class CropLevel:
             images["clean, continuous"] = autoencode(restorer, crop.clean, noise, False), 0
             images["clean, quantised"] = autoencode(restorer, crop.clean, noise, True), 0
         images[MEAN] = bench.mean(low, noise, crop.key), restorer.evaluations
-        ddim, fast = bench.sampler("ddim", args.ddim_steps, 1), bench.sampler("dpm++", args.fast_steps, args.samples)
+        ddim = restorer.drawing(1, "ddim", args.ddim_steps)
+        fast = restorer.drawing(args.samples, "dpm++", args.fast_steps)
         exact, many = (restore_image(sampler, low, noise, crop.key).products for sampler in (ddim, fast))
         steps = fast.sampling.steps
         images[f"posterior sample, {ddim.sampling}"] = exact[0], 1 + ddim.sampling.steps
@@ -263,7 +260,7 @@ def run_calcifications(bench: Bench) -> dict:
     scenes = list(bench.bar(Scene.draw(args.phantoms, args.crop), "phantoms", total=args.phantoms * len(SHARES)))
     lows = [scene.case.low_dose(LEVEL) for scene in scenes]
     rivals = bench.bm3d.restore(lows, noise, "calcifications")
-    sampler = bench.sampler("ddim", args.ddim_steps, 1)
+    sampler = bench.restorer.drawing(1, "ddim", args.ddim_steps)
     rows = []
     for scene, low, rival in bench.bar(list(zip(scenes, lows, rivals, strict=True)), MEAN):
         name, drawn = scene.case.key, scene.calcifications

@@ -43,7 +43,7 @@ from preprocessing.stabilize import stabilize
 from restoration.classical import bm3d_is_there, restore_by_bm3d
 from restoration.denoiser import Denoiser
 from restoration.restore import restore_image
-from restoration.restorer import Restorer, sampling_of
+from restoration.restorer import Restorer
 from running.checkpoints import Checkpoint
 from running.folders import evaluation_folder
 from running.writing import write_json
@@ -312,8 +312,7 @@ def products_of(mean: Restorer) -> list[Restorer]:
     if not mean.model.has_samples:
         print("no posterior samples: the model's training ended before the diffusion")
         return [mean]
-    sample = dataclasses.replace(mean, samples=1, sampling=sampling_of(mean.hps, "ddim"))
-    samples = dataclasses.replace(mean, samples=MEAN_OF, sampling=sampling_of(mean.hps, "dpm++"))
+    sample, samples = mean.drawing(1, "ddim"), mean.drawing(MEAN_OF, "dpm++")
     if not mean.model.has_mean:
         print("no posterior mean: the model is a plain diffusion (precondition=none)")
         return [sample, samples]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +101,10 @@ class Restorer:
                 raise UserError(f"--steps {sampling.steps}: {error}") from None
         first_stage = VQVAE2Wrapper(vqvae).to(device)
         return cls(first_stage, model.to(device), checkpoint.hps, samples, sampling, seed, name, amp)
+
+    def drawing(self, samples: int, sampler: str, steps: int | None = None) -> Restorer:
+        """The restorer that draws so many posterior samples by a `sampler`, in its own number of steps or in `steps`."""
+        return replace(self, samples=samples, sampling=sampling_of(self.hps, sampler, steps))
 
     @property
     def product(self) -> str:
