@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -94,20 +95,8 @@ def dicom_tag(path: Path, tag: str) -> str:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class DicomImage:
-    """The image of a DICOM file."""
-
-    pixels: np.ndarray  # (H, W) float32 in [0, 1]
-    bits: int
-    header: pydicom.Dataset  # the data set up to its pixels
-    padding: np.ndarray | None  # (H, W) bool
-    filling: np.ndarray  # the stored values of the padding, in its order
-    remarks: dict[str, int]  # what a header says and its pixels do not: sentences, with the number of pixels or 0
-
-
-def read_dicom(path: Path) -> DicomImage:
-    """The image of a DICOM file.
+def read_dicom(path: Path) -> dict[str, Any]:
+    """What a `Mammogram` holds of a DICOM file.
 
     Raises ImageError if the file is not a single grayscale image of at most 16 bits, and what pydicom raises for a broken one.
     """
@@ -147,7 +136,7 @@ def read_dicom(path: Path) -> DicomImage:
     if past.any():
         remarks[PAST_THE_BITS] = int(past.sum())
     filling = raw[np.zeros_like(past) if padding is None else padding]
-    return DicomImage(pixels, scaling.bits, header, padding, filling, remarks)
+    return dict(pixels=pixels, bits=scaling.bits, header=header, padding=padding, filling=filling, remarks=remarks)
 
 
 def _behind_the_pixels() -> Callable[..., bool]:

@@ -44,18 +44,11 @@ class Mammogram:
     path: Path
     pixels: np.ndarray  # (H, W) float32 in [0, 1]; dense tissue is bright unless `is_raw`
     bits: int  # 8 or 16 in a picture, the bits stored in DICOM
-    header: pydicom.Dataset | None = None  # of DICOM: the whole data set
+    header: pydicom.Dataset | None = None  # of DICOM: the data set up to its pixels
     padding: np.ndarray | None = None  # of DICOM: (H, W) bool, True outside the image
-    filling: np.ndarray | None = None  # of DICOM: what is stored there
-    remarks: dict[str, int] = field(default_factory=dict)  # see `remark_lines`
-    carried: dict[str, Any] = field(
-        default_factory=dict
-    )  # of a picture: its pixel pitch and orientation, kept in a PNG
-
-    @property
-    def suffix(self) -> str:
-        """Suffix of the file that `write` makes: `.dcm` for DICOM, else `.png`."""
-        return ".png" if self.header is None else ".dcm"
+    filling: np.ndarray | None = None  # of DICOM: what is stored there, in its order
+    remarks: dict[str, int] = field(default_factory=dict)  # what a header says and its pixels do not: `remark_lines`
+    carried: dict[str, Any] = field(default_factory=dict)  # of a picture: pixel pitch and orientation, kept in a PNG
 
     @property
     def scale(self) -> Scaling:
@@ -126,7 +119,7 @@ def read_mammogram(path: Path) -> Mammogram:
             if path.stat().st_size == 0:
                 raise ImageError(f"{path}: not a readable image (the file is empty); remove or replace it")
             if is_dicom(path):
-                return Mammogram(path, **vars(read_dicom(path)))
+                return Mammogram(path, **read_dicom(path))
             pixels, bits, carried = read_picture(path)
             return Mammogram(path, pixels, bits, carried=carried)
     except ImageError:

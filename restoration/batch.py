@@ -106,9 +106,11 @@ class BatchRestorer:
     remarks: dict[str, dict[str, int]] = field(default_factory=dict)  # of the images, by name: see `remark_lines`
 
     @property
-    def is_simulated(self) -> bool:
-        """Whether a low dose of the inputs is made, which they are the truth of."""
-        return self.args.degrade is not None or self.args.dose is not None
+    def simulated(self) -> str:
+        """What low dose is made of the inputs, which they are the truth of; empty if none is made."""
+        if self.args.dose is not None:
+            return f"{100 * self.args.dose:g} % of the dose"
+        return "" if self.args.degrade is None else f"noise level {self.args.degrade:g}"
 
     @property
     def product(self) -> str:
@@ -137,7 +139,7 @@ class BatchRestorer:
         self._write(job, own, result)
         images, figures = {self.product: result.pixels}, {}
         clean = torch.from_numpy(own.reference)[None]
-        if self.is_simulated:
+        if self.simulated:
             images = {INPUT: own.image} | images
             sample = {f"posterior sample, {self.restorer.sampling}": result.products[0]} if args.samples else {}
             for method, image in (images | sample).items():
@@ -175,9 +177,8 @@ class BatchRestorer:
             )
         if args.dose is not None:
             if noise is None or noise.is_none:
-                raise UserError(
-                    f"{job.source}: {doubt or 'its noise is not known'}, so no dose can be simulated; pass --detector"
-                )
+                reason = doubt or "its noise is not known"
+                raise UserError(f"{job.source}: {reason}, so no dose can be simulated; pass --detector")
             low = simulate_dose(torch.from_numpy(reference), args.dose, noise, generator)
             # as bright as the full dose, for both to be compared, and in the range of what can be stored
             image = (noise.offset + (low - noise.offset) / args.dose).numpy().astype(np.float32).clip(0, 1)
@@ -208,10 +209,9 @@ class BatchRestorer:
             said = self._description(own, f"posterior sample number {number} of {samples}, {restorer.sampling}")
             own.mammogram.write(job.sample(number), own.at_own_size(sample), said, series=description)
         if samples:
-            factor = (
-                None if self.calibration is None else self.calibration.factor(result.level or restorer.hps.noise_level)
-            )
-            clean = own.reference if self.is_simulated else None
+            level, calibration = result.level or restorer.hps.noise_level, self.calibration
+            factor = None if calibration is None else calibration.factor(level)
+            clean = own.reference if self.simulated else None
             write_maps(job, own.mammogram, result.products, factor, description, clean)
 
     def _product(self, own: InputImage) -> str:
@@ -221,42 +221,28 @@ class BatchRestorer:
     def _description(self, own: InputImage, product: str) -> str:
         """How an image is restored, and to what, in words."""
         args, parts = self.args, [self.restorer.name]
-        if args.degrade is not None:
-            parts.append(f"from a simulated low dose of noise level {args.degrade:g}")
-        if args.dose is not None:
-            parts.append(f"from a simulated {100 * args.dose:g} % of the dose")
+        if self.simulated:
+            parts.append(f"from a simulated {'low dose of ' * (args.dose is None)}{self.simulated}")
         if own.noise is not None:
             how = "calibrated" if args.detector else "estimated" if args.noise_level == "auto" else "given"
-            strength = (
-                f"{own.deviation:.3g} stored values at the breast's mean, correlation {own.noise.correlation:.2f}"
-            )
-            parts.append(f"noise {how} as {strength if own.is_noisy else 'none'}")
+            strength = f"{own.deviation:.3g} stored values at the breast's mean"
+            strength = f"{strength}, correlation {own.noise.correlation:.2f}" if own.is_noisy else "none"
+            parts.append(f"noise {how} as {strength}")
         parts.append(product)
         if args.resize:
             parts.append(f"on a grid of {self.restorer.shape[1]} x {self.restorer.shape[0]}")
         return "; ".join([*parts, f"seed {args.seed}", RESEARCH_USE])
 
     def _row(self, job: Job, own: InputImage, result: Restoration) -> dict:
-        height, width = own.mammogram.pixels.shape
+        image, noise, output = own.mammogram, own.noise, job.target.relative_to(self.args.out).as_posix()
         return {
-            "path": printable(job.name),
-            "output": printable(job.target.relative_to(self.args.out).as_posix()),
-            "product": self._product(own),
-            "width": width,
-            "height": height,
-            "bits": own.mammogram.bits,
-            "quanta": None if own.noise is None else own.noise.quanta,
-            "sigma": None if own.noise is None else own.noise.sigma,
-            "deviation": own.deviation,
-            "correlation": None if own.noise is None else own.noise.correlation,
-            "level": result.level,
-            "doubt": own.doubt,
-            "detector": printable(own.mammogram.detector),
-            "processed": own.mammogram.is_processed,
-            "pixel_mm": own.mammogram.pixel_mm,
-            "factor": result.factor,
-            "strength": result.strength,
-        }
+            "path": printable(job.name), "output": printable(output), "product": self._product(own),
+            "width": image.pixels.shape[1], "height": image.pixels.shape[0], "bits": image.bits,
+            "quanta": noise and noise.quanta, "sigma": noise and noise.sigma, "deviation": own.deviation,
+            "correlation": noise and noise.correlation, "level": result.level, "doubt": own.doubt,
+            "detector": printable(image.detector), "processed": image.is_processed, "pixel_mm": image.pixel_mm,
+            "factor": result.factor, "strength": result.strength,
+        }  # fmt: skip
 
     def finish(self, done: Sequence[Listed], failures: Sequence[str], made: Sequence[Path]) -> None:
         """Write the record and the tables of what was `done`; if it is nothing, remove the folders that were `made` for it."""
@@ -284,23 +270,14 @@ class BatchRestorer:
             noise = ["as trained"] * 3 if pd.isna(row.deviation) else [f"{value:.3g}" for value in noise]
             size = f"{row.width} x {row.height}"
             lines.append([row.path, row.detector, size, row.bits, *noise, f"{row.strength:.2f}"])
-        names = [
-            "image",
-            "detector",
-            "size",
-            "bits",
-            "noise, stored values",
-            "correlation",
-            "noise level",
-            "correction applied",
-        ]
-        print(format_table(names, lines))
+        noise = ["noise, stored values", "correlation", "noise level"]
+        print(format_table(["image", "detector", "size", "bits", *noise, "correction applied"], lines))
         if len(images) > TABLE_ROWS:
             print(f"... and {len(images) - TABLE_ROWS} more in {args.out / 'restore.csv'}")
         self._remark(images)
         for line in remark_lines(self.remarks):
             print(line, file=sys.stderr)
-        if not self.is_simulated:
+        if not self.simulated:
             for name in TABLES[1:]:  # of an earlier run, on other images
                 (args.out / name).unlink(missing_ok=True)
             return
@@ -312,8 +289,7 @@ class BatchRestorer:
         what = {"noise_level": args.degrade} if args.dose is None else {"dose": args.dose}
         result = Evaluation(pd.DataFrame(rows), what)
         write_evaluation(result, args.out)
-        how = f"noise level {args.degrade:g}" if args.dose is None else f"{100 * args.dose:g} % of the dose"
-        print(f"\n{counted(len(images), 'image')}, low dose of {how} simulated")
+        print(f"\n{counted(len(images), 'image')}, low dose of {self.simulated} simulated")
         print(result.table())
         if args.dose is not None:
             print("the full dose that these figures compare with is no truth: it has noise of its own")
@@ -356,24 +332,18 @@ class BatchRestorer:
     def _remark_unlike(self, images: pd.DataFrame, detector: Detector) -> None:
         """Print how many images are not what the detector's file describes, and why."""
         pitch, (rows, columns) = detector.pixel_mm or math.nan, detector.shape or (math.nan, math.nan)
+        apart = (images["pixel_mm"].astype(float) - pitch).abs()
         moved = (images["height"] - rows).abs() + (images["width"] - columns).abs()
-        checks = (
-            (images["processed"], "processed for presentation; restore the image FOR PROCESSING"),
-            (
-                (images["detector"] != "") & (images["detector"] != printable(detector.name)) & (detector.name != ""),
-                f"of another detector than {printable(detector.name)}; calibrate that one",
-            ),
-            (
-                (images["pixel_mm"].astype(float) - pitch).abs() > SAME_PITCH * pitch,
-                f"of another pixel pitch than {pitch:g} mm; calibrate at that pitch",
-            ),
-            (
-                (moved > 0) & (detector.gain_map is not None),
-                f"of another size than its flats, {columns} x {rows}, so the gain map is stretched; take flats of the image's size",
-            ),
-            (images["bits"] <= 8, "of 8 bits, which no detector stores; restore the raw image"),
-        )
-        for is_unlike, words in checks:
+        name, names = printable(detector.name), images["detector"]
+        stretched = f"{columns} x {rows}, so the gain map is stretched; take flats of the image's size"
+        unlike = {
+            "processed for presentation; restore the image FOR PROCESSING": images["processed"],
+            f"of another detector than {name}; calibrate that one": (names != "") & (names != name) & (name != ""),
+            f"of another pixel pitch than {pitch:g} mm; calibrate at that pitch": apart > SAME_PITCH * pitch,
+            f"of another size than its flats, {stretched}": (moved > 0) & (detector.gain_map is not None),
+            "of 8 bits, which no detector stores; restore the raw image": images["bits"] <= 8,
+        }
+        for words, is_unlike in unlike.items():
             if count := int(is_unlike.sum()):
                 print(f"{self.args.detector} does not describe {counted(count, 'image')}: {words}")
 

@@ -153,7 +153,7 @@ def image_target(folder: Path) -> Target:
         pixels = mammogram.pixels
         assert pixels.ndim == 2 and pixels.dtype == np.float32 and 0 <= pixels.min() <= pixels.max() <= 1
         prepare_record(Record(path, name, ""), HPS.image_shape)
-        mammogram.write(folder / f"written{mammogram.suffix}", pixels, "a model")
+        mammogram.write(folder / ("written.png" if mammogram.header is None else "written.dcm"), pixels, "a model")
 
     return Target(st.tuples(st.sampled_from(sorted(seeds)), DAMAGE), check)
 
