@@ -66,9 +66,8 @@ def read_levels(paths: Sequence[Path], exposures: Sequence[float], progress: boo
             if values:
                 levels.append(Level.of(float(np.mean(stated)), np.stack(values)))
                 if not np.median(levels[-1].variances) > 0:
-                    raise UserError(
-                        f"{path}: no noise in the flats of its exposure; pass raw images, as they were taken"
-                    )
+                    remedy = "pass raw images, as they were taken"
+                    raise UserError(f"{path}: no noise in the flats of its exposure; {remedy}")
     if not levels:
         raise UserError("all of the flats are clipped; pass flats of the whole field, from low to high mAs")
     return levels, one
@@ -122,13 +121,8 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = Parser(description="Measure a detector's noise on flat fields.", allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "flats",
-        nargs="+",
-        type=path_argument,
-        metavar="FLATS",
-        help="raw images of uniform exposures (docs/detectors.md)",
-    )
+    flats = "raw images of uniform exposures (docs/detectors.md)"
+    add("flats", nargs="+", type=path_argument, metavar="FLATS", help=flats)
     add("--out", type=path_argument, required=True, metavar="FILE", help="JSON file to write, such as detector.json")
     stated = "exposure of each file, in their order, in any unit (default: the DICOM header's mAs); 0: a dark image"
     add("--exposures", type=exposure_number, nargs="+", metavar="MAS", help=stated)

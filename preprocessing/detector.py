@@ -21,11 +21,7 @@ from running.writing import write_json
 MAP_SIDE = 32  # numbers a side of the gain over the detector, at most
 _ANY, _ABOVE_0 = -math.inf, math.ulp(0.0)
 _LEAST_NOISE = 1e-6  # of a gain or a deviation, in stored values, which are whole
-_MOST = (
-    1e6,
-    1e12,
-    1e12,
-)  # of a number, a list, a table: stored values have 16 bits, and single precision squares the rest
+_MOST = 1e6, 1e12, 1e12  # of a number, a list, a table: values have 16 bits, and single precision squares the rest
 _KINDS = "a number", "a list of numbers", "a table of numbers"
 _NUMBERS = {  # dimensions and least value of the entries
     "gain": (0, _ANY), "sigma": (0, 0), "offset": (0, _ANY), "structural": (0, 0), "kernel": (2, _ANY), "gain_map": (2, _ABOVE_0),

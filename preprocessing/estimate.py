@@ -23,22 +23,14 @@ MIN_BLOCKS = 20  # in a class of intensity, counted without overlap; an image wi
 LEAST_BLOCKS = 2  # with fewer nothing is estimated
 SMOOTH_SHARE = 0.75  # of the blocks of a class, those with the least texture
 FREEDOM = 0.6, 2.0  # independent blocks, per block and per area of a block, that a median over them is worth
-MISFIT = (
-    0.03,
-    0.25,
-)  # by which a right model misses a band's logarithm; the second at order 1, falling inversely with it
+MISFIT = 0.03, 0.25  # by which a right model misses a band's logarithm; the second at order 1, falling with the order
 GRID = 128  # frequencies a side on which a spectrum is evaluated
 FLOOR = 1e-14  # variance that rounding leaves, of intensities from 0 to 1
 MAX_RATIO = 6.0  # of the logarithms of the variances at both ends
-LOWEST, UNCOUNTED = (
-    12.0,
-    1e3,
-)  # DCT order from which on white noise is measured, and the error of bands that do not count
+LOWEST = 12.0  # DCT order from which on white noise is measured
 AT_ENDS = 0.1, 0.01  # of the logarithm of the corner: so near to an end, noise is not told from texture or from white
 TOP = 16.0  # DCT order from which on resizing and compression leave nothing
-CLEARLY = (
-    5.0  # in the logarithm of the probability: the difference that tells white noise from correlated noise for sure
-)
+CLEARLY = 5.0  # in the logarithm of the probability: the difference that tells white noise from correlated for sure
 MAX_ERROR, MIN_TOP, MAX_MISFIT = 0.25, 0.4, 2.0  # what an estimate is still sure with
 
 # Texture: slope of its power spectrum, 3 in Burgess 2001, logarithms of two anisotropies. Noise: logarithms of corner and
@@ -54,13 +46,8 @@ _RADIUS, _ANGLE = np.hypot(_ROW, _COLUMN), np.arctan2(_ROW, _COLUMN)
 _RINGS = np.array([2.2, 3.2, 4.4, 6, 8, 10, 12, 14, 16, 18, 22])
 _INNER = np.minimum(_ROW, _COLUMN) > 0  # the rest, which slopes and edges leak into, tells the texture of a block
 _SMOOTH = (~_INNER & (_RADIUS > 0) & (_RADIUS < 3.5)).ravel()
-_BANDS = np.array(
-    [
-        _INNER & (np.digitize(_RADIUS, _RINGS) == ring) & (_ANGLE * 6 // np.pi == sector)
-        for ring in range(1, 11)
-        for sector in range(3)
-    ]
-).reshape(-1, SIDE * SIDE)
+_RING, _SECTOR = np.digitize(_RADIUS, _RINGS), _ANGLE * 6 // np.pi
+_BANDS = np.array([(_INNER & (i == _RING) & (j == _SECTOR)).ravel() for i in range(1, 11) for j in range(3)])
 _BANDS = _BANDS[_BANDS.any(1)]
 _COUNT = _BANDS.sum(1)
 _AVERAGE = _BANDS / _COUNT[:, None]
@@ -68,10 +55,9 @@ _ORDER = _AVERAGE @ _RADIUS.ravel()
 _AXIAL, _DIAGONAL = _AVERAGE @ np.cos(2 * _ANGLE).ravel(), _AVERAGE @ np.cos(4 * _ANGLE).ravel()
 _MEDIAN = 2 * gammaincinv(_COUNT / 2, 0.5) / _COUNT  # of the mean of so many squared standard normal variables
 _F = np.arange(GRID // 2 + 1) / GRID
-_LEAK = (
-    np.abs(np.fft.rfft(dct(np.eye(SIDE), axis=0, norm="ortho"), GRID)).T ** 2 / GRID
-)  # of frequencies into coefficients
-_LEAK[1:-1] *= 2  # for the negative ones
+# of frequencies into coefficients, with the negative ones
+_LEAK = np.abs(np.fft.rfft(dct(np.eye(SIDE), axis=0, norm="ortho"), GRID)).T ** 2 / GRID
+_LEAK[1:-1] *= 2
 _DISTANCE = np.hypot(_F[:, None], _F)
 _DISTANCE[0, 0] = np.inf
 
@@ -236,7 +222,7 @@ def _judged(
     is_told = LEAST[TEXTURE] + AT_ENDS[0] < corner < MOST[TEXTURE] - AT_ENDS[1]
     is_white = white.cost <= correlated.cost or not is_told
     if is_white:  # it shows best at high frequencies, where texture is least
-        fit.error = np.where(LOWEST > _ORDER, UNCOUNTED, fit.error)
+        fit.error = np.where(LOWEST > _ORDER, 1e3, fit.error)
     best = fit.solve(TEXTURE) if is_white else correlated
     variance, frequency = np.exp(best.x[:2]), np.fft.fftfreq(2 * KERNEL_SIDE + 1)
     kernel = None

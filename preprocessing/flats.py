@@ -28,6 +28,7 @@ REPRODUCIBLE = 0.005  # relative deviation of a tube's output from shot to shot
 LEAST_R2, MOST_DEVIATION = 0.999, 0.02  # of a linear detector
 CHANCE = 1e-3  # of a uniform gain to be taken for one that varies
 NNPS_LINES = 7  # on either side of an axis, without the axis itself (IEC 62220-1-2)
+REMEDY = "check --exposures, and pass raw images (FOR PROCESSING)"
 
 _ROW, _COLUMN = np.indices((SIDE, SIDE)).reshape(2, -1) / (SIDE - 1) * 2 - 1
 _QUADRATIC = np.linalg.qr(np.stack([_ROW**0, _ROW, _COLUMN, _ROW**2, _ROW * _COLUMN, _COLUMN**2], axis=1))[0]
@@ -97,9 +98,7 @@ class Response:
         residuals = means - offset - slope * exposures
         r_squared = 1 - np.square(residuals).sum() / max(np.square(means - means.mean()).sum(), 1e-12)
         if slope == 0 or r_squared < 0.5:
-            raise UserError(
-                "the mean stored value does not follow the exposure; check --exposures, and pass raw images (FOR PROCESSING)"
-            )
+            raise UserError(f"the mean stored value does not follow the exposure; {REMEDY}")
         exposed = exposures > 0
         deviation = np.abs(residuals[exposed] / (slope * exposures[exposed])).max()
         return cls(float(offset), float(slope), float(r_squared), float(deviation))
@@ -152,8 +151,7 @@ def fit_law(levels: Sequence[Level], response: Response) -> Law:
     weighted = table[:, :4] / table[:, 4:]  # by what one region's chance error is in proportion to
     electronic, gain, structural = nnls(weighted[:, :3], weighted[:, 3])[0] / [1, top, top * top]
     if gain == 0:
-        remedy = "check --exposures, and pass raw images (FOR PROCESSING) of low to high mAs"
-        raise UserError(f"the noise does not rise with the exposure; {remedy}")
+        raise UserError(f"the noise does not rise with the exposure; {REMEDY} of low to high mAs")
     return Law(float(electronic), float(gain), float(structural))
 
 
@@ -232,9 +230,8 @@ def calibrate(
 ) -> tuple[Detector, Response]:
     """The detector of flat fields of images (H, W), by rising exposure, and its response. Raises UserError if they are too few."""
     if len(levels) < 2:
-        raise UserError(
-            "flats of one exposure say nothing of the gain; pass flats of at least two, from low to high mAs"
-        )
+        remedy = "pass flats of at least two, from low to high mAs"
+        raise UserError(f"flats of one exposure say nothing of the gain; {remedy}")
     response = Response.of(levels)
     law = fit_law(levels, response)
     gain, gain_map = law.gain, fit_map(levels, response, law)
@@ -245,33 +242,18 @@ def calibrate(
     variances = [float(np.median(level.variances)) for level in levels]
     frequencies, nnps = np.empty(0), None
     if pixel_mm is not None:
-        nnps = [
-            normalised(v, y, pixel_mm) * radial(lv.spectrum)[1]
-            for v, y, lv in zip(variances, signals, levels, strict=True)
-        ]
-        frequencies = radial(levels[0].spectrum)[0] / pixel_mm
+        rings = [radial(level.spectrum) for level in levels]
+        nnps = [normalised(v, y, pixel_mm) * ring[1] for v, y, ring in zip(variances, signals, rings, strict=True)]
+        frequencies = rings[0][0] / pixel_mm
     kernel = kernel_of(torch.from_numpy(fit_spectrum(levels, response, law))).numpy()
     try:
         detector = Detector(
-            name=name,
-            gain=math.copysign(float(gain), response.slope),
-            sigma=math.sqrt(law.electronic),
-            offset=response.offset,
-            structural=math.sqrt(law.structural),
-            kernel=kernel,
-            gain_map=gain_map,
-            pixel_mm=pixel_mm,
-            exposures=[level.exposure for level in levels],
-            signals=signals,
-            variances=variances,
-            frequencies=frequencies.tolist(),
-            nnps=nnps,
-            shape=shape,
-        )
+            name, math.copysign(float(gain), response.slope), math.sqrt(law.electronic), response.offset,
+            math.sqrt(law.structural), kernel, gain_map=gain_map, pixel_mm=pixel_mm, signals=signals, variances=variances,
+            exposures=[level.exposure for level in levels], frequencies=frequencies.tolist(), nnps=nnps, shape=shape,
+        )  # fmt: skip
     except ValueError as error:
-        raise UserError(
-            f"the flats make no detector ({error}); check --exposures, and pass raw images (FOR PROCESSING)"
-        ) from None
+        raise UserError(f"the flats make no detector ({error}); {REMEDY}") from None
     return detector, response
 
 

@@ -34,9 +34,7 @@ class NoiseModel:
     sigma: float | Tensor  # standard deviation of the electronic noise
     offset: float | Tensor = 0.0  # value without signal, tau
     structural: float = 0.0  # standard deviation per unit of signal of what is fixed in the detector
-    kernel: Tensor | None = field(
-        default=None, compare=False
-    )  # (k, k) or (N, 1, k, k), k odd; None: the noise is white
+    kernel: Tensor | None = field(default=None, compare=False)  # (k, k) or (N, 1, k, k), k odd; None: white noise
     electronic_is_white: bool = True  # though the rest is correlated
     level: float | None = None  # noise level of the specification, if it is one of its noises or was likened to one
     reference: float | Tensor = 0.0  # stabilised value that counts as 0
