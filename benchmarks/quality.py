@@ -8,6 +8,7 @@ spectrum; `crops`, every method on one fixed crop an image at several noise leve
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -85,9 +86,9 @@ class Bench:
         """The posterior mean of an image (H, W)."""
         return restore_image(self.restorer, image, noise, name).pixels
 
-    def bar(self, items: Iterable, what: str, unit: str = "image", total: int | None = None) -> Iterator:
+    def bar(self, items: Iterable, what: str, total: int | None = None) -> Iterator:
         """The items under a progress bar, or with a line a minute."""
-        return tracked(items, what, unit, not self.args.no_tqdm, total)
+        return tracked(items, what, "image", not self.args.no_tqdm, total)
 
     def write_rows(self, name: str, rows: list[dict]) -> pd.DataFrame:
         """Rows as a table, which is also written to a CSV file of that name."""
@@ -242,8 +243,7 @@ def run_mnse(bench: Bench) -> dict:
     on = f"{len(crops)} crops, {args.realisations} realisations, noise level {LEVEL:g}"
     print(f"\nmean normalised squared error in units of 1e-4: {on}\n{tables.mnse_table(pooled)}")
     print(f"\nnoise power of restored - clean in units of 1e-7 mm^2\n{tables.spectrum_table(frequencies, power)}")
-    parts = ("mnse", "residual_noise", "bias_squared")
-    by_bin = {method: {name: getattr(split, name).tolist() for name in parts} for method, split in pooled.items()}
+    by_bin = {m: {name: getattr(split, name).tolist() for name in metrics.PARTS} for m, split in pooled.items()}
     power_mm2 = {method: values.tolist() for method, values in power.items()}
     return {
         "level": LEVEL, "realisations": args.realisations,
@@ -296,13 +296,10 @@ PARTS: dict[str, Callable[[Bench], dict]] = {
 
 def positive(text: str) -> float:
     """An argparse type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
 
 
 def correlation(text: str) -> float:
@@ -319,12 +316,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--data-root", type=path_argument, required=True, help="folder of full-dose mammograms")
     add("--out", type=path_argument, required=True, help="folder of the tables and of what a second run reuses")
     add("--vqvae-path", type=path_argument, default=SHIPPED_VQVAE, help="first stage (default: the shipped one)")
-    add(
-        "--load-path",
-        type=path_argument,
-        default=SHIPPED_DIFFUSION,
-        help="diffusion checkpoint (default: the shipped one)",
-    )
+    add("--load-path", type=path_argument, default=SHIPPED_DIFFUSION, help="checkpoint (default: the shipped one)")
     add("--split-csv", type=path_argument, default=SPLIT_CSV, help="whose test images are taken (default: mini-MIAS)")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
     add("--no-native", action="store_true", help="leave the part `native` out")
@@ -334,12 +326,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--samples", type=positive_int, default=16, help=f"by DPM-Solver++; at least {MEAN_OF} (default: 16)")
     add("--ddim-steps", type=positive_int, help="network evaluations of a sample by DDIM (default: the checkpoint's)")
     add("--fast-steps", type=positive_int, help="and of one by DPM-Solver++ (default: the checkpoint's)")
-    add(
-        "--calibration",
-        type=path_argument,
-        default=SHIPPED_CALIBRATION,
-        help="uncertainty.json (default: the shipped one)",
-    )
+    calibration = "uncertainty.json (default: the shipped one)"
+    add("--calibration", type=path_argument, default=SHIPPED_CALIBRATION, help=calibration)
     add("--correlation", type=correlation, default=0.0, help="of neighbours in the noise, part `crops` (default: 0)")
     add("--realisations", type=positive_int, default=8, help="of the noise, part `mnse` (default: 8)")
     add("--phantoms", type=positive_int, default=6, help="with calcifications (default: 6)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 
 from files.images import read_image
 from files.prepared import Record
@@ -80,8 +82,7 @@ def read_case(record: Record, scale: float = 1.0) -> Case:
         resized = F.interpolate(torch.from_numpy(image)[None, None], shape, mode="bicubic", antialias=True)
         image = resized[0, 0].clamp(0, 1).numpy()
     mask = breast_mask(torch.from_numpy(image)[None])[0].numpy()
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    (box,) = ndimage.find_objects(mask.astype(np.uint8))
     return Case(record.key, np.ascontiguousarray(image[box]), np.ascontiguousarray(mask[box]))
 
 
@@ -159,9 +160,8 @@ class Scene:
             place, moved = cluster_crop(phantom, side)
             for share in SHARES:
                 crop = window(faded(phantom.image[0].numpy(), phantom.calcifications, share, PHANTOM_PITCH), place)
-                yield cls(
-                    index, share, Case(f"phantom {index} x {share:g}", crop, np.ones_like(crop, dtype=bool)), moved
-                )
+                case = Case(f"phantom {index} x {share:g}", crop, np.ones_like(crop, dtype=bool))
+                yield cls(index, share, case, moved)
 
 
 def kernel_of_correlation(correlation: float) -> torch.Tensor | None:
@@ -182,11 +182,8 @@ def bm3d_path(folder: Path, image: np.ndarray, noise: NoiseModel) -> Path:
     """Where the BM3D of an image is kept: everything that it depends on is in the name."""
     digest = hashlib.blake2b(repr((image.shape, noise, importlib.metadata.version("bm3d"))).encode(), digest_size=16)
     kernel = np.empty(0) if noise.kernel is None else noise.kernel.numpy()
-    for part in (
-        image,
-        kernel,
-        *classical.inverse_table(dataclasses.replace(noise, kernel=None), classical.FILM_LIMITS),
-    ):
+    inverse = classical.inverse_table(dataclasses.replace(noise, kernel=None), classical.FILM_LIMITS)
+    for part in (image, kernel, *inverse):
         digest.update(np.ascontiguousarray(part).tobytes())
     return folder / f"{digest.hexdigest()}.npy"
 
@@ -211,24 +208,19 @@ class KeptBM3D:
         try:
             return [np.load(path) for path in paths]
         except (OSError, ValueError):
-            raise UserError(
-                f"--out {self.folder.parent}: a file in its folder bm3d is damaged; delete that folder"
-            ) from None
+            out = self.folder.parent
+            raise UserError(f"--out {out}: a file in its folder bm3d is damaged; delete that folder") from None
 
     def _made(self, images: dict[Path, np.ndarray], noise: NoiseModel) -> Iterator[tuple[Path, np.ndarray]]:
         workers = min(worker_count(self.workers), len(images))
+        restore = functools.partial(classical.vst_bm3d, noise=noise, limits=classical.FILM_LIMITS)
         if workers == 1:
-            yield from (
-                (path, classical.vst_bm3d(image, noise, classical.FILM_LIMITS)) for path, image in images.items()
-            )
+            yield from ((path, restore(image)) for path, image in images.items())
             return
         # a forked process would inherit torch's threads in whatever state they are
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-            jobs = {
-                pool.submit(classical.vst_bm3d, image, noise, classical.FILM_LIMITS): path
-                for path, image in images.items()
-            }
+            jobs = {pool.submit(restore, image): path for path, image in images.items()}
             try:
                 yield from ((jobs[job], job.result()) for job in as_completed(jobs))
             except BaseException:

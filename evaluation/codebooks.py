@@ -37,28 +37,22 @@ def evaluate_vqvae(
             vectors[level] += indices.numel()
         return image
 
-    def codebooks() -> dict:
-        books = [
-            {
-                "level": i,
-                "perplexity": float(perplexity(row)),
-                "vectors": vectors[i],
-                "entries_used": int((row > 0).sum()),
-            }
-            for i, row in enumerate(counts)
-        ]
-        return {"codebooks": books}
+    def book(level: int, row: Tensor) -> dict:
+        used = int((row > 0).sum())
+        return {"level": level, "perplexity": float(perplexity(row)), "vectors": vectors[level], "entries_used": used}
 
+    def note() -> dict:
+        return {"codebooks": [book(*pair) for pair in enumerate(counts)]}
+
+    past, through = "clean, continuous", "clean, quantised"
     methods = {
-        "clean, continuous": lambda batch: reconstructed(batch.clean, batch, False)[0],
-        "clean, quantised": counted,
+        past: lambda batch: reconstructed(batch.clean, batch, False)[0],
+        through: counted,
         "low dose, continuous": lambda batch: reconstructed(batch.degraded, batch, False)[0],
         "low dose, quantised": lambda batch: reconstructed(batch.degraded, batch, True)[0],
     }
-    pictured = ("clean, continuous", "clean, quantised")
-    result = run_evaluation(
-        args, hps, test_set, methods, device, [checkpoint], title="stage 1", pictured=pictured, note=codebooks
-    )
+    how = dict(title="stage 1", pictured=(past, through), note=note)
+    result = run_evaluation(args, hps, test_set, methods, device, [checkpoint], **how)
     for book in result.note["codebooks"]:
         print(
             f"codebook {book['level']}: perplexity {book['perplexity']:.1f}, "

@@ -53,9 +53,7 @@ class Evaluation:
     def table(self) -> str:
         """The summary as text: every row carries the low-dose input's own figure beside the method's. The last line says which
         SSIM it is."""
-        names = [
-            f"{metric.removesuffix('_breast').upper()}{' breast' * metric.endswith('_breast')}" for metric in DIGITS
-        ]
+        names = [m.removesuffix("_breast").upper() + " breast" * m.endswith("_breast") for m in DIGITS]
         rows = []
         for method, row in self.summary().items():
             cells = [f"{row[m]:.{digits}f} ({row[f'{m}_low_dose']:.{digits}f})" for m, digits in DIGITS.items()]
@@ -63,6 +61,16 @@ class Evaluation:
             rows.append([method, *cells, "-" if np.isnan(gain) else f"{gain:+.2f}"])
         table = format_table(["", *(f"{name} (input)" for name in names), "gain in breast, dB"], rows)
         return f"{table}\n{SSIM_NOTE}"
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` indices of `count`, evenly spaced."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
+
+
+def picture_name(path: str, jpg: bool) -> str:
+    """The name of a picture of an image, from the image's path."""
+    return f"{Path(path).with_suffix('').as_posix().replace('/', '_')}{'.jpg' if jpg else '.png'}"
 
 
 def run_evaluation(
@@ -87,7 +95,7 @@ def run_evaluation(
     if folder is not None:
         hold(folder / ".lock", folder)
         remove_parts(folder, *(path for path in folder.iterdir() if path.is_dir()))
-    shown = set(np.linspace(0, len(dataset) - 1, min(PICTURES, len(dataset))).round().astype(int).tolist())
+    shown = spread(len(dataset), PICTURES)
     loader, rows = make_loader(dataset, 1, workers=hps.nb_workers), []
     for i, batch in enumerate(tracked(loader, "evaluate", "image", not args.no_tqdm)):
         on_device = batch.to(device)
@@ -100,16 +108,10 @@ def run_evaluation(
         if folder is not None and i in shown:
             columns = {name: images[name][0] for name in (INPUT, *pictured)}
             labels = {name: f"{figures[name].psnr_breast:.1f} dB in the breast" for name in columns}
-            name = Path(path).with_suffix("").as_posix().replace("/", "_")
             picture = comparison(batch.clean[0], columns, mask[0], labels)
-            save_picture(picture, folder / f"{name}{'.jpg' if args.save_jpg else '.png'}")
-    provenance = {
-        "task": args.task,
-        "checkpoint": str(args.load_path),
-        "seed": args.seed,
-        "noise": dataset.noise,
-        "test_patients_trained_on": shared,
-    }
+            save_picture(picture, folder / picture_name(path, args.save_jpg))
+    provenance = {"task": args.task, "checkpoint": str(args.load_path), "seed": args.seed, "noise": dataset.noise}
+    provenance["test_patients_trained_on"] = shared
     result = Evaluation(pd.DataFrame(rows), provenance | note())
     print(f"{title} on {len(dataset)} test images of {args.task}, {dataset.noise}")
     print(result.table())

@@ -30,7 +30,7 @@ from evaluation.metrics import (
 )
 from evaluation.page import PageCase, Power, Report, choose_close_ups, read_curves, write_report
 from evaluation.pictures import save_picture, spread_picture
-from evaluation.table import BM3D, INPUT, Evaluation, Method, run_evaluation
+from evaluation.table import BM3D, INPUT, Evaluation, Method, picture_name, run_evaluation, spread
 from evaluation.uncertainty import Calibration, Coverage, SampledImage, Tally, fit, interval
 from helper import format_table, sampling_dtype, seeded_generator, tracked
 from hps import HParams
@@ -65,11 +65,6 @@ PASS, MEAN = "autoencoder pass", "posterior mean"
 POWER = "power_over_clean"  # in metrics.json, by method and in the bands of `metrics.BANDS`
 
 Window = tuple[slice, slice]  # rows and columns
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most `most` indices of `count`, evenly spaced."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
 def window_at(row: float, column: float, side: int, shape: tuple[int, ...]) -> Window:
@@ -182,18 +177,17 @@ def noise_and_bias(
     Over several realisations of the noise of a square in the middle of the breast of a few test images.
     """
     level = test_set.hps.noise_level
+    noise = NoiseModel.from_level(level)
     splits: dict[str, list[ErrorSplit]] = {name: [] for name in (INPUT, *denoisers)}
     residuals: dict[str, list[np.ndarray]] = {name: [] for name in splits}
     for pair in some_pairs(test_set, SPLIT_IMAGES, "noise and bias", progress):
         part = pair.crop(middle_window(pair.mask, SPLIT_SIDE))
         centre = window_at(*(side // 2 for side in part.clean.shape), SPECTRUM_SIDE, part.clean.shape)
-        names = [f"{pair.name} {r}" for r in range(REALISATIONS)]
-        images = {
-            INPUT: [part.simulate(level, seeded_generator("realisation", pair.name, r)) for r in range(REALISATIONS)]
-        }
+        draws = [seeded_generator("realisation", pair.name, r) for r in range(REALISATIONS)]
+        images = {INPUT: [part.simulate(level, draw) for draw in draws]}
         for method, denoise in denoisers.items():
-            noise, lows = NoiseModel.from_level(level), images[INPUT]
-            images[method] = [denoise(low, noise, name).pixels for low, name in zip(lows, names, strict=True)]
+            lows = enumerate(images[INPUT])
+            images[method] = [denoise(low, noise, f"{pair.name} {r}").pixels for r, low in lows]
         for method, restored in images.items():
             splits[method].append(mnse_decomposition(np.stack(restored), part.clean, part.mask))
             residuals[method] += [(image - part.clean)[centre] for image in restored]
@@ -217,9 +211,8 @@ class Shown:
         clean, mask = self.pair.clean, self.pair.mask
         truth, inside = torch.from_numpy(clean)[None], torch.from_numpy(mask)[None]
         figures = {name: image_metrics(torch.from_numpy(v)[None], truth, inside) for name, v in self.images.items()}
-        labels = {
-            name: f"{f.psnr_breast:.2f} dB, SSIM {f.ssim_breast:.4f} in the breast" for name, f in figures.items()
-        }
+        said = "{0.psnr_breast:.2f} dB, SSIM {0.ssim_breast:.4f} in the breast"
+        labels = {name: said.format(own) for name, own in figures.items()}
         rows, columns = breast_window(mask, TEXTURE_SIDE)
         close_ups = choose_close_ups(clean, mask, self.pair.calcifications)
         close_ups.append((rows.start, columns.start, rows.stop - rows.start))
@@ -242,7 +235,7 @@ class Gallery:
     names: Sequence[str]  # of the methods
     calibration: Calibration | None
     folder: Path | None  # where the pictures of the uncertainty go
-    suffix: str = ".png"
+    jpg: bool = False
     shown: dict[int, Shown] = field(default_factory=dict)
 
     def method(self, name: str, denoise: Denoiser) -> Method:
@@ -265,9 +258,8 @@ class Gallery:
         own = interval(samples, self.calibration.factor(shown.pair.level))
         shown.std = own.std
         if self.folder is not None:
-            name = Path(shown.pair.name).with_suffix("").as_posix().replace("/", "_")
             picture = spread_picture(shown.pair.clean, own, samples[0])
-            save_picture(picture, self.folder / f"uncertainty-{name}{self.suffix}")
+            save_picture(picture, self.folder / f"uncertainty-{picture_name(shown.pair.name, self.jpg)}")
 
     def add_bm3d(self) -> None:
         """Put VST-BM3D beside the low dose if the table has not."""
@@ -383,8 +375,7 @@ def restore_test_set(
         sampler = dataclasses.replace(restorers[-1], samples=SPREAD_SAMPLES)
         calibration = calibrate(sampler, validation_set, progress=progress)
     names = [*(r.product for r in restorers if r.samples == 1), estimate.product]
-    suffix = ".jpg" if args.save_jpg else ".png"
-    gallery = Gallery(spread(len(test_set), CASES), [BM3D, *names], calibration, folder, suffix)
+    gallery = Gallery(spread(len(test_set), CASES), [BM3D, *names], calibration, folder, args.save_jpg)
 
     def note() -> dict:
         if folder is not None and bm3d_is_there():
