@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -67,9 +67,11 @@ class Estimate:
     """What one image tells of its noise."""
 
     noise: NoiseModel  # in the units of the image
-    is_sure: bool
     reason: str  # why it is not sure, or ''
-    error: float = float("inf")  # relative standard error of the variance at the mean intensity
+
+    @property
+    def is_sure(self) -> bool:
+        return not self.reason
 
 
 def estimate_noise(image: np.ndarray, mask: np.ndarray | None = None) -> Estimate:
@@ -95,15 +97,14 @@ def estimate_noise(image: np.ndarray, mask: np.ndarray | None = None) -> Estimat
     blocks, weight = _blocks(image, mask)
     few = "too few pixels tell noise from texture" if len(blocks) * weight < MIN_BLOCKS else ""
     if len(blocks) * weight < LEAST_BLOCKS:
-        return Estimate(NoiseModel(0.0, 0.0), False, few)
+        return Estimate(NoiseModel(0.0, 0.0), few)
     low, high = float(image.min()), float(image.max())
     step = float(np.diff(np.unique(blocks[:: max(1, len(blocks) // 256)])).min(initial=np.inf)) / (high - low)
     blocks = (blocks.astype(np.float64) - low) / (high - low)
     is_dark = blocks.mean() < 0.5  # inverted, the same image gives the same blocks
     estimate = _judged(*_spectra(blocks if is_dark else 1 - blocks, weight), step)
     scale = (high - low, low) if is_dark else (low - high, high)
-    reason = estimate.reason or few
-    return replace(estimate, noise=estimate.noise.scaled(*scale), is_sure=not reason, reason=reason)
+    return Estimate(estimate.noise.scaled(*scale), estimate.reason or few)
 
 
 def _blocks(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, float]:
@@ -233,7 +234,7 @@ def _judged(
     share = np.array([1 - fit.place.mean(), fit.place.mean()])
     mean = float(variance @ share)
     if mean < 10 * FLOOR:
-        return Estimate(NoiseModel(0.0, 0.0), False, "no noise is seen; that which was taken out does not show")
+        return Estimate(NoiseModel(0.0, 0.0), "no noise is seen; that which was taken out does not show")
     gradient = np.r_[variance * share / mean, np.zeros(len(best.x) - 2)]
     error = float(np.sqrt(gradient @ np.linalg.pinv(best.jac.T @ best.jac) @ gradient))
     low, high, texture = fit.parts(best.x)
@@ -252,4 +253,4 @@ def _judged(
     offset = ends[int(variance[1] < variance[0])]
     gain = float(variance[1] - variance[0]) / span
     noise = NoiseModel(gain, float(variance.min() ** 0.5), float(offset), kernel=kernel, electronic_is_white=False)
-    return Estimate(noise, not reason, reason, error)
+    return Estimate(noise, reason)

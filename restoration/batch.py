@@ -52,10 +52,8 @@ def load_calibration(args: argparse.Namespace) -> Calibration | None:
     place = args.load_path if args.load_path.is_dir() else args.load_path.parent
     found = [path for path in (place / CALIBRATION, place / "evaluation" / CALIBRATION) if path.is_file()]
     if args.calibration is None and not found:
-        print(
-            f"the expected error and the interval are not calibrated: no {CALIBRATION} beside {args.load_path}; "
-            "main-diffusion.py --evaluate makes one"
-        )
+        missing = f"no {CALIBRATION} beside {args.load_path}; main-diffusion.py --evaluate makes one"
+        print(f"the expected error and the interval are not calibrated: {missing}")
         return None
     return Calibration.from_json(args.calibration or found[0])
 
@@ -133,9 +131,8 @@ class BatchRestorer:
             pixels = to_dose(own.image, result.pixels, noise, args.to_dose, value=own.mean)
             result = dataclasses.replace(result, products=pixels[None].clip(0, 1))  # as it is written
         if not np.isfinite(result.products).all():
-            raise UserError(
-                f"{job.source}: its restoration is not finite; check its noise, --detector or --noise-level"
-            )
+            remedy = "check its noise, --detector or --noise-level"
+            raise UserError(f"{job.source}: its restoration is not finite; {remedy}")
         self._write(job, own, result)
         images, figures = {self.product: result.pixels}, {}
         clean = torch.from_numpy(own.reference)[None]
@@ -296,56 +293,46 @@ class BatchRestorer:
 
     def _remark(self, images: pd.DataFrame) -> None:
         """Print what is not known of images: their noise, or how to restore its level."""
+        args = self.args
         if self.detector is not None:
-            self._remark_unlike(images, self.detector)
-        is_estimated = self.args.detector is None and self.args.noise_level == "auto"
+            for words, marked in self._unlike(images, self.detector).items():
+                if count := int(marked.sum()):
+                    print(f"{args.detector} does not describe {counted(count, 'image')}: {words}")
+        is_estimated = self.detector is None and args.noise_level == "auto"
         for reason, doubtful in images[images["doubt"] != ""].groupby("doubt") if is_estimated else ():
-            print(
-                f"the noise of {counted(len(doubtful), 'image')} is not sure: {reason}; "
-                "give --detector, or --noise-level if you know it"
-            )
-        if is_estimated and (processed := int(images["processed"].sum())):
-            print(
-                f"{counted(processed, 'image is', 'images are')} processed for presentation: the estimate takes the noise "
-                "as it stands, but processing leaves it neither Poisson nor alike all over; "
-                "restore the FOR PROCESSING image if you have it"
-            )
-        unseen = int((images["deviation"] == 0).sum())
-        if unseen and self.args.to_dose is not None:
-            print(f"{counted(unseen, 'image shows', 'images show')} no noise, so nothing is blended")
-        if not self.args.samples:
-            return
-        if unseen:
-            print(
-                f"{counted(unseen, 'image shows', 'images show')} no noise to tell an expected error from: "
-                "no samples and no maps are written of them"
-            )
+            remedy = "give --detector, or --noise-level if you know it"
+            print(f"the noise of {counted(len(doubtful), 'image')} is not sure: {reason}; {remedy}")
         low, high = self.restorer.level_range if self.restorer.stabilized else (0.0, math.inf)
+        level, deviation = images["level"].astype(float), images["deviation"].astype(float)
         # a level that was given comes back through its variance
-        is_known = images["level"].between(low * 0.999, high * 1.001)
-        if outside := int((images["level"].notna() & (images["deviation"] > 0) & ~is_known).sum()):
-            print(
-                f"{counted(outside, 'image is', 'images are')} of noise levels that the model was not trained at "
-                f"({low:g} to {high:g}): their expected error and interval are not to be trusted"
-            )
+        outside = level.notna() & (deviation > 0) & ~level.between(low * 0.999, high * 1.001)
+        unseen, sampled = deviation == 0, args.samples > 0
+        are, show = ("image is", "images are"), ("image shows", "images show")
+        for marked, what, words in (
+            (images["processed"] & is_estimated, are, "processed for presentation: the estimate takes the noise as it stands, "
+             "but processing leaves it neither Poisson nor alike all over; restore the FOR PROCESSING image if you have it"),
+            (unseen & (args.to_dose is not None), show, "no noise, so nothing is blended"),
+            (unseen & sampled, show, "no noise to tell an expected error from: no samples and no maps are written of them"),
+            (outside & sampled, are, f"of noise levels that the model was not trained at ({low:g} to {high:g}): their expected "
+             "error and interval are not to be trusted"),
+        ):  # fmt: skip
+            if count := int(marked.sum()):
+                print(f"{counted(count, *what)} {words}")
 
-    def _remark_unlike(self, images: pd.DataFrame, detector: Detector) -> None:
-        """Print how many images are not what the detector's file describes, and why."""
+    def _unlike(self, images: pd.DataFrame, detector: Detector) -> dict[str, pd.Series]:
+        """Which images are not what the detector's file describes, by why."""
         pitch, (rows, columns) = detector.pixel_mm or math.nan, detector.shape or (math.nan, math.nan)
         apart = (images["pixel_mm"].astype(float) - pitch).abs()
         moved = (images["height"] - rows).abs() + (images["width"] - columns).abs()
         name, names = printable(detector.name), images["detector"]
         stretched = f"{columns} x {rows}, so the gain map is stretched; take flats of the image's size"
-        unlike = {
+        return {
             "processed for presentation; restore the image FOR PROCESSING": images["processed"],
             f"of another detector than {name}; calibrate that one": (names != "") & (names != name) & (name != ""),
             f"of another pixel pitch than {pitch:g} mm; calibrate at that pitch": apart > SAME_PITCH * pitch,
             f"of another size than its flats, {stretched}": (moved > 0) & (detector.gain_map is not None),
             "of 8 bits, which no detector stores; restore the raw image": images["bits"] <= 8,
         }
-        for words, is_unlike in unlike.items():
-            if count := int(is_unlike.sum()):
-                print(f"{self.args.detector} does not describe {counted(count, 'image')}: {words}")
 
 
 def printable(name: str) -> str:

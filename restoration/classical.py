@@ -109,9 +109,8 @@ def vst_bm3d(image: np.ndarray, noise: NoiseModel, limits: Limits = UNLIMITED) -
     try:
         import bm3d  # its licence forbids commercial use: an extra of the benchmarks
     except ImportError:
-        raise UserError(
-            "BM3D is not installed: pip install -r requirements-benchmarks.txt (free for non-commercial use only)"
-        ) from None
+        remedy = "pip install -r requirements-benchmarks.txt (free for non-commercial use only)"
+        raise UserError(f"BM3D is not installed: {remedy}") from None
     if noise.kernel is not None and not hasattr(np, "trapz"):
         raise UserError(f'BM3D of correlated noise fails with NumPy {np.__version__}: pip install "numpy<2.4"')
     noise = replace(noise, reference=0.0)  # the inverse counts from where there is no signal
