@@ -92,9 +92,8 @@ class PreparedCache:
             planes, mask, _, info = self._read(record)
         except _DAMAGED as error:
             reason = getattr(error, "strerror", None) or "damaged"
-            raise UserError(
-                f"{self.path(record)}: not a readable cache entry ({reason}); run again to make it anew, or use --no-cache"
-            ) from None
+            remedy = "run again to make it anew, or use --no-cache"
+            raise UserError(f"{self.path(record)}: not a readable cache entry ({reason}); {remedy}") from None
         values = torch.from_numpy(planes.astype(np.uint16).view(np.int16))
         bits = np.unpackbits(mask, count=planes[0].size).view(np.bool_).reshape(1, *planes.shape[1:])
         degraded = None if record.degraded is None else values[1:]
@@ -157,10 +156,7 @@ class PreparedCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_parts(self.folder, seconds=_LEFT_OVER_SECONDS)
             free = shutil.disk_usage(self.folder).free
-        needed = sum(sum(self._sizes(record)) + _HEADER_BYTES for record in missing)
+        needed, free = sum(sum(self._sizes(record)) + _HEADER_BYTES for record in missing) / 1e9, free / 1e9
         if needed > 0.98 * free:
-            space = f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free"
-            raise UserError(f"--cache {self.root}: {space}; {remedy}")
-        print(
-            f"{self.folder}: preparing {len(missing)} of {total} images, {needed / 1e9:.3f} GB; {free / 1e9:.1f} GB free"
-        )
+            raise UserError(f"--cache {self.root}: {needed:.1f} GB are needed and {free:.1f} GB are free; {remedy}")
+        print(f"{self.folder}: preparing {len(missing)} of {total} images, {needed:.3f} GB; {free:.1f} GB free")

@@ -30,6 +30,7 @@ PITCH_RANGE = 0.001, 10.0  # mm; a pixel pitch beyond it is a slip
 PIXEL_DATA = 0x7FE00010
 BEGIN_OF_FRAMES = b"\xfe\xff\x00\xe0"  # the first item of compressed pixel data (PS3.5 A.4)
 OVERLAY = "have an overlay in unused bits of their pixels, which a restored image does not keep"
+TO_UNCOMPRESSED = "convert it to uncompressed DICOM"
 PAST_THE_BITS = "have more bits than BitsStored says, such as values too great for it; these bits are ignored"
 
 
@@ -117,9 +118,8 @@ def read_dicom(path: Path) -> dict[str, Any]:
     header.set_original_encoding(element.is_implicit_VR, element.is_little_endian)
     scaling = Scaling.of(header)
     if not 1 <= scaling.bits <= 16 or int(header.get("HighBit", header.BitsStored - 1)) != header.BitsStored - 1:
-        raise ImageError(
-            f"{path}: {header.BitsStored} bits with high bit {header.get('HighBit')}; only up to 16, from bit 0 on, can be read"
-        )
+        bits = f"{header.BitsStored} bits with high bit {header.get('HighBit')}"
+        raise ImageError(f"{path}: {bits}; only up to 16, from bit 0 on, can be read")
     raw = _decode(path, header)
     unused = max(8 * raw.itemsize - header.BitsStored, 0)
     stored = raw << unused >> unused
@@ -166,11 +166,9 @@ class Scaling:
     @classmethod
     def of(cls, header: pydicom.Dataset) -> Scaling:
         """The scaling that a data set declares."""
-        if header.get("ModalityLUTSequence"):
-            bits, signed = int(header.ModalityLUTSequence[0].LUTDescriptor[2]), False
-        else:
-            bits, signed = int(header.BitsStored), bool(header.get("PixelRepresentation", 0))
-        return cls(bits, signed, _falls(header), from_lut=bool(header.get("ModalityLUTSequence")))
+        if luts := header.get("ModalityLUTSequence"):
+            return cls(int(luts[0].LUTDescriptor[2]), False, _falls(header), from_lut=True)
+        return cls(int(header.BitsStored), bool(header.get("PixelRepresentation", 0)), _falls(header))
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -280,13 +278,11 @@ def _decode(path: Path, header: pydicom.Dataset) -> np.ndarray:
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise ImageError(
-            f"{path}: {syntax.name} is a compression that cannot be read; convert it to uncompressed DICOM"
-        ) from None
+        reason = f"{syntax.name} is a compression that cannot be read"
+        raise ImageError(f"{path}: {reason}; {TO_UNCOMPRESSED}") from None
     if syntax.is_compressed and not header.PixelData.startswith(BEGIN_OF_FRAMES):
-        raise ImageError(
-            f"{path}: its transfer syntax says {syntax.name}, but its pixel data are not compressed; correct the syntax"
-        )
+        contrary = f"its transfer syntax says {syntax.name}, but its pixel data are not compressed"
+        raise ImageError(f"{path}: {contrary}; correct the syntax")
     if not syntax.is_compressed or syntax == RLELossless:
         return decoder.as_array(header, index=0, correct_unused_bits=False)[0]
     stream = StreamHeader()
@@ -305,7 +301,7 @@ def _decode(path: Path, header: pydicom.Dataset) -> np.ndarray:
         if 0 < stream.bits <= 8 < header.BitsAllocated:
             reason = f"in {stream.bits} bits, but its header has BitsAllocated {header.BitsAllocated}; convert it with dcmdjpeg"
         elif all(map(_is_installed, wanted.split())):
-            reason = "and no installed decoder can read it; replace it, or convert it to uncompressed DICOM"
+            reason = f"and no installed decoder can read it; replace it, or {TO_UNCOMPRESSED}"
         else:
             reason = f"and no installed decoder can read it; replace it if it is damaged, else pip install {wanted}"
         raise ImageError(f"{path}: compressed as {syntax.name}, {reason}") from None
@@ -314,10 +310,8 @@ def _decode(path: Path, header: pydicom.Dataset) -> np.ndarray:
     low, high = Scaling(header.BitsStored, is_signed).limits
     if values.min() < low or values.max() > high:
         sign = ("unsigned", "signed")
-        raise ImageError(
-            f"{path}: its stream has {sign[not is_signed]} values that do not fit its header, which says {sign[is_signed]}; "
-            "convert it to uncompressed DICOM"
-        )
+        contrary = f"{sign[not is_signed]} values that do not fit its header, which says {sign[is_signed]}"
+        raise ImageError(f"{path}: its stream has {contrary}; {TO_UNCOMPRESSED}")
     return values.view(values.dtype.str.replace(*("iu" if stream.signed else "ui")))
 
 

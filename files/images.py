@@ -144,9 +144,8 @@ def _what_it_is(path: Path) -> str:
     if kind and is_dicom(path):
         return f"({kind} under the name of DICOM); give it a suffix of its own"
     if kind:
-        return (
-            f"({kind}, of a kind that is not read, or damaged); convert it to 8- or 16-bit grayscale PNG, or replace it"
-        )
+        remedy = "convert it to 8- or 16-bit grayscale PNG, or replace it"
+        return f"({kind}, of a kind that is not read, or damaged); {remedy}"
     return f"({'no DICOM header' if is_dicom(path) else 'of no known format'}); remove or replace it"
 
 
@@ -182,19 +181,15 @@ def find_images(root: Path) -> list[Path]:
         elif named and os.path.lexists(path) and not os.path.exists(path):  # noqa: PTH110
             lost.append(path)
     if lost:
-        example = lost[0].relative_to(root)
-        print(
-            f"warning: {root}: {counted(len(lost), 'link leads', 'links lead')} to no file, such as {example}; left out",
-            file=sys.stderr,
-        )
+        what = counted(len(lost), "link leads", "links lead")
+        example = f"such as {lost[0].relative_to(root)}"
+        print(f"warning: {root}: {what} to no file, {example}; left out", file=sys.stderr)
     if others:
-        example = others[0].relative_to(root)
         what = counted(len(others), "DICOM file that holds no image is", "DICOM files that hold no image are")
-        print(f"{root}: {what} passed over, such as {example}")
+        print(f"{root}: {what} passed over, such as {others[0].relative_to(root)}")
     if not images:
-        raise UserError(
-            f"{root}: no images in it; looked for {', '.join(IMAGE_SUFFIXES)} and DICOM files of other names"
-        )
+        kinds = f"{', '.join(IMAGE_SUFFIXES)} and DICOM files of other names"
+        raise UserError(f"{root}: no images in it; looked for {kinds}")
     return images
 
 

@@ -22,23 +22,11 @@ SOFTWARE = "Low-dose mammography restoration"  # marks restored images and drawi
 _PHOTOMETRIC_TAG, _BITS_TAG, _ORIENTATION_TAG, _RESOLUTION_TAG, _SIGN_TAG = 262, 258, 274, 282, 339  # TIFF 6.0
 # The bytes that files of a kind begin with, from a place on.
 _MARKS = (
-    (0, b"II*\0", "TIFF"),
-    (0, b"MM\0*", "TIFF"),
-    (0, b"II+\0", "BigTIFF"),
-    (0, b"MM\0+", "BigTIFF"),
-    (0, b"\xff\xd8\xff", "JPEG"),
-    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
-    (4, b"jP  ", "JPEG 2000"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (4, b"JXL ", "JPEG XL"),
-    (0, b"II\xbc\x01", "JPEG XR"),
-    (0, b"\x89PNG", "PNG"),
-    (0, b"P7\n", "PAM"),
-    (0, b"BM", "BMP"),
-    (0, b"GIF8", "GIF"),
-    (8, b"WEBP", "WebP"),
-    (4, b"ftyp", "HEIF or AVIF"),
-)
+    (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"II+\0", "BigTIFF"), (0, b"MM\0+", "BigTIFF"),
+    (0, b"\xff\xd8\xff", "JPEG"), (0, b"\xff\x4f\xff\x51", "JPEG 2000"), (4, b"jP  ", "JPEG 2000"),
+    (0, b"\xff\x0a", "JPEG XL"), (4, b"JXL ", "JPEG XL"), (0, b"II\xbc\x01", "JPEG XR"), (0, b"\x89PNG", "PNG"),
+    (0, b"P7\n", "PAM"), (0, b"BM", "BMP"), (0, b"GIF8", "GIF"), (8, b"WEBP", "WebP"), (4, b"ftyp", "HEIF or AVIF"),
+)  # fmt: skip
 
 
 def read_picture(path: Path) -> tuple[np.ndarray, int, dict[str, Any]]:
@@ -82,9 +70,8 @@ def write_picture(path: Path, pixels: np.ndarray, bits: int, description: str, c
 def refuse_size(path: Path, width: int, height: int) -> None:
     """Raise ImageError if a file declares more than `MAX_PIXELS` pixels."""
     if width * height > MAX_PIXELS:
-        raise ImageError(
-            f"{path}: declares {width:,} x {height:,} pixels, more than {MAX_PIXELS:,}; not a mammogram, remove it"
-        )
+        size = f"{width:,} x {height:,} pixels, more than {MAX_PIXELS:,}"
+        raise ImageError(f"{path}: declares {size}; not a mammogram, remove it")
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,8 @@ def split_patients(patients: Sequence[str], validation: float, test: float) -> d
     """
     unique = in_hash_order(patients)
     if len(unique) < 3:
-        raise UserError(
-            f"--data-root: {len(unique)} patients are too few for train, validation and test; "
-            "add images or set --hps patient_pattern"
-        )
+        remedy = "add images or set --hps patient_pattern"
+        raise UserError(f"--data-root: {len(unique)} patients are too few for train, validation and test; {remedy}")
     n_test = min(max(1, round(test * len(unique))), len(unique) - 2)
     n_validation = min(max(1, round(validation * len(unique))), len(unique) - n_test - 1)
     names = ["test"] * n_test + ["validation"] * n_validation + ["train"] * (len(unique) - n_test - n_validation)
@@ -73,10 +71,8 @@ def folder_records(root: Path, hps: HParams) -> dict[str, list[Record]]:
     if hps.split_csv or split_csv.is_file():
         return split_by_file(records, split_csv)
     if doubt:
-        raise UserError(
-            f"--data-root {root}: its patients cannot be told ({doubt}); add split.csv, or set --hps patient_pattern to a "
-            "regular expression, or to file if each file is its own patient"
-        )
+        remedy = "add split.csv, or set --hps patient_pattern to a regular expression, or to file if each file is its own patient"
+        raise UserError(f"--data-root {root}: its patients cannot be told ({doubt}); {remedy}")
     of_patient = split_patients([r.patient for r in records], hps.validation_fraction, hps.test_fraction)
     return {split: [r for r in records if of_patient[r.patient] == split] for split in SPLITS}
 

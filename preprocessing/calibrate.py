@@ -82,13 +82,11 @@ def _refuse(path: Path, mammogram: Mammogram, first: Mammogram | None) -> None:
         raise UserError(f"{path}: {width} x {height} pixels are too few; flats need at least {SIDE} a side")
     if first is not None and first.pixels.shape != (height, width):
         size = f"{first.pixels.shape[1]} x {first.pixels.shape[0]}"
-        raise UserError(
-            f"{path}: {width} x {height} pixels, but {first.path} has {size}; pass flats of one detector and size"
-        )
+        contrary = f"{width} x {height} pixels, but {first.path} has {size}"
+        raise UserError(f"{path}: {contrary}; pass flats of one detector and size")
     if mammogram.bits < LEAST_BITS:
-        raise UserError(
-            f"{path}: {mammogram.bits} bits a pixel are too few; export the raw image, with all of its bits"
-        )
+        remedy = "export the raw image, with all of its bits"
+        raise UserError(f"{path}: {mammogram.bits} bits a pixel are too few; {remedy}")
     if mammogram.is_processed:
         raise UserError(f"{path}: processed for display; export the raw image, FOR PROCESSING")
 
@@ -102,9 +100,8 @@ def exposure_of(path: Path) -> float:
             if is_dicom(path) and (text := dicom_tag(path, tag)):
                 return exposure_number(text) * unit
     except Exception as error:  # noqa: BLE001  pydicom raises many kinds of error for a broken file
-        raise UserError(
-            f"{path}: its exposure cannot be read ({reason_of(error)}); replace it, or pass --exposures"
-        ) from None
+        remedy = "replace it, or pass --exposures"
+        raise UserError(f"{path}: its exposure cannot be read ({reason_of(error)}); {remedy}") from None
     raise UserError(f"{path}: states no exposure; pass --exposures with a number for each file, in their order")
 
 
@@ -173,9 +170,8 @@ def main() -> None:
         share = f"{100 * dark.mean():.0f} % of the field does not follow the exposure (a collimated edge?)"
         print(f"note: {share}; it is left out of the gain map, but not of the kernel: better expose the whole field")
     if all(level.count == 1 for level in levels):
-        print(
-            "note: no exposure has two images, so what is fixed in the detector blurs the estimates; take two at each"
-        )
+        blurred = "what is fixed in the detector blurs the estimates"
+        print(f"note: no exposure has two images, so {blurred}; take two at each")
     if pixel_mm is None:
         print("note: the pixel pitch is not known, so there is no NNPS; pass --pixel-mm for it")
     print(f"detector written to {args.out}")

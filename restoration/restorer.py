@@ -89,9 +89,8 @@ class Restorer:
         if not samples and not model.has_mean:
             raise UserError(f"{load_path}: a plain diffusion (precondition=none) has no posterior mean; pass --sample")
         if samples and not model.has_samples:
-            raise UserError(
-                f"{load_path}: its training ended before the diffusion; go on with it, or leave --sample and --samples out"
-            )
+            remedy = "go on with it, or leave --sample and --samples out"
+            raise UserError(f"{load_path}: its training ended before the diffusion; {remedy}")
         name = f"VQ-VAE-2 {digest[:8]}, latent diffusion {weights_digest(model)[:8]}"
         sampling = sampling_of(checkpoint.hps, sampler, steps)
         if samples and sampler == "dpm++":
