@@ -250,9 +250,8 @@ def run_phantoms(bench: Bench) -> dict:
     told = [dataclasses.replace(GE, kernel=kernel)] * len(pairs[0])
     found = detectability(bench.restore(pairs, told, "phantoms"), signal, BM3D)
     rows = [{"method": method} | row for method, row in found.items()]
-    print(
-        f"\n{len(told)} pairs of phantoms, {PHANTOM_SIDE} x {PHANTOM_SIDE} pixels, contrast {CONTRAST:g}; d' against {BM3D}"
-    )
+    size = f"{PHANTOM_SIDE} x {PHANTOM_SIDE} pixels"
+    print(f"\n{len(told)} pairs of phantoms, {size}, contrast {CONTRAST:g}; d' against {BM3D}")
     bench.write("phantoms", rows)
     return {"pairs": len(told), "rows": rows}
 

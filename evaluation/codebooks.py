@@ -37,12 +37,12 @@ def evaluate_vqvae(
             vectors[level] += indices.numel()
         return image
 
-    def book(level: int, row: Tensor) -> dict:
+    def figures_of(level: int, row: Tensor) -> dict:
         used = int((row > 0).sum())
         return {"level": level, "perplexity": float(perplexity(row)), "vectors": vectors[level], "entries_used": used}
 
     def note() -> dict:
-        return {"codebooks": [book(*pair) for pair in enumerate(counts)]}
+        return {"codebooks": [figures_of(*pair) for pair in enumerate(counts)]}
 
     past, through = "clean, continuous", "clean, quantised"
     methods = {
