@@ -340,7 +340,7 @@ def test_a_kernel_has_the_correlation_that_is_asked_for(images, correlation):
 def one_image(tmp_path, monkeypatch):
     """A folder with one test image, and no BM3D, which is an extra: it returns what it is given."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(classical, "vst_bm3d", lambda image, *noise: image)
+    monkeypatch.setattr(classical, "vst_bm3d", lambda image, *noise, **told: image)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")
     Image.fromarray((generate_phantom(0, 0).image[0].numpy() * 255).astype(np.uint8)).save("a.png")
     Path("split.csv").write_text("file,split\na,test\n")
