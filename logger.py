@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -66,10 +66,13 @@ class Logger:
             for name, value in values.items():
                 self.writer.add_scalar(f"{split}/{name}", value, step)
 
-    def picture(self, name: str, image: Tensor, step: int) -> None:
-        """Show a picture (3, H, W) uint8 in TensorBoard."""
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Show a PNG or JPEG file in TensorBoard, as it is: to encode it once more would take longer than many an epoch."""
         if self.writer:
-            self.writer.add_image(name, image.to(torch.uint8), step)
+            with Image.open(path) as image:
+                size = dict(width=image.width, height=image.height, colorspace=len(image.getbands()))
+            shown = Summary.Image(**size, encoded_image_string=path.read_bytes())
+            self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=shown)]), step)
 
     def close(self) -> None:
         """Write what is still buffered."""

@@ -49,18 +49,19 @@ def main() -> None:
     from datasets import load_training_sets
     from diffusion import make_diffusion
     from models.samplers import dpm_timesteps
-    from restoration.classical import bm3d_is_there
-    from restoration.evaluate import restore_test_set
     from restoration.restorer import check_first_stage, load_averages
     from running.checkpoints import checkpoint_to_resume, weights_digest
     from running.settings import resolve_settings
     from trainer import DiffusionTrainer, run_training
     from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
-    if args.bm3d and not bm3d_is_there():
-        raise UserError(
-            "--bm3d: not installed; pip install -r requirements-benchmarks.txt (free for non-commercial use only)"
-        )
+    if args.bm3d:
+        from restoration.classical import bm3d_is_there
+
+        if not bm3d_is_there():
+            raise UserError(
+                "--bm3d: not installed; pip install -r requirements-benchmarks.txt (free for non-commercial use only)"
+            )
     vqvae, vqvae_checkpoint = load_vqvae(args.vqvae_path)
     checkpoint = checkpoint_to_resume(args, "diffusion")
     hps = resolve_settings(
@@ -84,6 +85,8 @@ def main() -> None:
         raise UserError(f"--hps fast_steps={hps.fast_steps}: {error}") from None
     if args.evaluate:
         load_averages(model, checkpoint, args.load_path)
+        from restoration.evaluate import restore_test_set
+
         finish_batch(restore_test_set(args, hps, model, first_stage, (vqvae_checkpoint, checkpoint), device))
         return
     sets = load_training_sets(args, hps, digest)

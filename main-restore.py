@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable
 
 from helper import UserError, get_device, one_line, sampling_dtype, tracked
-from restoration import RESEARCH_USE
+from restoration import RESEARCH_USE, SHIPPED_DIFFUSION, SHIPPED_VQVAE
 from running.command_line import (
     Parser,
     device_arguments,
@@ -146,7 +146,7 @@ def main() -> None:
     from preprocessing.detector import Detector
     from restoration.batch import BatchRestorer, Listed, load_calibration
     from restoration.outputs import MAPS, make_folder, plan
-    from restoration.restorer import SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer
+    from restoration.restorer import Restorer
 
     if args.vqvae_path is None:
         args.vqvae_path, args.load_path = SHIPPED_VQVAE, SHIPPED_DIFFUSION

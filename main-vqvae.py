@@ -29,7 +29,6 @@ def main() -> None:
             raise UserError("--evaluate needs --load-path, the checkpoint to evaluate")
     # torch and all that stands on it come after the flags: a wrong one is answered at once
     from datasets import load_datasets
-    from evaluation.codebooks import evaluate_vqvae
     from running.checkpoints import checkpoint_to_resume, load_weights
     from running.settings import resolve_settings
     from trainer import VQVAETrainer, run_training
@@ -42,6 +41,8 @@ def main() -> None:
     vqvae = VQVAE(**hps.arguments(VQVAE))
     if args.evaluate:
         load_weights(vqvae, checkpoint.model, args.load_path)
+        from evaluation.codebooks import evaluate_vqvae
+
         evaluate_vqvae(args, hps, vqvae, checkpoint, device)
         return
     train_set, validation_set = load_datasets(args, hps, "train", "validation")

@@ -57,7 +57,8 @@ class VQVAETrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.loader.dataset.without_noise()
+        for loader in (self.loader, self.validation_loader):
+            loader.dataset.without_noise()
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.model.parameters(), lr=self.hps.learning_rate, fused=True)
@@ -230,7 +231,7 @@ class DiffusionTrainer(Trainer):
     def validate(self) -> dict[str, float]:
         """With EMA weights: the posterior mean's squared error over that of the degraded latent, or L_simple."""
         figures: list[float] = []
-        with self.ema.average_parameters(self.model):
+        with self.ema.average_parameters(self.model), self.autocast():
             for batch in self.validation_batches():
                 clean, degraded = self.encode(batch)
                 if self.trains_mean:
@@ -252,7 +253,7 @@ class DiffusionTrainer(Trainer):
     def picture(self) -> Tensor:
         batch = self.validation_loader.dataset[0].to(self.device)
         clean, cond = self.encode(batch)
-        with self.ema.average_parameters(self.model):
+        with self.ema.average_parameters(self.model), self.autocast():
             view = self.model.view(cond, batch.level)
             latents = {"low dose": cond}
             if self.model.has_mean:

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from flags import DETECTOR_FILE, DETECTOR_PARTS, DOSES, detector_arguments
+
+if __name__ == "__main__":
+    detector_arguments(__doc__.splitlines()[0])  # torch comes after the flags
 
 import numpy as np
 import pandas as pd
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation import metrics
 from evaluation.observer import cho_dprime, convolution_channels
@@ -27,14 +32,12 @@ from preprocessing.noise import KERNEL_SIDE, NoiseModel, kernel_of, unit_noise
 from restoration.classical import vst_bm3d
 from restoration.dose import to_dose
 from restoration.restore import restore_image
-from restoration.restorer import SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer
-from running.command_line import Parser, device_arguments, non_negative_int, path_argument, positive_int
+from restoration.restorer import Restorer
 from running.folders import record_run
 from running.scripts import run_script
 from running.writing import write_text
 
-FILE, RECORD = "iwbi2026.npz", "detector.json"
-DOSES = {"50prct": 0.5, "75prct": 0.75, "100prct": 1.0}  # of the automatic exposure
+RECORD = "detector.json"
 GE = NoiseModel(0.0315, 2.8, 1.9, electronic_is_white=False)  # Brandao et al.; the kernel is measured
 PITCH = 0.1  # mm
 PATCH = 64  # pixels a side of residuals whose spectrum is taken
@@ -70,7 +73,7 @@ class Dose:
     @classmethod
     def read(cls, folder: Path, name: str, most: int | None) -> Dose:
         """Read the first so many regions, all if None; raises UserError naming the file."""
-        path, arrays = folder / FILE, {}
+        path, arrays = folder / DETECTOR_FILE, {}
         try:
             with np.load(path) as data:
                 for kind in ("NoiseFree", "Noise", *AUTHORS.values()):
@@ -256,36 +259,14 @@ def run_phantoms(bench: Bench) -> dict:
     return {"pairs": len(told), "rows": rows}
 
 
-PARTS: dict[str, Callable[[Bench], dict]] = {"data": run_data, "phantoms": run_phantoms}
+PARTS = dict(zip(DETECTOR_PARTS, (run_data, run_phantoms), strict=True))
 
 
 # --- the script ------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--data", type=path_argument, default=os.environ.get("DETECTOR_DIR"), help=f"folder of {FILE} (DETECTOR_DIR)")
-    add("--out", type=path_argument, required=True, help="folder of the tables")
-    add("--vqvae-path", type=path_argument, default=SHIPPED_VQVAE, help="first stage (default: the shipped one)")
-    add("--load-path", type=path_argument, default=SHIPPED_DIFFUSION, help="checkpoint (default: the shipped one)")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
-    add("--doses", nargs="+", choices=DOSES, default=["50prct", "100prct"], help="(default: 50prct 100prct)")
-    add("--regions", type=positive_int, help="only the first so many regions")
-    add("--samples", type=non_negative_int, default=8, help="by DPM-Solver++; 0: none (default: 8)")
-    add("--to-dose", nargs="*", type=positive_int, default=[2], help="blends of the mean with its input (default: 2)")
-    add("--steps", type=positive_int, help="network evaluations of a sample (default: the checkpoint's)")
-    add("--phantoms", type=non_negative_int, default=400, help="pairs of phantoms (default: 400)")
-    device_arguments(parser)
-    args = parser.parse_args()
-    if args.data is None:
-        parser.error("--data or the environment's DETECTOR_DIR must name the folder of the data")
-    args.data = Path(args.data)
-    return args
-
-
 def main() -> None:
-    args = parse_arguments()
+    args = detector_arguments(__doc__.splitlines()[0])
     for name in args.doses:
         Dose.read(args.data, name, args.regions)  # is it there? say so at once
     restorer = Restorer.load(args.vqvae_path, args.load_path, get_device(args.cpu, args.cuda))

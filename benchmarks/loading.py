@@ -12,24 +12,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from flags import loading_arguments
+
+if __name__ == "__main__":
+    loading_arguments(__doc__.splitlines()[0])  # torch comes after the flags
+
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from datasets_cbis import CASE_COLUMNS, cbis_records
 from files.cache import PreparedCache
 from files.images import find_images, read_image
 from files.prepared import Record
-from helper import UserError, format_table, tracked
+from helper import format_table, tracked
 from hps import HPS_VQVAE
 from loading.batches import SampleKey, make_loader
 from loading.mammograms import RecordDataset
 from preprocessing.phantom import generate_phantom
-from running.command_line import Parser, path_argument, positive_int
 from running.distributed import worker_count
 from running.scripts import run_script
 from trees import write_case_files, write_dicom
@@ -101,17 +106,7 @@ def measure(records: list[Record], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--count", type=positive_int, default=8, help="images to measure (default: 8)")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data-root", type=path_argument, help="measure the first images of this CBIS-DDSM tree")
-    source.add_argument(
-        "--images", type=path_argument, metavar="DIR", help="make the sources of the mammograms in this folder"
-    )
-    parser.add_argument("--no-tqdm", action="store_true", help="disable progress bars")
-    args = parser.parse_args()
-    if args.images and not args.images.is_dir():
-        raise UserError(f"--images {args.images}: no such folder")
+    args = loading_arguments(__doc__.splitlines()[0])
     torch.set_num_threads(1)  # as in a data loader's worker
     with tempfile.TemporaryDirectory(prefix="loading-benchmark-") as name:
         root = args.data_root or Path(name) / "tree"

@@ -8,24 +8,26 @@ spectrum; `crops`, every method on one fixed crop an image at several noise leve
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import numpy as np
-import pandas as pd
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from flags import MEAN_OF, QUALITY_PARTS, quality_arguments
+
+if __name__ == "__main__":
+    quality_arguments(__doc__.splitlines()[0])  # torch comes after the flags
+
+import numpy as np
+import pandas as pd
 import quality_tables as tables
+import torch
 from quality_images import (
     PHANTOM_PITCH,
     SHARES,
@@ -50,18 +52,14 @@ from preprocessing.noise import NoiseModel
 from preprocessing.stabilize import stabilize
 from restoration.classical import vst_bm3d
 from restoration.restore import restore_image
-from restoration.restorer import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer
-from running.command_line import Parser, device_arguments, path_argument, positive_int
+from restoration.restorer import Restorer
 from running.folders import record_run
 from running.scripts import run_script
 from running.writing import write_text
 
-SPLIT_CSV = Path(__file__).resolve().parents[1] / "preprocessing" / "splits" / "mini-mias.csv"
 RECORD = "restoration.json"
 LEVEL = 0.2  # noise level of the parts `calcifications` and `mnse`
-MEAN_OF = 8  # samples whose mean has a row of its own
 PATCH = 64  # pixels a side of the residuals whose spectrum is taken
-LEAST_CROP = 16  # pixels a side: SSIM's window has 11
 DIAMETERS = (1.0, 3.0)  # pixels
 
 
@@ -286,66 +284,10 @@ def run_calcifications(bench: Bench) -> dict:
     return {"level": LEVEL, "phantoms": args.phantoms, "pixel_mm": PHANTOM_PITCH, "kept": kept}
 
 
-PARTS: dict[str, Callable[[Bench], dict]] = {
-    "calcifications": run_calcifications, "mnse": run_mnse, "crops": run_crops, "native": run_native,
-}  # fmt: skip
+PARTS = dict(zip(QUALITY_PARTS, (run_calcifications, run_mnse, run_crops, run_native), strict=True))
 
 
 # --- the script ------------------------------------------------------------------------------------------------------
-
-
-def positive(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    with contextlib.suppress(ValueError):
-        if 0 < (value := float(text)) < math.inf:
-            return value
-    raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-
-
-def correlation(text: str) -> float:
-    """An argparse type: a correlation of neighbours that a kernel of three pixels can make."""
-    value = 0.0 if text == "0" else positive(text)
-    if value > 0.7:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 0.7, not {text!r}")
-    return value
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--data-root", type=path_argument, required=True, help="folder of full-dose mammograms")
-    add("--out", type=path_argument, required=True, help="folder of the tables and of what a second run reuses")
-    add("--vqvae-path", type=path_argument, default=SHIPPED_VQVAE, help="first stage (default: the shipped one)")
-    add("--load-path", type=path_argument, default=SHIPPED_DIFFUSION, help="checkpoint (default: the shipped one)")
-    add("--split-csv", type=path_argument, default=SPLIT_CSV, help="whose test images are taken (default: mini-MIAS)")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
-    add("--no-native", action="store_true", help="leave the part `native` out")
-    add("--levels", type=positive, nargs="+", default=[0.2, 0.05, 0.5, 1.0], help="of the noise, `crops` and `native`")
-    add("--crop", type=positive_int, default=256, help="side of the fixed crops (default: 256)")
-    add("--images", type=positive_int, help="only the first so many test images")
-    add("--samples", type=positive_int, default=16, help=f"by DPM-Solver++; at least {MEAN_OF} (default: 16)")
-    add("--ddim-steps", type=positive_int, help="network evaluations of a sample by DDIM (default: the checkpoint's)")
-    add("--fast-steps", type=positive_int, help="and of one by DPM-Solver++ (default: the checkpoint's)")
-    calibration = "uncertainty.json (default: the shipped one)"
-    add("--calibration", type=path_argument, default=SHIPPED_CALIBRATION, help=calibration)
-    add("--correlation", type=correlation, default=0.0, help="of neighbours in the noise, part `crops` (default: 0)")
-    add("--realisations", type=positive_int, default=8, help="of the noise, part `mnse` (default: 8)")
-    add("--phantoms", type=positive_int, default=6, help="with calcifications (default: 6)")
-    add("--pitch", type=positive, default=0.2, help="of the images' pixels in mm (default: 0.2)")
-    add("--scale", type=positive, default=1.0, help="resize the images by this factor before all else (default: 1)")
-    add("--workers", type=positive_int, default=2, help="processes for BM3D (default: 2)")
-    device_arguments(parser)
-    args = parser.parse_args()
-    args.parts = [part for part in PARTS if part in args.parts and not (part == "native" and args.no_native)]
-    if not args.parts:
-        parser.error("--no-native leaves no part to measure")
-    if args.realisations < 2:
-        parser.error("--realisations must be at least 2: noise is told from bias by its variance")
-    if args.samples < MEAN_OF:
-        parser.error(f"--samples must be at least {MEAN_OF}")
-    if args.crop < LEAST_CROP:
-        parser.error(f"--crop must be at least {LEAST_CROP}")
-    return args
 
 
 def earlier_parts(path: Path) -> dict[str, dict]:
@@ -376,7 +318,7 @@ def make_bench(args: argparse.Namespace) -> Bench:
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = quality_arguments(__doc__.splitlines()[0])
     parts = earlier_parts(args.out / RECORD)
     bench = make_bench(args)
     print(f"{bench.restorer.name}; results go to {args.out}")

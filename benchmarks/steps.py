@@ -14,12 +14,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from flags import STEPS, steps_arguments
+
+if __name__ == "__main__":
+    steps_arguments(__doc__.splitlines()[0])  # torch comes after the flags
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from diffusion import LatentDiffusion, LitEma, make_diffusion
 from helper import format_table, seeded_generator
@@ -28,7 +34,6 @@ from loading.batches import Batch
 from loading.mammograms import PhantomDataset
 from logger import Logger
 from models.unet import UNet
-from running.command_line import Parser, positive_int
 from running.scripts import run_script
 from trainer import DiffusionTrainer, VQVAETrainer
 from training.loop import Trainer
@@ -223,16 +228,12 @@ def of_compile() -> Iterator[Comparison]:
         yield f"{phase}: a compiled step", steps[0], "a plain step", steps[1]
 
 
-WHAT = {"unet": of_unet, "stage1": of_stage1, "stage2": of_stage2, "lookup": of_lookup, "compile": of_compile}
+WHAT = dict(zip(STEPS, (of_unet, of_stage1, of_stage2, of_lookup, of_compile), strict=True))
 
 
 def main() -> None:
     global clock
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--what", choices=WHAT, required=True, help="what to measure")
-    parser.add_argument("--rounds", type=positive_int, default=5, help="measurements; their median counts (default: 5)")
-    parser.add_argument("--busy", action="store_true", help="the machine does other work: one thread, processor time")
-    args = parser.parse_args()
+    args = steps_arguments(__doc__.splitlines()[0])
     torch.manual_seed(0)
     if args.busy:
         torch.set_num_threads(1)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -45,6 +44,8 @@ def to_grey(image: np.ndarray) -> Image.Image:
 
 def to_magma(values: np.ndarray) -> Image.Image:
     """Values (H, W) in the colours of matplotlib's magma, from 0 to 1."""
+    import matplotlib  # which no training needs
+
     return Image.fromarray(matplotlib.colormaps["magma"](np.clip(values, 0, 1).astype(np.float64), bytes=True)[..., :3])
 
 
@@ -133,6 +134,8 @@ def save_picture(picture: Tensor, path: Path) -> None:
     """
     text = PngInfo()
     text.add_itxt("Software", SOFTWARE)
-    form = dict(format="JPEG", quality=95) if path.suffix == ".jpg" else dict(format="PNG", pnginfo=text)
+    form = (
+        dict(format="JPEG", quality=95) if path.suffix == ".jpg" else dict(format="PNG", pnginfo=text, compress_level=3)
+    )
     with atomic_path(path) as temporary:
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, **form)

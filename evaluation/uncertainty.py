@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import stats
 
 from helper import UserError, explained
 from running.writing import write_json
@@ -126,6 +125,8 @@ def interval(samples: np.ndarray, factor: float = 1.0) -> Interval:
 
 def _reach(count: int) -> float:
     """Half the width of a 90 % interval of `count` samples, in expected errors."""
+    from scipy import stats  # which takes a second to import, and no training needs
+
     return stats.t.ppf(1 - MISS / 2, count - 1)
 
 

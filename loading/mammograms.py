@@ -42,13 +42,13 @@ class MammogramDataset(Dataset):
         self.hps, self.split, self.seed, self.strict = hps, split, seed, strict
         self.train = split == "train"
         self.left_out: list[str] = []  # what was wrong with images that are left out
-        self.degrade_on_device = hps.degrade_on_device
+        self.degrade_on_device = hps.degrade_on_device and self.train
         self.unaltered = hps.updated(scale_range=[1.0, 1.0], gamma_range=[1.0, 1.0], windowing=0.0, enhancement=0.0)
         self._cache: dict[int, Prepared] = {}
         self._noises: dict[int, NoiseModel] = {}
 
     def without_noise(self) -> None:
-        """Leave the low dose of training samples to the device, and undrawn if no step asks for it."""
+        """Leave the low dose to the device, and undrawn if no step asks for it."""
         self.degrade_on_device = True
 
     def reseed(self, seed: int) -> None:
@@ -112,7 +112,7 @@ class MammogramDataset(Dataset):
             raise IndexError(key.index)
         if not self.train:
             image, meta = self.prepared(key.index), self.meta(key.index, key)
-            return self._sample(image, meta, seeded_generator("noise of", meta.path))
+            return self._sample(image, meta, seeded_generator("noise of", meta.path), self.degrade_on_device)
         image, meta = self._image_or_another(key)
         generator = seeded_generator("sample", self.seed, key.epoch, key.index)
         hps = self.unaltered if 0 < self.hps.altered_epochs <= key.epoch else self.hps
@@ -147,7 +147,7 @@ class MammogramDataset(Dataset):
         return self._sample(image.as_floats(), meta, seeded_generator("realisation", self.seed, realisation, meta.path))
 
     def _sample(self, image: Prepared, meta: Meta, generator: torch.Generator, on_device: bool = False) -> Batch:
-        """The sample of an image; `on_device` leaves a simulated low dose to `Batch.degrade` and sends no mask."""
+        """The sample of an image; `on_device` leaves a simulated low dose to `Batch.degrade`."""
         meta.info.update(image.info)
         if "noise" in image.info:
             return self._fraction_of_dose(image, meta, generator)
@@ -164,7 +164,7 @@ class MammogramDataset(Dataset):
             else:
                 degraded = simulate_low_dose(image.clean, level, generator, kernel)
         images = [None if each is None else each[None] for each in (image.clean, degraded)]
-        mask = None if on_device else image.mask[None]  # no training step looks at it
+        mask = None if on_device and self.train else image.mask[None]  # no training step looks at it
         kind = Batch if image.clean.is_floating_point() else PackedBatch
         kernel = None if kernel is None else kernel[None, None]
         return kind(*images, [meta], torch.tensor([float(level)]), mask, pending, kernel)

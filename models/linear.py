@@ -96,26 +96,29 @@ class LinearEstimate(nn.Module):
         counting in inverse proportion to its own energy: edges are rare and large, and not what the filter is for.
         """
         knots, channels, taps = self.noise_filter.shape
-        gram = torch.zeros(knots, taps, taps, dtype=torch.float64)
-        cross = torch.zeros(knots, channels, taps, dtype=torch.float64)
-        second = torch.zeros(channels, channels, dtype=torch.float64)
+        # sums stay on the device: at the reference values a sample's Gram matrix takes 82 MB
+        double = dict(dtype=torch.float64, device=self.noise_filter.device)
+        gram, cross = torch.zeros(knots, taps, taps, **double), torch.zeros(knots, channels, taps, **double)
+        second = torch.zeros(channels, channels, **double)
         floor = self.degradation_scale**2
         for (clean, degraded), level in zip(pairs, levels, strict=True):
             deviations = degraded - local_mean(degraded)
             rows = F.unfold(deviations, self.taps, padding=self.taps // 2)
             noise = (degraded - clean).flatten(2)
             weight = floor / (floor + rows.square().mean(1, keepdim=True))
-            share = level_shares(level, self.log_levels)
+            shares = level_shares(level, self.log_levels).tolist()
             for i in range(len(rows)):
                 weighted, own = rows[i] * weight[i], deviations[i].flatten(1)
                 a, b = weighted @ rows[i].t(), noise[i] @ weighted.t()
-                second += (((own * weight[i]) @ own.t()) / (weight[i].sum() + 1e-12)).double().cpu()
-                for knot in share[i].nonzero().flatten().tolist():
-                    gram[knot] += float(share[i, knot]) * a.double().cpu()
-                    cross[knot] += float(share[i, knot]) * b.double().cpu()
+                second += (((own * weight[i]) @ own.t()) / (weight[i].sum() + 1e-12)).double()
+                for knot, share in enumerate(shares[i]):
+                    if share:
+                        gram[knot].add_(a, alpha=share)
+                        cross[knot].add_(b, alpha=share)
         # the latent fills but some directions of its channels: a ridge keeps the others at zero
-        ridge = 1e-4 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(taps, dtype=torch.float64)
-        solution = torch.linalg.solve(gram + ridge + 1e-12 * torch.eye(taps), cross.transpose(1, 2)).transpose(1, 2)
+        ridge = 1e-4 * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
+        gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+        solution = torch.linalg.solve(gram, cross.transpose(1, 2)).transpose(1, 2)
         self.noise_filter.copy_(solution)
         values, vectors = torch.linalg.eigh(second / max(1, sum(len(level) for level in levels)))
         least = 0.1 * values.clamp(min=0).mean() + 1e-12  # directions that the latent hardly fills stay small

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import dct, dctn
-from scipy.optimize import OptimizeResult, least_squares
 from scipy.special import gammaincinv
 
 from preprocessing.breast import breast_mask
 from preprocessing.noise import KERNEL_SIDE, NoiseModel, kernel_of
+
+if TYPE_CHECKING:
+    from scipy.optimize import OptimizeResult
 
 SIDE = 16  # of a block, in pixels
 BLOCKS = 16384  # about so many are looked at in a large image
@@ -208,6 +211,8 @@ class _Fit:
         start = np.r_[noise, noise, np.log(spectra[:, :3].mean(1)) - 3, PRIOR[:free]]
         least = np.r_[np.full(2 + self.groups, np.log(FLOOR) - 10), LEAST[:free]]
         most = np.r_[np.full(2 + self.groups, np.inf), MOST[:free]]
+        from scipy.optimize import least_squares  # which no training needs
+
         return least_squares(self.residuals, start, self.jacobian, bounds=(least, most), ftol=1e-7, max_nfev=60)
 
 

@@ -29,12 +29,12 @@ from preprocessing.detector import Detector
 from preprocessing.estimate import estimate_noise
 from preprocessing.grid import Grid
 from preprocessing.noise import NoiseModel
-from restoration import RESEARCH_USE
+from restoration import RESEARCH_USE, SHIPPED_CALIBRATION
 from restoration.denoiser import Restoration
 from restoration.dose import to_dose
 from restoration.outputs import RECORD, TABLES, Job, remove_stale, write_maps
 from restoration.restore import restore_image
-from restoration.restorer import SHIPPED_CALIBRATION, Restorer
+from restoration.restorer import Restorer
 from running.folders import record_run
 from running.writing import write_text
 

@@ -20,10 +20,6 @@ from restoration.denoiser import Restoration
 from running.checkpoints import Checkpoint, build_model, load_checkpoint, load_weights, weights_digest
 from vqvae2_wrapper import VQVAE2Wrapper, load_vqvae
 
-# the model in the box: trained on the first 72 images of mini-MIAS and on phantoms; see weights/README.md
-SHIPPED_VQVAE, SHIPPED_DIFFUSION, SHIPPED_CALIBRATION = (
-    Path(__file__).resolve().parents[1] / "weights" / name for name in ("vqvae.pt", "diffusion.pt", "uncertainty.json")
-)
 TILE_CROPS = 7  # sides of training crops that make the side of a tile: the larger it is, the less overlaps cost
 
 

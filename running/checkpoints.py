@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import sys
@@ -63,17 +64,30 @@ class Checkpoint:
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint atomically; a `last.pt` that was there is `previous.pt` then."""
+def save_checkpoint(path: Path, checkpoint: Checkpoint, written: Path | None = None) -> None:
+    """Write a checkpoint atomically, or give the file `written`, which holds it, a second name.
+
+    A `last.pt` that was there is `previous.pt` then.
+    """
+    with atomic_path(path) as temporary:
+        temporary.unlink()
+        if written is not None:
+            with contextlib.suppress(OSError):  # of file systems without hard links
+                os.link(written, temporary)
+        if not temporary.exists():
+            _write(checkpoint, temporary)
+        if path.name == LAST and path.exists():
+            _keep_as(path, path.with_name(PREVIOUS))
+
+
+def _write(checkpoint: Checkpoint, path: Path) -> None:
     payload = {"format_version": CHECKPOINT_FORMAT[checkpoint.kind]} | vars(checkpoint) | {"hps": dict(checkpoint.hps)}
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         try:
             torch.save(payload, file)
         except RuntimeError as error:  # torch hides what the system said when a write fails
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else OSError(str(error).split("\n")[0]) from None
-        if path.name == LAST and path.exists():
-            _keep_as(path, path.with_name(PREVIOUS))
 
 
 def _keep_as(path: Path, name: Path) -> None:

@@ -107,6 +107,20 @@ def test_checkpoint_that_grows_past_what_the_disk_holds_is_refused_with_the_syst
     assert (tmp_path / "a.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_checkpoint_with_two_names_is_written_once_and_again_without_hard_links(tmp_path, monkeypatch):
+    first, last = tmp_path / "best.pt", tmp_path / "last.pt"
+    saved = make_checkpoint()
+    save_checkpoint(first, saved)
+    save_checkpoint(last, saved, first)
+    assert last.samefile(first)
+    save_checkpoint(first, make_checkpoint(step=8))  # of one name alone
+    assert [load_checkpoint(path, "vqvae").step for path in (first, last)] == [8, 7]
+    monkeypatch.setattr(os, "link", mock.Mock(side_effect=OSError("no hard links here")))
+    save_checkpoint(last, make_checkpoint(step=8), first)
+    assert not last.samefile(first) and last.read_bytes() == first.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt", "previous.pt"]
+
+
 def test_json_turns_what_is_not_finite_into_null(tmp_path):
     write_json(tmp_path / "a.json", {"a": [1.5, float("inf")], "b": (float("nan"), "x"), "c": {"d": -float("inf")}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1.5, None], "b": [None, "x"], "c": {"d": None}}
@@ -334,6 +348,8 @@ def test_log_gains_a_column_for_every_new_name(tmp_path, capsys):
     logger.log("train", 1, 1, {"loss": 0.5})
     logger.log("validation", 1, 1, {"score": 1 / 3})
     logger.log("train", 2, 1, {"loss": 0.25}, echo=False)
+    PIL.Image.new("RGB", (5, 3)).save(tmp_path / "a.png")
+    logger.picture("samples", tmp_path / "a.png", 2)
     logger.close()
     assert rows(tmp_path) == [
         {"step": "1", "epoch": "1", "split": "train", "loss": "0.5", "score": ""},
@@ -344,6 +360,9 @@ def test_log_gains_a_column_for_every_new_name(tmp_path, capsys):
     assert "loss 0.5" in printed and "score 0.3333" in printed and "0.25" not in printed
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.5), (2, 0.25)]
+    (shown,) = events.Images("samples")
+    assert (shown.step, shown.width, shown.height) == (2, 5, 3)
+    assert shown.encoded_image_string == (tmp_path / "a.png").read_bytes()
 
 
 @pytest.mark.parametrize("step, kept", [(2, ["1", "2", "3"]), (1, ["1", "3"]), (0, ["3"])])
@@ -362,7 +381,7 @@ def test_logger_without_a_folder_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     logger = Logger(None)
     logger.log("train", 1, 1, {"loss": 0.5})
-    logger.picture("samples", torch.zeros(3, 4, 4), 1)
+    logger.picture("samples", Path("none.png"), 1)
     logger.close()
     assert list(Path().iterdir()) == [] and "loss 0.5" in capsys.readouterr().out
 

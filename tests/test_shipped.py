@@ -22,9 +22,9 @@ from preprocessing.noise import NoiseModel
 from preprocessing.phantom import generate_phantom
 from preprocessing.sides import least_step, part_sides
 from preprocessing.stabilize import full_scale_of, stabilize
-from restoration import evaluate, restore
+from restoration import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE, evaluate, restore
 from restoration.restore import restore_image
-from restoration.restorer import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE, Restorer
+from restoration.restorer import Restorer
 from restoration.tiles import box_weights, changed_box
 from running.checkpoints import load_checkpoint
 from scripts import call, succeed, written

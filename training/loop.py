@@ -205,6 +205,10 @@ class Trainer:
             except stopping.Stopped as stop:
                 raise self.stopped(stop) from None
 
+    def autocast(self) -> torch.autocast:
+        """The precision of a training step, for a block."""
+        return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
+
     def parallelize(self) -> None:
         """Make the objective of the model as it stands, which the processes share."""
         self.objective = distributed.parallel(Objective(self))
@@ -253,7 +257,7 @@ class Trainer:
             self.skipped.update(meta.failure for meta in batch.meta if meta.failure)
             batch = batch.to(self.device)
             with distributed.synchronised(self.objective, number == passes):
-                with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+                with self.autocast():
                     result = self.objective(batch)
                 # gradients are averaged over the processes, and shares add up
                 self.scaler.scale(result.loss * (share * distributed.size())).backward()
@@ -384,9 +388,9 @@ class Trainer:
             return
         if last or epoch % self.hps.image_frequency == 0:
             self.model.eval()
-            picture = self.picture()
-            save_picture(picture, self.folder / "samples" / f"epoch-{epoch:04d}{self.picture_suffix}")
-            self.logger.picture("samples", picture, self.step)
+            path = self.folder / "samples" / f"epoch-{epoch:04d}{self.picture_suffix}"
+            save_picture(self.picture(), path)
+            self.logger.picture("samples", path, self.step)
         names = ["best.pt"] if improved else []
         names += [f"epoch-{epoch:04d}.pt"] if epoch % self.hps.checkpoint_frequency == 0 else []
         self.save(*names, LAST)  # which ends the epoch: what is killed before does all of the above again
@@ -411,10 +415,11 @@ class Trainer:
     # --- state ---
 
     def save(self, *names: str) -> None:
-        """Write the state as it stands to checkpoints of the run folder."""
-        checkpoint = self.checkpoint()
-        for name in names:
-            save_checkpoint(self.folder / name, checkpoint)
+        """Write the state as it stands to a checkpoint of the run folder, under each of the names."""
+        checkpoint, written = self.checkpoint(), None
+        for path in (self.folder / name for name in names):
+            save_checkpoint(path, checkpoint, written)
+            written = path
         self.saved_at, self.saved_step = time.monotonic(), self.step
 
     def checkpoint(self) -> Checkpoint:
