@@ -100,6 +100,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         self.epoch, self.step, self.best = 0, 0, math.inf
         self.seen = 0  # samples of the present epoch, of all processes
+        self.batches: Iterator[Batch | LatentBatch] | None = None  # of the present epoch, once the one before has ended
         self.saved_at, self.saved_step = time.monotonic(), 0
         self.signals: list[int] = []  # that ask for an end
         self.taken: list[TakenStep] = []
@@ -216,8 +217,8 @@ class Trainer:
     def train_epoch(self) -> None:
         """The rest of a pass over the training set, a step every `batch_size` samples of all processes."""
         self.model.train()
-        self.loader.sampler.set_epoch(self.epoch, self.seen)
-        batches, end, silence = iter(self.loader), self.loader.sampler.count, Silence()
+        batches, self.batches = self.batches or self.load_epoch(self.epoch, self.seen), None
+        end, silence = self.loader.sampler.count, Silence()
         left = math.ceil((end - self.seen) / self.hps.batch_size)
         words = dict(desc=f"epoch {self.epoch + 1}", unit="step", leave=False, disable=not self.progress)
         self.optimizer.zero_grad(set_to_none=True)
@@ -239,8 +240,15 @@ class Trainer:
                 if self.should_save():
                     self.save(LAST)
         self.look_at_steps()
+        if self.epoch + 1 < self.hps.max_epochs:  # the workers load while this process validates and saves
+            self.batches = self.load_epoch(self.epoch + 1)
         self.report_skipped()
         self.report_remarks()
+
+    def load_epoch(self, epoch: int, seen: int = 0) -> Iterator[Batch | LatentBatch]:
+        """The batches of an epoch after its first `seen` samples; the loader's workers begin at once."""
+        self.loader.sampler.set_epoch(epoch, seen)
+        return iter(self.loader)
 
     def train_step(self, batches: Iterator[Batch | LatentBatch], samples: int) -> dict[str, Tensor]:
         """A step on the next `samples` of all processes, `mini_batch_size` at a time; returns this process's part of the logs.
