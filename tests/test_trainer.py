@@ -535,7 +535,28 @@ def test_stage_2_draws_the_low_dose_that_its_loader_left_to_it():
     assert losses[0] == losses[1]
 
 
-def test_stage_1_draws_no_low_dose_for_training():
+def test_stage_1_draws_no_low_dose():
     trainer = stage_1(4)
     batch = next(iter(trainer.loader))
     assert len(batch.pending) == 4 and batch.degraded is None
+    batch = next(trainer.validation_batches())
+    assert batch.degraded is None and batch.mask is not None  # pictures look at the breast
+
+
+def test_stage_2_validates_and_draws_pictures_in_the_precision_of_its_steps():
+    trainer, seen = stage_2(4), []
+    trainer.amp = torch.bfloat16
+    trainer.setup()
+    trainer.model.variable.mean_model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer.validate()
+    trainer.picture()
+    assert seen == [torch.bfloat16] * (len(trainer.validation_loader) + 1)
+
+
+def test_the_loader_begins_the_next_epoch_before_the_validation_of_this_one(monkeypatch):
+    trainer, order = stage_1(4, max_epochs=2), []
+    load = trainer.load_epoch
+    monkeypatch.setattr(trainer, "load_epoch", lambda epoch, seen=0: order.append(epoch) or load(epoch, seen))
+    monkeypatch.setattr(trainer, "validate", lambda: order.append("validation") or {"score": 0.0})
+    trainer.fit()
+    assert order == [0, 1, "validation", "validation"]
