@@ -97,7 +97,7 @@ def regions(bench, count=14, side=64):
 
 @pytest.fixture
 def data(bench, tmp_path, monkeypatch):
-    np.savez(tmp_path / bench.FILE, **regions(bench))
+    np.savez(tmp_path / bench.DETECTOR_FILE, **regions(bench))
     monkeypatch.setitem(scripts.FLAGS, "benchmarks/detector", "--cpu --no-tqdm")
     monkeypatch.delenv("DETECTOR_DIR", raising=False)
     return tmp_path
