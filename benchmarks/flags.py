@@ -8,6 +8,7 @@ import math
 import os
 from pathlib import Path
 
+from hps import TASKS
 from restoration import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE
 from running.command_line import Parser, device_arguments, non_negative_int, path_argument, positive_int
 
@@ -18,6 +19,11 @@ SPLIT_CSV = Path(__file__).resolve().parents[1] / "preprocessing" / "splits" / "
 MEAN_OF = 8  # samples whose mean has a row of its own
 LEAST_CROP = 16  # pixels a side: SSIM's window has 11
 DOSES = {"50prct": 0.5, "75prct": 0.75, "100prct": 1.0}  # of the automatic exposure
+PLAN_STAGES, PLAN_CARDS = ("1", "mean", "diffusion", "sampling"), ("a100", "h100", "4090")
+CBIS_TRAINING_IMAGES = 2113  # breast views of CBIS-DDSM that `split=patient` and `validation_fraction=0.1` train on
+# Microseconds that the launch of an operator adds to a step: the one number that brings the roofline within 2 % of the stage-1
+# steps that an H100 took at commit 3583a4d (docs/gpu-plan.md): batch 4 and 16, and without AMP.
+LAUNCH = 23
 DETECTOR_FILE = "iwbi2026.npz"
 
 
@@ -128,4 +134,31 @@ def steps_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--what", choices=STEPS, required=True, help="what to measure")
     parser.add_argument("--rounds", type=positive_int, default=5, help="measurements; their median counts (default: 5)")
     parser.add_argument("--busy", action="store_true", help="the machine does other work: one thread, processor time")
+    return parser.parse_args()
+
+
+def _share(text: str) -> float:
+    """An argparse type: a number above 0 and up to 1."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number above 0 and up to 1, not {text!r}")
+
+
+def plan_arguments(description: str) -> argparse.Namespace:
+    parser = Parser(description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add("--task", choices=TASKS, default="cbis-ddsm", help="whose settings (default: cbis-ddsm)")
+    add("--stage", nargs="+", choices=PLAN_STAGES, default=list(PLAN_STAGES), help="what to plan (default: all)")
+    add("--cards", nargs="+", choices=PLAN_CARDS, default=list(PLAN_CARDS), help="for which (default: all)")
+    add("--hps", action="append", default=[], metavar="KEY=VALUE", help="override an entry of hps.py")
+    add("--batch-size", type=positive_int, help="override batch size from hps.py")
+    add("--images", type=positive_int, help=f"training images (default: {CBIS_TRAINING_IMAGES:,} or the task's)")
+    add("--efficiency", type=_share, default=0.5, help="share of a card's rates reached (default: 0.5)")
+    add("--bandwidth-efficiency", type=_share, default=0.8, help="share of its bandwidth (default: 0.8)")
+    add("--reserve", type=_share, default=0.1, help="share of its memory not for tensors (default: 0.1)")
+    launch = f"microseconds that the launch of an operator adds (default: {LAUNCH})"
+    add("--launch", type=non_negative_int, default=LAUNCH, help=launch)
+    add("--out", type=path_argument, help="folder of plan.json (default: none is written)")
+    add("--no-tqdm", action="store_true", help="disable progress bars")
     return parser.parse_args()

@@ -16,16 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from flags import CBIS_TRAINING_IMAGES, plan_arguments
+
+if __name__ == "__main__":
+    plan_arguments(__doc__.splitlines()[0])  # torch comes after the flags
+
 from plan_trace import Operator, Setting, Trace, Tracer, Work, flops, trace_forward, traffic
+from tqdm import tqdm
 
 from helper import UserError, format_table, get_parameter_count
-from hps import HPS_DIFFUSION, HPS_VQVAE, TASKS, HParams, apply_overrides
-from running.command_line import Parser, non_negative_int, path_argument, positive_int
+from hps import HPS_DIFFUSION, HPS_VQVAE, HParams, apply_overrides
 from running.scripts import run_script
 from running.writing import write_json
 
@@ -33,11 +36,7 @@ TITLES = {
     "1": "stage 1, VQ-VAE-2", "mean": "stage 2, posterior mean", "diffusion": "stage 2, diffusion around it",
     "sampling": "restoring",
 }  # fmt: skip
-CBIS_TRAINING_IMAGES = 2113  # breast views of CBIS-DDSM that `split=patient` and `validation_fraction=0.1` train on
 GIB, GB, TERA, MICRO = 2**30, 1e9, 1e12, 1e-6
-# Microseconds that the launch of an operator adds to a step: the one number that brings the roofline within 2 % of the stage-1
-# steps that an H100 took at commit 3583a4d (docs/gpu-plan.md): batch 4 and 16, and without AMP.
-LAUNCH = 23
 
 
 @dataclass(frozen=True)
@@ -198,36 +197,6 @@ def print_training(phases: Sequence[Mapping[str, Any]]) -> None:
 # --- the script ------------------------------------------------------------------------------------------------------
 
 
-def _share(text: str) -> float:
-    """An argparse type: a number above 0 and up to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number above 0 and up to 1, not {text!r}")
-    return value
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--task", choices=TASKS, default="cbis-ddsm", help="whose settings (default: cbis-ddsm)")
-    add("--stage", nargs="+", choices=TITLES, default=list(TITLES), help="what to plan (default: all)")
-    add("--cards", nargs="+", choices=list(CARDS), default=list(CARDS), help="for which (default: all)")
-    add("--hps", action="append", default=[], metavar="KEY=VALUE", help="override an entry of hps.py")
-    add("--batch-size", type=positive_int, help="override batch size from hps.py")
-    add("--images", type=positive_int, help=f"training images (default: {CBIS_TRAINING_IMAGES:,} or the task's)")
-    add("--efficiency", type=_share, default=0.5, help="share of a card's rates reached (default: 0.5)")
-    add("--bandwidth-efficiency", type=_share, default=0.8, help="share of its bandwidth (default: 0.8)")
-    add("--reserve", type=_share, default=0.1, help="share of its memory not for tensors (default: 0.1)")
-    launch = f"microseconds that the launch of an operator adds (default: {LAUNCH})"
-    add("--launch", type=non_negative_int, default=LAUNCH, help=launch)
-    add("--out", type=path_argument, help="folder of plan.json (default: none is written)")
-    add("--no-tqdm", action="store_true", help="disable progress bars")
-    return parser.parse_args()
-
-
 def resolve_tables(args: argparse.Namespace) -> tuple[HParams, HParams]:
     """The settings of stage 1 and 2 with the overrides of the call, each in the tables that have it; raises UserError."""
     tables, both = [], (HPS_VQVAE[args.task], HPS_DIFFUSION[args.task])
@@ -262,7 +231,7 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = plan_arguments(__doc__.splitlines()[0])
     shares = {name: getattr(args, name) for name in ("efficiency", "bandwidth_efficiency", "reserve", "launch")}
     cards = [CARDS[name] for name in args.cards]
     results: dict[str, Any] = {}

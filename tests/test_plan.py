@@ -17,6 +17,7 @@ from scripts import ROOT
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root, whose loading is not that benchmark
 
 import plan
+from flags import LAUNCH
 from plan_trace import Meter, Operator, Setting, Tracer, flops, trace_forward, traffic
 
 
@@ -200,7 +201,7 @@ def test_time_is_the_longer_of_arithmetic_and_traffic_and_the_launch_and_hours_a
 )
 def test_launches_explain_the_stage_1_steps_of_an_h100(operators, roofline, measured):
     """Batch 4, without AMP, batch 16: the rows that LAUNCH is fitted to, traced and measured at commit 3583a4d, in ms."""
-    card = plan.CARDS["h100"].reached(0.5, 0.8, 0.1, plan.LAUNCH)
+    card = plan.CARDS["h100"].reached(0.5, 0.8, 0.1, LAUNCH)
     launches = 1000 * card.launches(Counter({Operator("other", "bf16", 0, 0): operators}))
     assert roofline + launches == pytest.approx(measured, rel=0.02)
 
