@@ -87,7 +87,7 @@ def detector_arguments(description: str) -> argparse.Namespace:
     add(
         "--data",
         type=path_argument,
-        default=os.environ.get("DETECTOR_DIR"),
+        default=os.environ.get("DETECTOR_DIR") or None,
         help=f"folder of {DETECTOR_FILE} (DETECTOR_DIR)",
     )
     add("--out", type=path_argument, required=True, help="folder of the tables")
@@ -110,7 +110,6 @@ def detector_arguments(description: str) -> argparse.Namespace:
     args = parser.parse_args()
     if args.data is None:
         parser.error("--data or the environment's DETECTOR_DIR must name the folder of the data")
-    args.data = Path(args.data)
     return args
 
 

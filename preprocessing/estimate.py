@@ -239,7 +239,7 @@ def _judged(
     share = np.array([1 - fit.place.mean(), fit.place.mean()])
     mean = float(variance @ share)
     if mean < 10 * FLOOR:
-        return Estimate(NoiseModel(0.0, 0.0), "no noise is seen; that which was taken out does not show")
+        return Estimate(NoiseModel(0.0, 0.0), "no noise is seen; a filter that took it out would not show")
     gradient = np.r_[variance * share / mean, np.zeros(len(best.x) - 2)]
     error = float(np.sqrt(gradient @ np.linalg.pinv(best.jac.T @ best.jac) @ gradient))
     low, high, texture = fit.parts(best.x)

@@ -135,7 +135,8 @@ def checkpoint_to_resume(args: argparse.Namespace, kind: str) -> Checkpoint | No
     """The checkpoint that --load-path names; None if the training starts anew.
 
     It does without --load-path, and if that is a run folder of this call (--out) or of an earlier one that ended before its
-    first checkpoint. Raises UserError as `load_checkpoint` does.
+    first checkpoint. Raises UserError as `load_checkpoint` does, and if a
+    training is to go on from weights alone.
     """
     path = args.load_path
     if path is None:
@@ -144,7 +145,11 @@ def checkpoint_to_resume(args: argparse.Namespace, kind: str) -> Checkpoint | No
     if not args.evaluate and is_run and not path.is_file() and not checkpoints_in(path):
         print(f"{path}: holds no checkpoint yet; the training starts from the beginning")
         return None
-    return load_checkpoint(path, kind)
+    checkpoint = load_checkpoint(path, kind)
+    if not args.evaluate and not checkpoint.training:
+        remedy = "go on from a run folder, or train anew without --load-path"
+        raise UserError(f"{path}: holds weights alone, as main-export.py writes them; {remedy}")
+    return checkpoint
 
 
 def _load_checkpoint(path: Path, kind: str, lazily: bool) -> Checkpoint:

@@ -188,6 +188,7 @@ ROWS = r"""
 2 | main-vqvae | --load-path {odd-model} | {odd-model}: parts of the checkpoint are damaged \(model\)
 2 | main-vqvae | --load-path {odd-patients} | {odd-patients}: parts of the checkpoint are damaged \(patients\)
 2 | main-vqvae | --load-path {list-kind} | {list-kind}: a checkpoint of \['vqvae'\], but one of main-vqvae.py
+2 | main-vqvae | --load-path {weights-alone} | {weights-alone}: holds weights alone, as main-export.py writes them
 2 | main-vqvae | --load-path {no-optimizer} | {no-optimizer}: its training state does not fit
 2 | main-vqvae | --load-path {text-rng} | {text-rng}: its training state does not fit
 2 | main-vqvae | --load-path {device-split} --task folder --data-root {images} --evaluate | split_csv=/dev/zero: no such file
@@ -527,6 +528,7 @@ def write_checkpoints(folder: Path, vqvae: Path) -> dict[str, Path]:
         "odd-model": changed("odd-model", model=lambda model: model | {"x": 1}),
         "odd-patients": changed("odd-patients", extra={"patients": [["a"]]}),
         "list-kind": changed("list-kind", kind=["vqvae"]),
+        "weights-alone": changed("weights-alone", training={}),
         "no-optimizer": changed("no-optimizer", training=without("optimizer")),
         "text-rng": changed("text-rng", training=lambda training: training | {"rng": "random"}),
         "device-split": changed("device-split", hps=lambda hps: hps | {"split_csv": "/dev/zero"}, task="folder"),

@@ -171,7 +171,8 @@ def test_phantoms_have_the_noise_and_the_signal(bench):
         ("--out out --data DATA --doses 75prct", "iwbi2026.npz: has no dose 75prct; choose others by --doses"),
     ],
 )
-def test_bad_flags_are_one_line_and_status_2(data, line, said):
+def test_bad_flags_are_one_line_and_status_2(data, line, said, monkeypatch):
+    monkeypatch.setenv("DETECTOR_DIR", "")  # as good as not set
     result = scripts.call("benchmarks/detector", line.replace("DATA", str(data)))
     assert result.code == 2 and said in result.err and "Traceback" not in result.err
 
