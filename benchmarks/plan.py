@@ -100,13 +100,15 @@ def largest_batch(peak: Callable[[int], int], memory: float) -> int:
     """The greatest batch whose `peak` bytes, which grow with the batch, fit into `memory`; 0 if not one sample does."""
     if peak(1) > memory:
         return 0
-    low, high = 1, 1 + int((memory - peak(1)) / (peak(2) - peak(1)))  # exact if the peak is a straight line
-    step = 1
-    while peak(high) <= memory:
-        low, high, step = high, high + step, 2 * step
-    while high - low > 1:
-        middle = (low + high) // 2
+    low, high = 1, 2
+    while peak(high) <= memory:  # the straight line through the last two is exact if the peak is one
+        low, high = high, high + 1 + int((memory - peak(high)) / (peak(high) - peak(low)) * (high - low))
+    halves = False
+    while high - low > 1:  # by the line between the two, and every other time by half: lines alone may take many steps
+        share = 0.5 if halves else (memory - peak(low)) / (peak(high) - peak(low))
+        middle = min(low + max(1, int(share * (high - low))), high - 1)
         low, high = (middle, high) if peak(middle) <= memory else (low, middle)
+        halves = not halves
     return low
 
 

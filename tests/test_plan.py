@@ -169,6 +169,16 @@ def test_the_largest_batch_fits_and_the_next_does_not(peak, memory):
     assert (batch == 0 or peak(batch) <= memory) and peak(batch + 1) > memory
 
 
+def test_the_largest_batch_takes_few_traces_also_where_the_peak_is_no_straight_line():
+    traced = []
+
+    def peak(batch):
+        traced.append(batch)
+        return 100 + max(7 * batch, 9 * batch - 300)
+
+    assert plan.largest_batch(peak, 2e5) == 22244 and len({*traced}) <= 10  # by halves alone they are 18
+
+
 def test_the_largest_batch_of_a_traced_stage_fits_and_the_next_does_not():
     setting = small("1")
     tracer = Tracer(setting)
