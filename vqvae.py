@@ -162,8 +162,8 @@ class Codebooks(nn.ModuleList):
     def learn(self, vectors: Sequence[Tensor], indices: Sequence[Tensor], weight: Tensor, draws: Tensor) -> Tensor:
         """One EMA step, in training: of every level on (N, D, H, W) vectors and (N, H, W) indices of samples with `weight` (N,) 1.
 
-        Vectors that are not finite leave their level as it is. `draws` are those of the method. Returns how often each entry
-        was used, (nb_levels, nb_entries), over all processes.
+        Vectors that are not finite, or none at all, leave their level as it is. `draws` are those of the method. Returns how
+        often each entry was used, (nb_levels, nb_entries), over all processes.
         """
         (levels, entries), sizes = draws.shape, [each.numel() for each in indices]
         rows = torch.cat([each.movedim(1, -1).flatten(0, 2) for each in vectors]).float()  # (M, D), level after level
@@ -192,7 +192,8 @@ class Codebooks(nn.ModuleList):
                 codebook = torch.where(dead, candidates, codebook)
                 total = torch.where(dead, candidates * count, total)
             finite = torch.linalg.vector_norm(sums, math.inf, (1, 2), keepdim=True) < math.inf
-            learnt = [torch.where(finite, *each) for each in zip((codebook, count, total), before, strict=True)]
+            learns = finite & (counts.sum(1, keepdim=True) > 0)
+            learnt = [torch.where(learns, *each) for each in zip((codebook, count, total), before, strict=True)]
             values = itertools.chain(*zip(*learnt, strict=True))  # level after level, as the buffers are
             torch._foreach_copy_(buffers, [new.view_as(old) for new, old in zip(values, buffers, strict=True)])
         return counts.squeeze(2)

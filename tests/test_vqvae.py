@@ -151,7 +151,9 @@ def test_all_levels_learn_at_once_what_each_would_alone(poisoned):
     before = copy.deepcopy(books.state_dict())
     usage = books.eval().learn(x, indices, weight, draws)
     assert all(torch.equal(value, before[name]) for name, value in books.state_dict().items())
-    assert torch.equal(usage, books.train().learn(x, indices, weight, draws))
+    assert not books.train().learn(x, indices, torch.zeros(2), draws).any()  # of no sample nothing is learnt
+    assert all(torch.equal(value, before[name]) for name, value in books.state_dict().items())
+    assert torch.equal(usage, books.learn(x, indices, weight, draws))
     for level, book in enumerate(alone):
         own = Codebooks([book], decay=0.7, revive_threshold=0.9)
         assert torch.equal(own.learn([x[level]], [indices[level]], weight, draws[level : level + 1])[0], usage[level])
