@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Callable
 
 from helper import UserError, get_device, one_line, sampling_dtype, tracked
@@ -12,6 +11,7 @@ from running.command_line import (
     Parser,
     device_arguments,
     non_negative_int,
+    number,
     path_argument,
     positive_int,
     precision_arguments,
@@ -19,20 +19,6 @@ from running.command_line import (
 from running.scripts import finish_batch, run_script
 
 LEVEL_RANGE = 1e-6, 1000.0  # of noise levels: beyond it single precision, and the quanta, run out
-
-
-def number(said: str, holds: Callable[[float], bool], *words: str) -> Callable[[str], float | str]:
-    """An argparse type: a number that `holds`, as is `said` of it, or one of some words."""
-
-    def read(text: str) -> float | str:
-        if text in words:
-            return text
-        with contextlib.suppress(ValueError):
-            if holds(value := float(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"must be {', '.join([*words, said])}, not {text!r}")
-
-    return read
 
 
 def noise_level(*words: str) -> Callable[[str], float | str]:

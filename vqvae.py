@@ -173,9 +173,8 @@ class Codebooks(nn.ModuleList):
         used = rows.new_zeros(levels * entries, 1 + rows.shape[1])
         used[:, 0].index_add_(0, flat, weight)
         used[:, 1:].index_add_(0, flat, rows * weight[:, None])
-        counts, sums = (
-            distributed.all_reduce(used).view(levels, entries, -1).tensor_split([1], 2)
-        )  # (L, K, 1), (L, K, D)
+        both = distributed.all_reduce(used).view(levels, entries, -1)
+        counts, sums = both.tensor_split([1], 2)  # (L, K, 1), (L, K, D)
         if self.training:
             buffers = [*self.buffers()]
             before = [torch.stack(buffers[i::3]).view(levels, entries, -1) for i in range(3)]

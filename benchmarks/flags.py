@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 from pathlib import Path
 
 from hps import TASKS
 from restoration import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE
-from running.command_line import Parser, device_arguments, non_negative_int, path_argument, positive_int
+from running.command_line import Parser, device_arguments, non_negative_int, number, path_argument, positive_int
 
 QUALITY_PARTS = "calcifications", "mnse", "crops", "native"
 DETECTOR_PARTS = "data", "phantoms"
@@ -25,14 +24,8 @@ CBIS_TRAINING_IMAGES = 2113  # breast views of CBIS-DDSM that `split=patient` an
 # steps that an H100 took at commit 3583a4d (docs/gpu-plan.md): batch 4 and 16, and without AMP.
 LAUNCH = 23
 DETECTOR_FILE = "iwbi2026.npz"
-
-
-def positive(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    with contextlib.suppress(ValueError):
-        if 0 < (value := float(text)) < math.inf:
-            return value
-    raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+positive = number("a number above 0", lambda value: 0 < value < math.inf)
+share = number("a number above 0 and up to 1", lambda value: 0 < value <= 1)
 
 
 def correlation(text: str) -> float:
@@ -84,22 +77,13 @@ def quality_arguments(description: str) -> argparse.Namespace:
 def detector_arguments(description: str) -> argparse.Namespace:
     parser = Parser(description=description, allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "--data",
-        type=path_argument,
-        default=os.environ.get("DETECTOR_DIR") or None,
-        help=f"folder of {DETECTOR_FILE} (DETECTOR_DIR)",
-    )
+    folder = os.environ.get("DETECTOR_DIR") or None
+    add("--data", type=path_argument, default=folder, help=f"folder of {DETECTOR_FILE} (DETECTOR_DIR)")
     add("--out", type=path_argument, required=True, help="folder of the tables")
     add("--vqvae-path", type=path_argument, default=SHIPPED_VQVAE, help="first stage (default: the shipped one)")
     add("--load-path", type=path_argument, default=SHIPPED_DIFFUSION, help="checkpoint (default: the shipped one)")
-    add(
-        "--parts",
-        nargs="+",
-        choices=DETECTOR_PARTS,
-        default=list(DETECTOR_PARTS),
-        help="what to measure (default: all)",
-    )
+    parts = dict(choices=DETECTOR_PARTS, default=list(DETECTOR_PARTS))
+    add("--parts", nargs="+", **parts, help="what to measure (default: all)")
     add("--doses", nargs="+", choices=DOSES, default=["50prct", "100prct"], help="(default: 50prct 100prct)")
     add("--regions", type=positive_int, help="only the first so many regions")
     add("--samples", type=non_negative_int, default=8, help="by DPM-Solver++; 0: none (default: 8)")
@@ -136,14 +120,6 @@ def steps_arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _share(text: str) -> float:
-    """An argparse type: a number above 0 and up to 1."""
-    with contextlib.suppress(ValueError):
-        if 0 < (value := float(text)) <= 1:
-            return value
-    raise argparse.ArgumentTypeError(f"must be a number above 0 and up to 1, not {text!r}")
-
-
 def plan_arguments(description: str) -> argparse.Namespace:
     parser = Parser(description=description, allow_abbrev=False)
     add = parser.add_argument
@@ -153,9 +129,9 @@ def plan_arguments(description: str) -> argparse.Namespace:
     add("--hps", action="append", default=[], metavar="KEY=VALUE", help="override an entry of hps.py")
     add("--batch-size", type=positive_int, help="override batch size from hps.py")
     add("--images", type=positive_int, help=f"training images (default: {CBIS_TRAINING_IMAGES:,} or the task's)")
-    add("--efficiency", type=_share, default=0.5, help="share of a card's rates reached (default: 0.5)")
-    add("--bandwidth-efficiency", type=_share, default=0.8, help="share of its bandwidth (default: 0.8)")
-    add("--reserve", type=_share, default=0.1, help="share of its memory not for tensors (default: 0.1)")
+    add("--efficiency", type=share, default=0.5, help="share of a card's rates reached (default: 0.5)")
+    add("--bandwidth-efficiency", type=share, default=0.8, help="share of its bandwidth (default: 0.8)")
+    add("--reserve", type=share, default=0.1, help="share of its memory not for tensors (default: 0.1)")
     launch = f"microseconds that the launch of an operator adds (default: {LAUNCH})"
     add("--launch", type=non_negative_int, default=LAUNCH, help=launch)
     add("--out", type=path_argument, help="folder of plan.json (default: none is written)")

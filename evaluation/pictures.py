@@ -134,8 +134,7 @@ def save_picture(picture: Tensor, path: Path) -> None:
     """
     text = PngInfo()
     text.add_itxt("Software", SOFTWARE)
-    form = (
-        dict(format="JPEG", quality=95) if path.suffix == ".jpg" else dict(format="PNG", pnginfo=text, compress_level=3)
-    )
+    png = dict(format="PNG", pnginfo=text, compress_level=3)
+    form = dict(format="JPEG", quality=95) if path.suffix == ".jpg" else png
     with atomic_path(path) as temporary:
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, **form)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helper import UserError, format_table, reason_of, tracked
-from running.command_line import Parser, path_argument
+from running.command_line import Parser, number, path_argument
 from running.scripts import run_script
 from running.writing import atomic_path
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 SAME = 0.01  # exposures that differ by less, relative to each other, are one
 LEAST_BITS = 9  # of a pixel; with fewer, rounding hides the noise
 EXPOSURE_RANGE = 1e-6, 1e9  # beside 0
+exposure_number = number(
+    "0 or a number from {:g} to {:g}".format(*EXPOSURE_RANGE),
+    lambda value: value == 0 or EXPOSURE_RANGE[0] <= value <= EXPOSURE_RANGE[1],
+)
 EXPOSURE_TAGS = {"ExposureInuAs": 1e-3, "ExposureInmAs": 1.0, "Exposure": 1.0}  # to mAs, the finest first
 
 
@@ -103,15 +107,6 @@ def exposure_of(path: Path) -> float:
         remedy = "replace it, or pass --exposures"
         raise UserError(f"{path}: its exposure cannot be read ({reason_of(error)}); {remedy}") from None
     raise UserError(f"{path}: states no exposure; pass --exposures with a number for each file, in their order")
-
-
-def exposure_number(text: str) -> float:
-    """An argparse type: an exposure, 0 for none."""
-    least, most = EXPOSURE_RANGE
-    with contextlib.suppress(ValueError):
-        if (value := float(text)) == 0 or least <= value <= most:
-            return value
-    raise argparse.ArgumentTypeError(f"must be 0 or a number from {least:g} to {most:g}, not {text!r}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from running import distributed
@@ -26,6 +27,20 @@ def positive_int(text: str) -> int:
 def non_negative_int(text: str) -> int:
     """An argparse type: a whole number of at least 0."""
     return _whole_number(text, 0)
+
+
+def number(said: str, holds: Callable[[float], bool], *words: str) -> Callable[[str], float | str]:
+    """An argparse type: a number that `holds`, as is `said` of it, or one of some words."""
+
+    def read(text: str) -> float | str:
+        if text in words:
+            return text
+        with contextlib.suppress(ValueError):
+            if holds(value := float(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {', '.join([*words, said])}, not {text!r}")
+
+    return read
 
 
 def path_argument(text: str) -> Path:
