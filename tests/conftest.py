@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["TRITON_INTERPRET"] = "1"  # kernels for a GPU run on the CPU, if this stands before torch imports Triton
 
 from preprocessing.phantom import generate_phantom
 from scripts import shell, succeed  # noqa: E402
