@@ -19,7 +19,7 @@ KINDS = {
     "convolution": re.compile(r"convolution|conv\dd", re.I),
     "attention": re.compile(r"attention|flash|fmha", re.I),
     "matrix product": re.compile(r"^aten::(mm|addmm|bmm|baddbmm)$"),
-    "norm, activation": re.compile(r"group_?norm|normalised|silu|relu|threshold_backward", re.I),
+    "norm, activation": re.compile(r"group_?norm|::norm_|normalised|silu|relu|threshold_backward", re.I),
     "copies": re.compile(r"^aten::copy_$|^memcpy", re.I),
 }
 REST = "rest"

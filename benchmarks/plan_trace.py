@@ -152,8 +152,9 @@ def fake_tensors(mode: FakeTensorMode, device: str = "cpu") -> Iterator[None]:
             patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             patch(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True),
             patch(trainer_module, "seeded_generator", lambda *key, device=None: None),  # has no fake
-            # torch asks the device which kernel it has, and without one takes the slow one
+            # torch asks the device which kernels and layouts it has, and without one takes the slow ones
             patch(F, "scaled_dot_product_attention", lambda q, k, v: attention(q, k, v)[0]),
+            patch(torch._C, "_conv_determine_backend_memory_format", lambda *args: torch.channels_last),
         ]
     else:  # CUDA's way where the models part by device, and the one function that its autocast runs in float32, the CPU's not
         patches += [

@@ -161,6 +161,7 @@ def test_a_kernel_counts_for_the_innermost_operator_that_says_a_kind():
     ("aten::convolution_backward", "convolution"), ("aten::native_group_norm_backward", "norm, activation"),
     ("aten::linalg_vector_norm", "rest"), ("aten::_foreach_norm", "rest"), ("aten::silu_", "norm, activation"),
     ("aten::addmm", "matrix product"), ("aten::addcmul", "rest"), ("_NormalisedBackward", "norm, activation"),
+    ("restoration::norm_apply", "norm, activation"),
 ])  # fmt: skip
 def test_kinds_of_operators(name, kind):
     assert gpu_profile.kind_of(["at::native::kernel", name]) == kind
