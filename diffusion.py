@@ -364,6 +364,15 @@ class LitEma(nn.Module):
         """Count the updates from 1 again, and with them the warm-up."""
         self.averaged.n_averaged.fill_(1)
 
+    @torch.no_grad()
+    def share_frozen(self, model: nn.Module) -> None:
+        """Let the parameters of `model` that are not trained be their own averages: they need no memory twice."""
+        for average, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
+            if not parameter.requires_grad:
+                average.data = parameter.data
+            elif average.data_ptr() == parameter.data_ptr():
+                average.data = parameter.data.clone()
+
     def forward(self, model: nn.Module) -> None:
         """One update towards the parameters of `model`."""
         self.averaged.update_parameters(model)

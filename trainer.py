@@ -189,6 +189,10 @@ class DiffusionTrainer(Trainer):
             self.model.model.requires_grad_(not self.trains_mean)
         if self.mean_epochs <= self.epoch < self.hps.max_epochs and not self.model.has_samples:
             self.begin_diffusion()
+        self.ema.share_frozen(self.model)
+        for parameter in self.model.parameters():
+            if not parameter.requires_grad:
+                self.optimizer.state.pop(parameter, None)
 
     @torch.no_grad()
     def begin_diffusion(self) -> None:
