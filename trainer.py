@@ -33,13 +33,12 @@ LARGEST_PSNR = 120.0  # dB, that of an image without error
 VALIDATION_TIMESTEPS = 4  # at which L_simple is measured on validation images, evenly spread
 
 
-def part_of_mean(weights: Tensor) -> Tensor:
-    """How much more a mean under weights (K, N), each a row, counts than this process's share of a batch says; (K,).
+def part_of_mean(own: Tensor) -> Tensor:
+    """How much more means over kinds of samples count than this process's share of a batch says; `own` (K,) of each are here.
 
-    That factor makes this process's weighted mean, times its share of the samples, its part of the mean over all processes.
-    Every sample has weight in one row. Of one process it is 1.
+    That factor (K,) makes a mean over this process's samples, times its share of them, its part of the mean over all
+    processes. Every sample is of one kind. Of one process it is 1.
     """
-    own = weights.sum(1)
     if distributed.size() == 1:
         return torch.ones_like(own)
     total = distributed.all_reduce(own.clone())
@@ -83,17 +82,16 @@ class VQVAETrainer(Trainer):
         output = precision.call(self.model, clean, weights[0])
         draws = draws.to(self.device, non_blocking=True)
         usage = self.model.quantizers.learn(output.vectors, output.indices, weights[0], draws)
-        parts = part_of_mean(weights)
-        commitment = output.commitment_loss * parts[0]
+        own = weights.sum(1)
         reconstruction = output.reconstruction.float()
         recon = (F.l1_loss if self.hps.recon_loss == "l1" else F.mse_loss)(reconstruction, clean)
-        loss = recon + self.hps.beta * commitment
+        loss = recon + self.hps.beta * output.commitment_loss * part_of_mean(own)[0]
         mse = F.mse_loss(reconstruction.detach(), clean, reduction="none").mean((1, 2, 3))  # (N,)
-        mse = (mse * weights).sum(1) / weights.sum(1).clamp(min=1) * parts
-        logs = {"loss": loss, "recon": recon, "commitment": commitment}
-        logs |= {f"mse_{name}": value for name, value in zip(("quantized", "continuous"), mse, strict=True)}
-        logs |= {f"perplexity_{level}": value for level, value in enumerate(perplexity(usage))}
-        return StepResult(loss, logs)
+        mse = (mse * weights).sum(1) / own.clamp(min=1)
+        quantized = {"commitment": output.commitment_loss, "mse_quantized": mse[0]}
+        quantized |= {f"perplexity_{level}": value for level, value in enumerate(perplexity(usage))}
+        logs = {"loss": loss, "recon": recon, **quantized, "mse_continuous": mse[1]}
+        return StepResult(loss, logs, {**dict.fromkeys(quantized, own[0]), "mse_continuous": own[1]})
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

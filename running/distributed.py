@@ -156,11 +156,12 @@ def largest(value: int) -> int:
     return int(tensor)
 
 
-def sum_scalars(values: dict[str, Tensor]) -> dict[str, float]:
-    """Named scalars summed over the processes, on the host."""
+def means(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Named means over the processes, on the host, each of a weighted sum and its weight (2,); without weight there is none."""
     import torch
 
-    return dict(zip(values, all_reduce(torch.stack([v.double() for v in values.values()])).tolist(), strict=True))
+    totals = all_reduce(torch.stack([pair.double() for pair in sums.values()])).tolist()
+    return {name: total / weight for name, (total, weight) in zip(sums, totals, strict=True) if weight}
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------

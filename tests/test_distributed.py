@@ -67,7 +67,8 @@ def work(rank, port, folder):
     distributed.start()
     results = {name: train(name) for name in TRAININGS}
     results["revival"] = revive_at(rank)
-    results["sum"] = distributed.sum_scalars({"a": torch.tensor(1.0 + rank), "b": torch.tensor(rank)})
+    sums = {"a": [1.0 + rank, 2.0], "of the second": [3.0 * rank, rank], "of none": [0.0, 0.0]}
+    results["means"] = distributed.means({name: torch.tensor(pair) for name, pair in sums.items()})
     results["join"] = distributed.join(["x"] * rank + [rank])
     results["stack"] = distributed.stack(torch.tensor([rank, 7]))
     with pytest.raises(UserError, match="batch_size=3: must be a multiple of the 2 processes"):
@@ -148,11 +149,11 @@ def test_vectors_of_all_processes_revive_the_codes_that_one_would(results):
 
 def test_what_processes_tell_each_other(results):
     for rank in range(2):
-        assert results[rank]["sum"] == {"a": 3.0, "b": 1.0}
+        assert results[rank]["means"] == {"a": 0.75, "of the second": 3.0}
         assert results[rank]["join"] == [0, "x", 1]
         assert results[rank]["stack"].tolist() == [[0, 7], [1, 7]]
     assert (distributed.rank(), distributed.size(), distributed.is_main(), distributed.local_size()) == (0, 1, True, 1)
-    assert distributed.sum_scalars({"a": torch.tensor(2)}) == {"a": 2.0} and distributed.join([3]) == [3]
+    assert distributed.means({"a": torch.tensor([2.0, 4.0])}) == {"a": 0.5} and distributed.join([3]) == [3]
     module = torch.nn.Linear(1, 1)
     assert distributed.parallel(module) is module and distributed.stack(torch.ones(2)).shape == (1, 2)
 

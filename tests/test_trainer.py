@@ -10,7 +10,7 @@ import torch
 from chaos import difference
 from datasets import get_dataset
 from diffusion import ConditioningView, DiffusionLoss, make_diffusion, sample_latents
-from helper import UserError
+from helper import UserError, seed_of
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from models import precision
 from models.samplers import NoiseField, Sampling
@@ -144,6 +144,27 @@ def test_accumulated_steps_equal_whole_ones_also_for_the_last_partial_group(make
         torch.testing.assert_close(accumulated[name], value, atol=1e-6, rtol=1e-5)
     assert max((value - start[name]).abs().max() for name, value in whole.items()) > 1e-3
     assert trainers[0].logger["train"][-1]["loss"] == pytest.approx(trainers[1].logger["train"][-1]["loss"], rel=1e-4)
+
+
+def test_a_log_is_the_mean_over_its_samples_and_is_left_out_without_any():
+    """Of steps of one or two samples, which are taken at once or one after the other."""
+    settings = dict(max_epochs=4, batch_size=2, learning_rate=0.0, log_frequency=1)
+    whole, accumulated = (stage_1(5, **settings, mini_batch_size=size) for size in (0, 1))
+    for trainer in (whole, accumulated):
+        trainer.fit()
+    quantized = []  # samples of every step
+    for epoch in range(4):
+        whole.loader.sampler.set_epoch(epoch)
+        draws = [seed_of("path", 0, key.epoch, key.index) < 2**62 for key in whole.loader.sampler]
+        quantized += [draws[:2], draws[2:4], draws[4:]]
+    rows = list(zip(whole.logger["train"], accumulated.logger["train"], quantized, strict=True))
+    assert any(all(draws) for *_, draws in rows) and any(len(set(draws)) == 2 for *_, draws in rows)
+    for at_once, one_by_one, draws in rows:
+        assert at_once.keys() == one_by_one.keys() and ("mse_continuous" in at_once) == (not all(draws))
+        for name in ("mse_quantized", "commitment", "perplexity_0", "perplexity_1"):
+            assert (name in at_once) == any(draws)
+        if not all(draws):  # codebooks learn once a pass
+            assert at_once["mse_continuous"] == pytest.approx(one_by_one["mse_continuous"], rel=1e-5)
 
 
 def test_gradient_is_clipped_to_its_norm():

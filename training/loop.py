@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,14 @@ MOST_SKIPPED = 20  # steps in a row whose loss is no number, after which a train
 
 @dataclass
 class StepResult:
-    """Loss of one forward pass and scalars to log, all on the device."""
+    """Loss of one forward pass and scalars to log, all on the device.
+
+    A log is the mean over the samples of this process or, where `weights` has one, over so many of them. Over none it is none.
+    """
 
     loss: Tensor
     logs: dict[str, Tensor]
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 def learning_rate(hps: HParams, step: int, total: int) -> float:
@@ -229,7 +233,7 @@ class Trainer:
                 self.seen += samples
                 bar.update()
                 if self.step % self.hps.log_frequency == 0 or self.seen == end:
-                    values = distributed.sum_scalars(logs)
+                    values = distributed.means(logs)
                     values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
                     echo = self.seen == end or (not self.progress and silence.is_long())
                     self.logger.log("train", self.step, self.epoch + 1, values, echo)
@@ -251,9 +255,10 @@ class Trainer:
         return iter(self.loader)
 
     def train_step(self, batches: Iterator[Batch | LatentBatch], samples: int) -> dict[str, Tensor]:
-        """A step on the next `samples` of all processes, `mini_batch_size` at a time; returns this process's part of the logs.
+        """A step on the next `samples` of all processes, `mini_batch_size` at a time.
 
-        Each process sees its share of a batch, and weighs it by its share of the step's samples.
+        Each process sees its share of a batch, and weighs it by its share of the step's samples. Returns each log's weighted
+        sum and weight (2,) over this process's samples.
         """
         torch.manual_seed(seed_of("step", self.seed, self.step, distributed.rank()))  # dropout is not keyed by sample
         passes = math.ceil(samples / self.mini_batch)
@@ -269,7 +274,9 @@ class Trainer:
                     result = self.objective(batch)
                 # gradients are averaged over the processes, and shares add up
                 self.scaler.scale(result.loss * (share * distributed.size())).backward()
-            logs += torch.stack([*result.logs.values()]).detach() * share
+            whole = torch.full_like(result.loss, sum(batch.counts))
+            weights = torch.stack([result.weights.get(name, whole) for name in result.logs])
+            logs += torch.stack([torch.stack([*result.logs.values()]).detach() * weights, weights], 1)
             taken.figures.append(result.loss.detach())
             taken.images.append([meta.path for meta in batch.meta if meta.key.counts])
         taken.figures.append(self.optimizer_step())
