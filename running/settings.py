@@ -28,7 +28,8 @@ def resolve_settings(
     """The settings of a call: the task's, then the checkpoint's, then what the flags override.
 
     A checkpoint's `architecture` entries always hold; of another task's checkpoint nothing else does. Data entries follow
-    the first stage's checkpoint. Sets `args.task` if it was left out. Raises UserError naming the flag.
+    the first stage's checkpoint. Sets `args.task` if it was left out. Raises UserError naming the flag, also if another
+    sets the same entry otherwise.
     """
     source = checkpoint or first_stage
     args.task = args.task or (source.task if source else "phantom")
@@ -43,14 +44,21 @@ def resolve_settings(
     if checkpoint is not None:
         kept = [key for key in checkpoint.hps if key in hps and (checkpoint.task == args.task or key in architecture)]
         hps = hps.updated(**{key: checkpoint.hps[key] for key in kept})
-    flags = {"batch_size": args.batch_size, "max_epochs": args.epochs, "nb_workers": args.num_workers}
-    set_flags = {key: value for key, value in flags.items() if value is not None and key in hps}
+    flags = {
+        "--batch-size": ("batch_size", args.batch_size), "--epochs": ("max_epochs", args.epochs),
+        "--num-workers": ("nb_workers", args.num_workers),
+    }  # fmt: skip
+    set_flags = {key: value for key, value in flags.values() if value is not None and key in hps}
     if "batch_size" in set_flags and hps.mini_batch_size and set_flags["batch_size"] % hps.mini_batch_size:
         set_flags["mini_batch_size"] = 0
     try:
         hps, overridden = apply_overrides(hps.updated(**set_flags), args.hps)
     except ValueError as error:
         raise UserError(str(error)) from None
+    flags |= {"--amp": ("amp", args.amp or None), "--no-amp": ("amp", False if args.no_amp else None)}
+    for flag, (key, value) in flags.items():
+        if key in overridden and value not in (None, hps[key]):
+            raise UserError(f"{flag} and --hps {key}={hps[key]} differ; leave one of them out")
     trained = checkpoint.hps if checkpoint is not None else {}
     for key in overridden & set(architecture) & set(trained):
         if hps[key] != trained[key]:

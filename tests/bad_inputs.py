@@ -170,6 +170,8 @@ ROWS = r"""
 2 | main-diffusion | --vqvae-path {vqvae} --hps linear_end=1.5 | linear_end
 2 | main-diffusion+ | --vqvae-path {vqvae} --hps learning_rate=1e30 --batch-size 8 --epochs 3 | is not finite
 2 | main-vqvae | --hps batch_size=99999999999999999999 | --hps batch_size=99999999999999999999: must be below
+2 | main-vqvae | --hps batch_size=8 | --batch-size and --hps batch_size=8 differ; leave one of them out
+2 | main-diffusion | --vqvae-path {vqvae} --epochs 2 --hps max_epochs=3 | --epochs and --hps max_epochs=3 differ
 2 | main-vqvae | --hps =3 | --hps =3: write it as key=value
 2 | main-vqvae | --task phantom --data-root {one-bad} | task phantom makes its own images
 2 | main-vqvae | --hps hidden_channels=1000000 | not enough memory

@@ -57,6 +57,7 @@ def make_checkpoint(**changes):
 
 def call_arguments(**changes):
     parts = dict(task=None, out=None, seed=0, epochs=None, batch_size=None, num_workers=None, hps=[], no_save=False)
+    parts |= dict(amp=False, no_amp=False)
     return argparse.Namespace(**parts | changes)
 
 
@@ -323,6 +324,26 @@ def test_settings_come_from_task_checkpoint_and_flags_in_this_order():
     assert (other.hidden_channels, other.beta, other.image_shape) == (32, 0.25, [1, 512, 384])
     with pytest.raises(UserError, match="--hps nb_entries=16: the checkpoint was trained with 512; leave it out"):
         resolve(hps=["nb_entries=16"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "changes", "same", "other"),
+    [
+        ("--batch-size", {"batch_size": 8}, "batch_size=8", "batch_size=4"),
+        ("--epochs", {"epochs": 5}, "max_epochs=5", "max_epochs=6"),
+        ("--num-workers", {"num_workers": 0}, "nb_workers=0", "nb_workers=1"),
+        ("--amp", {"amp": True}, "amp=True", "amp=False"),
+        ("--no-amp", {"no_amp": True}, "amp=False", "amp=True"),
+    ],
+)
+def test_a_flag_and_an_entry_may_not_differ(flag, changes, same, other):
+    def resolve(hps):
+        return resolve_settings(call_arguments(**changes, hps=[hps]), HPS_VQVAE)
+
+    key, value = same.split("=")
+    assert str(resolve(same)[key]) == value
+    with pytest.raises(UserError, match=f"^{flag} and --hps {other} differ; leave one of them out$"):
+        resolve(other)
 
 
 def test_stage_2_takes_its_images_from_its_first_stage():
