@@ -113,7 +113,7 @@ def test_training_counts_what_it_skipped_at_the_end_of_each_epoch(tree, workers)
     assert result.code == 0
     assert result.err.splitlines() == [
         f"warning: {tree / '1.png'}: not a readable image (of no known format); remove or replace it"
-    ] * 2  # fmt: skip
+    ]  # fmt: skip
     for epoch in (1, 2):
         assert f"epoch {epoch}: 1 images could not be read; others took their place in 2 samples\n" in result.out
     assert "\n1 images could not be read and were skipped\n" in result.out

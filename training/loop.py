@@ -109,7 +109,7 @@ class Trainer:
         self.signals: list[int] = []  # that ask for an end
         self.taken: list[TakenStep] = []
         self.skips, self.skips_in_row = 0, 0  # steps of the epoch that were not finite, and the last ones that were not
-        self.unreadable: set[str] = set()  # what was wrong with training images of all epochs
+        self.unreadable: set[str] = set()  # what was wrong with training images of all epochs, which is printed
         self.remarks: dict[str, dict[str, int]] = {}  # of the epoch's images, by their paths: see `remark_lines`
         self.remarked: set[str] = set()  # those whose remarks are printed
         self.skipped: Counter[str] = Counter()  # training samples of images that could not be read, by what was wrong
@@ -347,13 +347,14 @@ class Trainer:
         return stopping.Stopped(stop.number, distributed.gather(where)[0])
 
     def report_skipped(self) -> None:
-        """At the end of an epoch: name the images that could not be read in it, and count the samples they were to give."""
+        """At the end of an epoch: name the images that could not be read for the first time, and count what is missing."""
         skipped = Counter(distributed.join(list(self.skipped.elements())))
+        unnamed = [failure for failure in skipped if failure not in self.unreadable]
         self.unreadable |= set(skipped)
         self.skipped.clear()
         if not skipped or not distributed.is_main():
             return
-        for failure in skipped:
+        for failure in unnamed:
             tqdm.write(f"warning: {failure}", file=sys.stderr)
         tqdm.write(
             f"epoch {self.epoch + 1}: {len(skipped)} images could not be read; others took their place in "
