@@ -23,7 +23,7 @@ from files.dicom import dicom_tags, is_dicom
 from files.prepared import Record
 from files.splits import in_hash_order
 from files.tables import read_table, refuse_escape
-from helper import UserError, explained
+from helper import UserError, counted, explained
 from hps import HParams
 from loading.mammograms import RecordDataset
 
@@ -95,7 +95,9 @@ def cbis_records(
     by_file = hps.split == "official"
     if not by_file and (shared := shared_patients(rows)):
         dropped = rows[(rows["half"] == "train") & rows["patient"].isin(shared)]["case"].nunique()
-        print(f"{root}: left out {dropped} training images of {len(shared)} patients in both official halves")
+        print(
+            f"{root}: left out {counted(dropped, 'training image')} of {counted(len(shared), 'patient')} in both official halves"
+        )
     views = list(select_views(rows, by_file))
     if images is None:
         images = locate_images(root, survey, rows)
@@ -107,7 +109,7 @@ def cbis_records(
         else:
             records[half].append(Record(path, path.relative_to(root).as_posix(), patient, info=info))
     if missing:
-        named = f"{len(missing):,} of {len(views):,} mammograms are missing, such as {', '.join(missing[:3])}"
+        named = f"{len(missing):,} of {counted(len(views), 'mammogram')} missing, such as {', '.join(missing[:3])}"
         if strict or len(missing) == len(views):
             raise UserError(f"--data-root {root}: {named}; download them, or name the folder that holds them")
         print(f"{root}: {named}")

@@ -54,13 +54,13 @@ def one_line(error: Exception | str) -> str:
 
 def counted(count: int, one: str, many: str = "") -> str:
     """A number and what it counts, with its verb if there is one: by default `many` is `one` with an s."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def remark_lines(remarks: Mapping[str, Mapping[str, int]]) -> list[str]:
     """What is peculiar about images, one line a peculiarity with their number and the first of them.
 
-    `remarks` are those of each image, by its name: the sentence without its subject, and the number of pixels or 0.
+    `remarks` are those of each image, by its name: the sentence, and the number of pixels or 0.
     """
     found: dict[str, dict[str, int]] = {}
     for name, own in remarks.items():
@@ -69,8 +69,9 @@ def remark_lines(remarks: Mapping[str, Mapping[str, int]]) -> list[str]:
     lines = []
     for sentence, images in found.items():
         pixels = sum(images.values())
-        count = (f"{pixels:,} pixels of " if pixels else "") + f"{len(images)} images"
-        lines.append(one_line(f"warning: {count}, such as {next(iter(images))}, {sentence}"))
+        count = (f"{counted(pixels, 'pixel')} of " if pixels else "") + counted(len(images), "image")
+        such = "such as " if len(images) > 1 else ""
+        lines.append(one_line(f"warning: {count}, {such}{next(iter(images))}: {sentence}"))
     return lines
 
 
@@ -116,7 +117,8 @@ def get_device(cpu: bool = False, cuda: bool = False) -> torch.device:
         local = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}: this machine has {torch.cuda.device_count()} GPUs; "
+                f"--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}: this machine has "
+                f"{counted(torch.cuda.device_count(), 'GPU')}; "
                 "start as many processes, or pass --cpu"
             )
         torch.cuda.set_device(local)

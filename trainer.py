@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from diffusion import LatentDiffusion, LatentEncoder, LitEma, sample_latents
 from evaluation import metrics
 from evaluation.pictures import comparison
-from helper import UserError, amp_dtype, get_parameter_count, randn_by_sample, seed_of, seeded_generator
+from helper import UserError, amp_dtype, counted, get_parameter_count, randn_by_sample, seed_of, seeded_generator
 from hps import HParams
 from loading.batches import Batch, LatentBatch
 from models import precision
@@ -133,7 +133,8 @@ class DiffusionTrainer(Trainer):
         self.mean_epochs = min(self.hps.mean_epochs, self.hps.max_epochs) if self.model.has_mean else 0
         if self.mean_epochs == self.hps.max_epochs:
             print(
-                f"the posterior mean alone is trained, for {self.mean_epochs} epochs; more --epochs train the diffusion too"
+                f"the posterior mean alone is trained, for {counted(self.mean_epochs, 'epoch')}; more --epochs train the "
+                "diffusion too"
             )
         self.ema = LitEma(self.model, self.hps.ema_decay)
 
@@ -306,10 +307,11 @@ def run_training(
     for split, images in (("train", train_set), ("validation", validation_set)):
         print(images.summary(split))
     parameters, samples = get_parameter_count(model), len(train_set)
-    print(f"{parameters:,} parameters; {samples} samples and {trainer.steps_per_epoch} steps an epoch")
+    each = f"{counted(samples, 'sample')} and {counted(trainer.steps_per_epoch, 'step')} an epoch"
+    print(f"{parameters:,} parameters; {each}")
     if distributed.size() > 1:
         print(f"{distributed.size()} processes share every batch of {hps.batch_size}")
     trainer.fit()
     if unreadable := len(trainer.unreadable) + len(validation_set.left_out):
-        print(f"{unreadable} images could not be read and were skipped")
+        print(f"{counted(unreadable, 'image')} could not be read and {'was' if unreadable == 1 else 'were'} skipped")
     print(f"checkpoints lie in {folder}" if folder else "nothing saved (--no-save)")

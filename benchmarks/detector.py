@@ -26,7 +26,7 @@ import torch
 
 from evaluation import metrics
 from evaluation.observer import cho_dprime, convolution_channels
-from helper import UserError, format_table, get_device, seeded_generator, tracked
+from helper import UserError, counted, format_table, get_device, seeded_generator, tracked
 from preprocessing.estimate import estimate_noise
 from preprocessing.noise import KERNEL_SIDE, NoiseModel, kernel_of, unit_noise
 from restoration.classical import vst_bm3d
@@ -149,7 +149,7 @@ class Bench:
         if count := self.args.samples:
             sampler = self.restorer.drawing(count, "dpm++", self.args.steps)
             products = restore_image(sampler, image, noise, name).products
-            made |= {SAMPLE: products[0], f"mean of {count} samples": products.mean(0)}
+            made |= {SAMPLE: products[0], f"mean of {counted(count, 'sample')}": products.mean(0)}
         return made
 
     def restore(self, pairs: np.ndarray, told: Iterable[NoiseModel], what: str) -> Stacks:
@@ -239,7 +239,9 @@ def run_data(bench: Bench) -> dict:
         for row in own:
             row |= {"/ BM3D": row["MSE"] / found[BM3D], "/ authors'": row["MSE"] / found[CORRELATED]}
         rows += own
-        print(f"\n{name}: {clean.shape[1]} regions; MSE without calcifications and means; d' against {CORRELATED}")
+        print(
+            f"\n{name}: {counted(clean.shape[1], 'region')}; MSE without calcifications and means; d' against {CORRELATED}"
+        )
         bench.write("detector", rows)
     return {"rows": rows}
 
@@ -254,7 +256,7 @@ def run_phantoms(bench: Bench) -> dict:
     found = detectability(bench.restore(pairs, told, "phantoms"), signal, BM3D)
     rows = [{"method": method} | row for method, row in found.items()]
     size = f"{PHANTOM_SIDE} x {PHANTOM_SIDE} pixels"
-    print(f"\n{len(told)} pairs of phantoms, {size}, contrast {CONTRAST:g}; d' against {BM3D}")
+    print(f"\n{counted(len(told), 'pair')} of phantoms, {size}, contrast {CONTRAST:g}; d' against {BM3D}")
     bench.write("phantoms", rows)
     return {"pairs": len(told), "rows": rows}
 

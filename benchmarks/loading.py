@@ -30,7 +30,7 @@ from datasets_cbis import CASE_COLUMNS, cbis_records
 from files.cache import PreparedCache
 from files.images import find_images, read_image
 from files.prepared import Record
-from helper import format_table, tracked
+from helper import counted, format_table, tracked
 from hps import HPS_VQVAE
 from loading.batches import SampleKey, make_loader
 from loading.mammograms import RecordDataset
@@ -89,7 +89,7 @@ def measure(records: list[Record], folder: Path) -> None:
     decoded, loaded = (seconds(lambda i, data=data: data[SampleKey(1, i, i)], count) for data in (sources, cached))
     workers, size = worker_count(HPS.nb_workers), sum(cache.path(record).stat().st_size for record in records) / count
     print(
-        f"\n{count} images of {sum(r.path.stat().st_size for r in records) / count / 1e6:.1f} MB, on a grid of "
+        f"\n{counted(count, 'image')} of {sum(r.path.stat().st_size for r in records) / count / 1e6:.1f} MB, on a grid of "
         f"{HPS.image_shape[1]} x {HPS.image_shape[2]}; files as the system keeps them in memory\n"
         f"building the cache: {building:.3f} s an image, {size / 1e6:.2f} MB each"
     )
@@ -99,7 +99,7 @@ def measure(records: list[Record], folder: Path) -> None:
         ("image from the cache, epoch 1", first, "from its source", decoding),
         ("image from the cache, epoch 2", second, "from its source", decoding),
         ("training sample through the cache", loaded, "from its source", decoded),
-        (f"loader, {workers} workers, a sample", together, "no workers", alone),
+        (f"loader, {counted(workers, 'worker')}, a sample", together, "no workers", alone),
     ]
     cells = [[name, base, f"{own:.4f}", f"{other:.4f}", f"{other / own:.1f}"] for name, own, base, other in rows]
     print(format_table(("", "baseline", "seconds", "baseline, s", "times faster"), cells))

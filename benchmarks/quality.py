@@ -46,7 +46,7 @@ from evaluation.table import BM3D, INPUT
 from evaluation.uncertainty import Calibration, SampledImage, Tally
 from files.prepared import Record
 from files.splits import folder_records
-from helper import UserError, get_device, tracked
+from helper import UserError, counted, get_device, tracked
 from hps import HPS_VQVAE
 from preprocessing.noise import NoiseModel
 from preprocessing.stabilize import stabilize
@@ -184,7 +184,7 @@ def run_crops(bench: Bench) -> dict:
         rows += result.rows
         bench.write_rows("crops", rows)
         noise = f"noise level {level:g}, correlation {args.correlation:g}"
-        print(f"\ncrops: {len(places)} images, {args.crop} x {args.crop} native pixels, {noise}")
+        print(f"\ncrops: {counted(len(places), 'image')}, {args.crop} x {args.crop} native pixels, {noise}")
         levels[f"{level:g}"] = result.report()
     return {"levels": levels, "crop": args.crop, "places": places}
 
@@ -205,7 +205,7 @@ def run_native(bench: Bench) -> dict:
         rows += own
         bench.write_rows("native", rows)
         summaries[f"{level:g}"] = summary = tables.summarise(pd.DataFrame(own))
-        print(f"\nnative: {len(bench.cases)} images, noise level {level:g}")
+        print(f"\nnative: {counted(len(bench.cases), 'image')}, noise level {level:g}")
         print(f"{tables.quality_table(summary)}\n\n{tables.paired_table(summary)}")
     return {"levels": summaries}
 
@@ -238,7 +238,7 @@ def run_mnse(bench: Bench) -> dict:
     pooled = {method: metrics.ErrorSplit.pooled(own) for method, own in splits.items()}
     power = {method: np.mean([own.power for own in spectrum], axis=0) for method, spectrum in spectra.items()}
     frequencies = spectra[INPUT][0].frequencies
-    on = f"{len(crops)} crops, {args.realisations} realisations, noise level {LEVEL:g}"
+    on = f"{counted(len(crops), 'crop')}, {args.realisations} realisations, noise level {LEVEL:g}"
     print(f"\nmean normalised squared error in units of 1e-4: {on}\n{tables.mnse_table(pooled)}")
     print(f"\nnoise power of restored - clean in units of 1e-7 mm^2\n{tables.spectrum_table(frequencies, power)}")
     by_bin = {m: {name: getattr(split, name).tolist() for name in metrics.PARTS} for m, split in pooled.items()}
@@ -277,9 +277,9 @@ def run_calcifications(bench: Bench) -> dict:
     frame = bench.write_rows("calcifications", rows)
     kept = tables.contrast_kept(frame)
     print(
-        f"\ncontrast kept, restored over clean: {(frame['method'] == INPUT).sum()} calcifications of {DIAMETERS[0]:g} to "
-        f"{DIAMETERS[1]:g} pixels on {args.phantoms} phantoms, at full contrast and at {SHARES[1]:g} of it, noise level "
-        f"{LEVEL:g}\n{tables.contrast_table(kept)}"
+        f"\ncontrast kept, restored over clean: {counted((frame['method'] == INPUT).sum(), 'calcification')} of "
+        f"{DIAMETERS[0]:g} to {DIAMETERS[1]:g} pixels on {counted(args.phantoms, 'phantom')}, at full contrast and at "
+        f"{SHARES[1]:g} of it, noise level {LEVEL:g}\n{tables.contrast_table(kept)}"
     )
     return {"level": LEVEL, "phantoms": args.phantoms, "pixel_mm": PHANTOM_PITCH, "kept": kept}
 

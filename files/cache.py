@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from files.prepared import Record, prepare_record
-from helper import ImageError, UserError, explained, one_line, seeded_generator, tracked
+from helper import ImageError, UserError, counted, explained, one_line, seeded_generator, tracked
 from preprocessing.grid import MAX_GREY_VALUE, Grid, Prepared
 from running.distributed import worker_count
 from running.stopping import left_to_the_main_process
@@ -52,10 +52,10 @@ class PreparedCache:
         records = list({self.path(record): record for record in records}.values())
         missing = [record for record in records if not self.holds(record)]
         if not missing:
-            print(f"{self.folder}: all {len(records)} images are prepared")
+            print(f"{self.folder}: all of {counted(len(records), 'image')} prepared")
             return
         if stale := sum(self.path(record).exists() for record in missing):
-            print(f"{self.folder}: {stale} entries were stale and are made anew")
+            print(f"{self.folder}: {counted(stale, 'stale entry is', 'stale entries are')} made anew")
         self._make_room(missing, len(records))
         # processes that build at the same time begin at different images, and so share the work
         random.Random(os.getpid()).shuffle(missing)
@@ -159,4 +159,6 @@ class PreparedCache:
         needed, free = sum(sum(self._sizes(record)) + _HEADER_BYTES for record in missing) / 1e9, free / 1e9
         if needed > 0.98 * free:
             raise UserError(f"--cache {self.root}: {needed:.1f} GB are needed and {free:.1f} GB are free; {remedy}")
-        print(f"{self.folder}: preparing {len(missing)} of {total} images, {needed:.3f} GB; {free:.1f} GB free")
+        print(
+            f"{self.folder}: preparing {len(missing)} of {counted(total, 'image')}, {needed:.3f} GB; {free:.1f} GB free"
+        )

@@ -29,9 +29,9 @@ FOR_PROCESSING, FOR_PRESENTATION = "FOR PROCESSING", "FOR PRESENTATION"  # Prese
 PITCH_RANGE = 0.001, 10.0  # mm; a pixel pitch beyond it is a slip
 PIXEL_DATA = 0x7FE00010
 BEGIN_OF_FRAMES = b"\xfe\xff\x00\xe0"  # the first item of compressed pixel data (PS3.5 A.4)
-OVERLAY = "have an overlay in unused bits of their pixels, which a restored image does not keep"
+OVERLAY = "an overlay in unused bits of the pixels, which a restored image does not keep"
 TO_UNCOMPRESSED = "convert it to uncompressed DICOM"
-PAST_THE_BITS = "have more bits than BitsStored says, such as values too great for it; these bits are ignored"
+PAST_THE_BITS = "more bits than BitsStored says, such as values too great for it; these bits are ignored"
 
 
 def is_dicom(path: Path) -> bool:

@@ -10,7 +10,7 @@ LEAST_TURNING = 0.56  # share of steps to the other side: white noise has 2/3, a
 LEAST_STEPS = 200  # that tell it
 LEAST_AREA = 1e-4  # of the image: a smaller patch of padding values is image
 LEAST_SIDE = 7  # pixels of equal values, which noise that is cut off at one value does not have side by side
-LEFT_OVER = "declare padding that their bits cannot hold; all their pixels are read as image"
+LEFT_OVER = "the padding declared does not fit into the bits; all pixels are read as image"
 IN_THE_IMAGE = "have padding values where the image is, in noise or tissue; these are read as image"
 
 

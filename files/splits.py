@@ -10,7 +10,7 @@ from files.images import find_images
 from files.patients import patients_of
 from files.prepared import Record
 from files.tables import read_table, refuse_escape
-from helper import UserError, seed_of
+from helper import UserError, counted, seed_of
 from hps import HParams
 
 SPLITS = ("train", "validation", "test")
@@ -29,7 +29,9 @@ def split_patients(patients: Sequence[str], validation: float, test: float) -> d
     unique = in_hash_order(patients)
     if len(unique) < 3:
         remedy = "add images or set --hps patient_pattern"
-        raise UserError(f"--data-root: {len(unique)} patients are too few for train, validation and test; {remedy}")
+        raise UserError(
+            f"--data-root: {counted(len(unique), 'patient is', 'patients are')} too few for train, validation and test; {remedy}"
+        )
     n_test = min(max(1, round(test * len(unique))), len(unique) - 2)
     n_validation = min(max(1, round(validation * len(unique))), len(unique) - n_test - 1)
     names = ["test"] * n_test + ["validation"] * n_validation + ["train"] * (len(unique) - n_test - n_validation)
@@ -105,7 +107,7 @@ def split_by_file(records: list[Record], path: Path) -> dict[str, list[Record]]:
             raise UserError(f"{path}: patient {record.patient} stands in {homes[record.patient]} and in {row['split']}")
         splits[row["split"]].append(record)
     if missing := len(records) - sum(map(len, splits.values())):
-        print(f"{path}: {missing} of {len(records)} images are not in it and are left out")
+        print(f"{path}: leaves out {missing} of {counted(len(records), 'image')}")
     if absent := sorted(set(rows) - found):
-        print(f"{path}: {len(absent)} of its {len(rows)} rows name no existing image, such as {absent[0]}")
+        print(f"{path}: {counted(len(absent), 'row names', 'rows name')} no existing image, such as {absent[0]}")
     return splits

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from files.splits import refuse_escape
-from helper import UserError, reason_of, seeded_generator, tracked
+from helper import UserError, counted, reason_of, seeded_generator, tracked
 from hps import HParams
 from loading.batches import Batch, LatentBatch, Meta, SampleKey, make_loader
 from loading.mammograms import MammogramDataset
@@ -72,7 +72,8 @@ class LatentDataset(Dataset):
 
     def summary(self, name: str) -> str:
         """How many latents of how many patients, in words, and which settings of training images they leave unused."""
-        words = f"{name}: {len(self.images)} latents, {self.realisations} noise draws each, of {len(self.patients())} patients"
+        words = f"{name}: {counted(len(self.images), 'latent')}, {counted(self.realisations, 'noise draw')} each"
+        words += f", of {counted(len(self.patients()), 'patient')}"
         unused = switched_on(self.hps, CHANGES_OF_IMAGES)
         return f"{words}; taken as they are, without {', '.join(unused)}" if self.train and unused else words
 

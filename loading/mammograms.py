@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from files.cache import PreparedCache
 from files.prepared import Record, prepare_record
 from files.splits import SPLITS
-from helper import ImageError, one_line, remark_lines, seeded_generator, tracked
+from helper import ImageError, counted, one_line, remark_lines, seeded_generator, tracked
 from hps import HParams
 from loading.batches import Batch, Meta, PackedBatch, PendingNoise, SampleKey
 from preprocessing.augment import CHANGES_OF_INTENSITIES, augment, grained, log_uniform, switched_on, toss
@@ -79,7 +79,7 @@ class MammogramDataset(Dataset):
 
     def summary(self, name: str) -> str:
         """How many images of how many patients, in words."""
-        return f"{name}: {self.image_count()} images of {len(self.patients())} patients"
+        return f"{name}: {counted(self.image_count(), 'image')} of {counted(len(self.patients()), 'patient')}"
 
     def prepared(self, index: int) -> Prepared:
         """Image `index` on the training grid, from memory if `cache_images` keeps it."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helper import UserError, format_table, reason_of, tracked
+from helper import UserError, counted, format_table, reason_of, tracked
 from running.command_line import Parser, number, path_argument
 from running.scripts import run_script
 from running.writing import atomic_path
@@ -128,7 +128,9 @@ def check(args: argparse.Namespace) -> None:
     from files.dicom import PITCH_RANGE
 
     if args.exposures is not None and len(args.exposures) != len(args.flats):
-        raise UserError(f"--exposures: {len(args.exposures)} numbers for {len(args.flats)} files; pass one for each")
+        raise UserError(
+            f"--exposures: {len(args.exposures)} given for {counted(len(args.flats), 'file')}; pass one for each"
+        )
     least, most = PITCH_RANGE
     if args.pixel_mm is not None and not least <= args.pixel_mm <= most:
         raise UserError(f"--pixel-mm must be from {least:g} to {most:g}, not {args.pixel_mm:g}")

@@ -32,7 +32,7 @@ from evaluation.page import PageCase, Power, Report, choose_close_ups, read_curv
 from evaluation.pictures import save_picture, spread_picture
 from evaluation.table import BM3D, INPUT, Evaluation, Method, picture_name, run_evaluation, spread
 from evaluation.uncertainty import Calibration, Coverage, SampledImage, Tally, fit, interval
-from helper import format_table, sampling_dtype, seeded_generator, tracked
+from helper import counted, format_table, sampling_dtype, seeded_generator, tracked
 from hps import HParams
 from loading.batches import Batch
 from loading.mammograms import MammogramDataset
@@ -162,8 +162,8 @@ def count_coverage(
         samples = restore_image(sampler, part.low, part.noise, f"coverage {part.name}").products
         tally.add(SampledImage(part.clean, samples, part.mask, part.level), calibration.factor(part.level))
     images = min(len(test_set), COVERAGE_IMAGES)
-    counted = f"{sampler.samples} samples, {sampler.sampling}, of each of {images} test images"
-    return tally.coverage(), f"{counted}, squares of at most {COVERAGE_SIDE} pixels"
+    measured = f"{sampler.samples} samples, {sampler.sampling}, of each of {counted(images, 'test image')}"
+    return tally.coverage(), f"{measured}, squares of at most {COVERAGE_SIDE} pixels"
 
 
 # --- error -----------------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def write_page(folder: Path, args: argparse.Namespace, hps: HParams, evaluation:
     note = {key: value for key, value in evaluation.note.items() if key != POWER}
     report = Report(
         title=f"Restoration of {args.task} at noise level {hps.noise_level:g}",
-        subtitle=f"{evaluation.per_image['path'].nunique()} test images; every figure stands beside the low-dose input's",
+        subtitle=f"{counted(evaluation.per_image['path'].nunique(), 'test image')}; each figure stands beside the low-dose input's",
         provenance=note | {"hyperparameters": dict(hps)},
         evaluation=evaluation,
         curves=[curve for name, place in folders for curve in read_curves(place / "log.csv", name)],

@@ -207,7 +207,7 @@ ROWS = r"""
 2 | main-vqvae | --task cbis-ddsm --data-root {cbis-crops} | {cbis-crops}: neither DICOM files of the cases
 2 | main-vqvae | --task cbis-ddsm --data-root {cbis-bare} | neither DICOM files of the cases
 2 | main-vqvae | --task cbis-ddsm --data-root {kaggle-climbing} | dicom_info.csv: the path '.*\.\./.*' leads out of the data root
-2 | main-vqvae | --task cbis-ddsm --strict --data-root {cbis-gap} | mammograms are missing, such as
+2 | main-vqvae | --task cbis-ddsm --strict --data-root {cbis-gap} | mammograms? missing, such as
 2 | main-vqvae | --task folder --data-root {one-bad} --strict | z\.png: not a readable image
 2 | main-vqvae+ | --task folder --data-root {one-bad} --strict --no-cache | z\.png: not a readable image
 2 | main-latents | {vqvae} --task folder --data-root {one-bad} --strict | z\.png: not a readable image
@@ -245,8 +245,8 @@ ROWS = r"""
 2 | main-restore | {models} {cmyk} --out x | {cmyk}: pixel format CMYK is not 8- or 16-bit grayscale; convert it
 2 | main-restore | {models} {long-name} --out x --samples 2 | {long-name}: too long a name for .*; shorten it
 1 | main-restore+ | {models} {scan} {big-endian} --out x | ^error: {big-endian}: big-endian DICOM can be read but not written
-0 | main-restore+ | {models} {left-over} --out x | ^warning: 1 images, such as {left-over}, declare padding that their bits
-0 | main-restore+ | {models} {past-the-bits} --out x | ^warning: 64 pixels of 1 images, such as .*, have more bits than BitsStored
+0 | main-restore+ | {models} {left-over} --out x | ^warning: 1 image, {left-over}: the padding declared does not fit into
+0 | main-restore+ | {models} {past-the-bits} --out x | ^warning: 64 pixels of 1 image, .*: more bits than BitsStored
 2 | main-restore | {models} {missing} --out x | {missing}: no such file or folder
 2 | main-restore | {models} {empty} --out x | {empty}: no images in it
 2 | main-restore | {models} {scan} | the following arguments are required: --out

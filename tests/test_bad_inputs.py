@@ -115,8 +115,8 @@ def test_training_counts_what_it_skipped_at_the_end_of_each_epoch(tree, workers)
         f"warning: {tree / '1.png'}: not a readable image (of no known format); remove or replace it"
     ]  # fmt: skip
     for epoch in (1, 2):
-        assert f"epoch {epoch}: 1 images could not be read; others took their place in 2 samples\n" in result.out
-    assert "\n1 images could not be read and were skipped\n" in result.out
+        assert f"epoch {epoch}: 1 image could not be read; others stand in for 2 samples\n" in result.out
+    assert "\n1 image could not be read and was skipped\n" in result.out
 
 
 def test_a_disk_that_fills_up_is_not_taken_for_bad_images(tree, monkeypatch):

@@ -171,7 +171,7 @@ def test_a_second_build_decodes_nothing_and_loading_needs_no_sources(built, reco
     capsys.readouterr()
     again = PreparedCache(built.root, SHAPE)
     again.build(records[::-1], progress=False)
-    assert capsys.readouterr() == (f"{built.folder}: all 4 images are prepared\n", "")
+    assert capsys.readouterr() == (f"{built.folder}: all of 4 images prepared\n", "")
     for record in records:
         record.path.unlink()
     assert all(again.load(record).clean.shape == SHAPE for record in records)
@@ -213,7 +213,7 @@ def test_an_entry_that_does_not_fit_is_made_anew(built, records, made, capsys, c
     capsys.readouterr()
     built.build(records, progress=False)
     assert made == [records[0].key]
-    assert capsys.readouterr().out.startswith(f"{built.folder}: 1 entries were stale and are made anew\n")
+    assert capsys.readouterr().out.startswith(f"{built.folder}: 1 stale entry is made anew\n")
     assert_equal(built.load(records[0]), prepare_record(records[0], SHAPE))
 
 
@@ -378,7 +378,7 @@ def test_training_does_not_depend_on_the_cache(tree, tmp_path, monkeypatch):
     assert [result.code for result in (cold, warm, plain)] == [0, 0, 0], plain.err
     folder = re.escape(str(Path("cache") / "64x48-v2"))
     assert re.search(rf"{folder}: preparing 10 of 10 images, 0\.000 GB; [\d.]+ GB free\n", cold.out)
-    assert re.search(rf"{folder}: all 10 images are prepared\n", warm.out) and "prepar" not in plain.out
+    assert re.search(rf"{folder}: all of 10 images prepared\n", warm.out) and "prepar" not in plain.out
     for name in ("warm", "plain"):
         assert_same(load(Path(name) / "last.pt"), load(Path("cold") / "last.pt"))
 

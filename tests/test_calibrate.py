@@ -281,7 +281,7 @@ def test_wrong_calls_are_refused_in_a_line(flats, tmp_path, monkeypatch):
     assert "one exposure" in refused(monkeypatch, *flats.paths[:2], "--exposures", 5, 5.001, *out)
     assert "two images at each" in refused(monkeypatch, *flats.paths[::2], "--exposures", 5, 60, *out)
     assert "5-0.png: states no exposure; pass --exposures" in refused(monkeypatch, *flats.paths, *out)
-    assert "--exposures: 1 numbers for 4 files" in refused(monkeypatch, *flats.paths, "--exposures", 5, *out)
+    assert "--exposures: 1 given for 4 files" in refused(monkeypatch, *flats.paths, "--exposures", 5, *out)
     assert "does not follow the exposure" in refused(monkeypatch, *flats.paths, "--exposures", 1, 4, 2, 3, *out)
     assert "noise does not rise" in refused(monkeypatch, *flats.paths, "--exposures", 60, 60, 5, 5, *out)
     Image.fromarray(np.zeros((300, 256), np.uint16)).save(tmp_path / "other.png")

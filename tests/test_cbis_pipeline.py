@@ -30,7 +30,7 @@ def test_two_steps_of_both_stages_an_evaluation_and_a_restoration(root, tmp_path
     data = f"--task cbis-ddsm --data-root {root} --strict --no-tqdm --num-workers 0"
     one_step = "--epochs 2 --batch-size 64"  # an epoch
     out = succeed("main-vqvae", f"{data} {one_step} --out one").out
-    assert "1 steps an epoch" in out and "left out" in out and "missing" not in out
+    assert " 1 step an epoch" in out and "left out" in out and "missing" not in out
     assert pd.read_csv("one/log.csv")["step"].max() == 2
     table = succeed("main-vqvae", f"{data} --load-path one --evaluate").out
     assert "clean, continuous" in table and "low dose" in table

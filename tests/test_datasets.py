@@ -370,7 +370,7 @@ def test_split_file_decides_by_name_or_stem_and_leaves_the_rest_out(tmp_path, ca
     assert {split: [(r.key, r.patient) for r in records[split]] for split in SPLITS} == {
         "train": [("a.png", "1")], "validation": [("sub/b.png", "2")], "test": [("c.png", "c")],
     }  # fmt: skip
-    assert "1 of 4 images are not in it" in capsys.readouterr().out
+    assert "split.csv: leaves out 1 of 4 images" in capsys.readouterr().out
     (tmp_path / "other.csv").write_text("split;file\ntest;d\n")
     records = folder_records(tmp_path, FOLDER.updated(split_csv=str(tmp_path / "other.csv")))
     assert [[r.key for r in records[split]] for split in SPLITS] == [[], [], ["d.png"]]

@@ -223,7 +223,7 @@ def test_missing_images_are_counted(bare, capsys):
     records = cbis_records(bare, settings())
     assert [len(records[split]) for split in SPLITS] == [1, 0, 0]
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith(f"{bare}: 20 of 21 mammograms are missing, such as Mass-Training_P_00001_LEFT_MLO, ")
+    assert line.startswith(f"{bare}: 20 of 21 mammograms missing, such as Mass-Training_P_00001_LEFT_MLO, ")
     assert line.count("_P_") == 3
     assert "--data-root" in refusal(bare, strict=True) and "20 of 21" in refusal(bare, strict=True)
 
@@ -233,14 +233,14 @@ def test_missing_files_of_either_layout(bare, tmp_path_factory, case_files):
     broken.parent.mkdir(parents=True)
     broken.symlink_to(bare / "nowhere.dcm")
     (broken.parent / "around").symlink_to(bare, target_is_directory=True)
-    assert "20 of 21 mammograms are missing" in refusal(bare, strict=True)
+    assert "20 of 21 mammograms missing" in refusal(bare, strict=True)
 
     root = tmp_path_factory.mktemp("kaggle-missing")
     write_kaggle(root, case_files)
     write_case_files(root / "csv", case_files)
     records = cbis_records(root, settings(), strict=True)
     records["test"][0].path.unlink()
-    assert "1 of 21 mammograms are missing, such as Mass-Test_P_00016_LEFT_CC;" in refusal(root, strict=True)
+    assert "1 of 21 mammograms missing, such as Mass-Test_P_00016_LEFT_CC;" in refusal(root, strict=True)
     assert [r.key for r in cbis_records(root, settings())["test"]] == [r.key for r in records["test"][1:]]
 
 
@@ -257,7 +257,7 @@ def test_no_image_at_all(bare):
     (bare / "jpeg").mkdir()
     columns = ["image_path", "SeriesDescription", "PatientID"]
     pd.DataFrame([["jpeg/1.jpg", "", "x"]], columns=columns).to_csv(bare / "dicom_info.csv", index=False)
-    assert f"--data-root {bare}: 21 of 21 mammograms are missing" in refusal(bare)
+    assert f"--data-root {bare}: 21 of 21 mammograms missing" in refusal(bare)
 
 
 def test_a_view_on_two_cases_needs_one_file(bare):
@@ -366,7 +366,7 @@ def test_series_description_of_kaggle(tmp_path, case_files):
     case = "Mass-Training_P_00009_RIGHT_CC"
     info.loc[info["PatientID"] == case, "SeriesDescription"] = "cropped images"
     info.to_csv(tmp_path / "csv" / "dicom_info.csv", index=False)
-    assert f"1 of 21 mammograms are missing, such as {case};" in refusal(tmp_path, strict=True)
+    assert f"1 of 21 mammograms missing, such as {case};" in refusal(tmp_path, strict=True)
 
     # a described series comes before one without a description
     info.loc[info["PatientID"] == case, "SeriesDescription"] = "full mammogram images"

@@ -321,7 +321,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_images(make, mo
     )
     named = printed.err.split("finite: ")[1].split("\n")[0].split(", ")
     assert 1 <= len(named) <= 4  # of both passes: each has an image that is not finite
-    assert "epoch 1: 1 steps were skipped, their loss was not finite" in printed.out
+    assert "epoch 1: 1 step was skipped, without a finite loss" in printed.out
     assert "epoch 2: " not in printed.out
 
 

@@ -120,7 +120,7 @@ def test_padding_left_over_from_another_depth_is_none_and_said_so(value, limit, 
 
 # --- values past the bits stored ---------------------------------------------------------------------------------------
 
-PAST = "have more bits than BitsStored says"
+PAST = "more bits than BitsStored says"
 
 
 def overlay(bit, data=None):
@@ -165,9 +165,10 @@ def test_an_overlay_in_unused_bits_is_no_value_and_goes_with_its_declaration(tmp
 
 
 def test_remarks_are_counted_over_images():
-    remarks = {"a\n": {"x": 3, "y": 0}, "b": {}, "c": {"x": 1000}, "d": {"y": 0}}
+    remarks = {"a\n": {"x": 3, "y": 0}, "b": {}, "c": {"x": 1000}, "d": {"y": 0, "z": 1}, "e": {"w": 0}}
     assert remark_lines(remarks) == [
-        "warning: 1,003 pixels of 2 images, such as a\\n, x", "warning: 2 images, such as a\\n, y",
+        "warning: 1,003 pixels of 2 images, such as a\\n: x", "warning: 2 images, such as a\\n: y",
+        "warning: 1 pixel of 1 image, d: z", "warning: 1 image, e: w",
     ]  # fmt: skip
 
 
@@ -186,7 +187,7 @@ def test_training_says_once_what_is_peculiar(flags, tmp_path, own_folder):
     assert result.code == 0, result.err
     lines = [line for line in result.err.splitlines() if line.startswith("warning")]
     assert [re.sub(r"such as .*?\d.dcm", "such as it", line) for line in lines] == [
-        f"warning: {count} images, such as it, {LEFT_OVER}" for count in (2, 3)
+        f"warning: {count} images, such as it: {LEFT_OVER}" for count in (2, 3)
     ]
     settings = HPS_VQVAE["folder"].updated(image_shape=[1, 64, 48], crop_size=32, nb_workers=0)
     test = get_datasets("folder", settings, ["test"], root, progress=False)[0]

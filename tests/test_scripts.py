@@ -352,7 +352,7 @@ def test_sides_that_are_no_multiple_of_the_scaling_go_through_both_stages(work):
 def test_an_evaluation_that_meets_trained_patients_says_so(work, folder_of_pngs):
     line = f"--task folder --data-root {folder_of_pngs} --hps patient_pattern=file --num-workers 0 --no-tqdm"
     out = succeed("main-vqvae", f"{line} --epochs 1 --out {work / 'seen'}").out
-    assert "train: 4 images of 4 patients" in out and "validation: 1 images of 1 patients" in out
+    assert "train: 4 images of 4 patients" in out and "validation: 1 image of 1 patient" in out
     clean = call("main-vqvae", f"{line} --load-path {work / 'seen'} --evaluate")
     mixed = call("main-vqvae", f"{line} --load-path {work / 'seen'} --evaluate --hps test_fraction=0.6")
     assert (clean.code, clean.err) == (0, "")

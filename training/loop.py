@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from evaluation.pictures import save_picture
-from helper import Silence, UserError, remark_lines, rng_state, seed_of, set_rng_state
+from helper import Silence, UserError, counted, remark_lines, rng_state, seed_of, set_rng_state
 from hps import HParams
 from loading.batches import Batch, LatentBatch, make_loader
 from logger import Logger
@@ -201,7 +201,7 @@ class Trainer:
             again = f"; go on with --load-path {self.folder}" if self.folder else ""
             raise stopping.Stopped(stop.number, f" before step {self.step + 1}{again}") from None
         if self.epoch >= self.hps.max_epochs:
-            print(f"already trained for {self.epoch} epochs; raise --epochs to go on")
+            print(f"already trained for {counted(self.epoch, 'epoch')}; raise --epochs to go on")
         with contextlib.closing(self.logger), stopping.noted() as self.signals:
             try:
                 while self.epoch < self.hps.max_epochs:
@@ -357,8 +357,8 @@ class Trainer:
         for failure in unnamed:
             tqdm.write(f"warning: {failure}", file=sys.stderr)
         tqdm.write(
-            f"epoch {self.epoch + 1}: {len(skipped)} images could not be read; others took their place in "
-            f"{skipped.total()} samples"
+            f"epoch {self.epoch + 1}: {counted(len(skipped), 'image')} could not be read; others stand in for "
+            f"{counted(skipped.total(), 'sample')}"
         )
 
     def report_remarks(self) -> None:
@@ -398,7 +398,7 @@ class Trainer:
         last = epoch == self.hps.max_epochs
         improved = (last or epoch % self.hps.validation_frequency == 0) and self.improves(epoch)
         if self.skips and distributed.is_main():
-            tqdm.write(f"epoch {epoch}: {self.skips} steps were skipped, their loss was not finite")
+            tqdm.write(f"epoch {epoch}: {counted(self.skips, 'step was', 'steps were')} skipped, without a finite loss")
         self.epoch, self.seen, self.skips = epoch, 0, 0
         if self.folder is None:
             return
@@ -476,4 +476,4 @@ class Trainer:
         else:  # scores on other images cannot be compared
             self.best = math.inf
             before = checkpoint.extra["validation_images"]
-            print(f"validation on {images} images, not {before}: the best is looked for anew")
+            print(f"validation on {counted(images, 'image')}, not {before}: the best is looked for anew")
