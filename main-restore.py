@@ -10,6 +10,7 @@ from restoration import RESEARCH_USE, SHIPPED_DIFFUSION, SHIPPED_VQVAE
 from running.command_line import (
     Parser,
     device_arguments,
+    dose_factor,
     non_negative_int,
     number,
     path_argument,
@@ -81,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
         help="simulate that fraction of the dose of full-dose inputs first, by their own noise, and report PSNR and SSIM",
     )  # fmt: skip
     add(
-        "--to-dose", type=number("a number above 1, up to 100", lambda f: 1 < f <= 100), metavar="FACTOR",
+        "--to-dose", type=dose_factor, metavar="FACTOR",
         help="blend the restoration with the input, to the noise of so many times its dose (default: as little as there can be)",
     )  # fmt: skip
     add("--resize", action="store_true", help="work on the training grid, not at the image's own pixels")

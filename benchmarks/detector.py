@@ -145,7 +145,7 @@ class Bench:
         made = {INPUT: image, BM3D: vst_bm3d(image, noise)}
         made[MEAN] = restore_image(self.restorer, image, noise, name).pixels
         made[AUTO] = restore_image(self.restorer, image, estimate_noise(image).noise, name).pixels
-        made |= {f"mean, to {f} x the dose": to_dose(image, made[MEAN], noise, f) for f in self.args.to_dose}
+        made |= {f"mean, to {f:g} x the dose": to_dose(image, made[MEAN], noise, f) for f in self.args.to_dose}
         if count := self.args.samples:
             sampler = self.restorer.drawing(count, "dpm++", self.args.steps)
             products = restore_image(sampler, image, noise, name).products

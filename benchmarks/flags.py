@@ -9,12 +9,21 @@ from pathlib import Path
 
 from hps import TASKS
 from restoration import SHIPPED_CALIBRATION, SHIPPED_DIFFUSION, SHIPPED_VQVAE
-from running.command_line import Parser, device_arguments, non_negative_int, number, path_argument, positive_int
+from running.command_line import (
+    Parser,
+    device_arguments,
+    dose_factor,
+    non_negative_int,
+    number,
+    path_argument,
+    positive_int,
+)
 
 QUALITY_PARTS = "calcifications", "mnse", "crops", "native"
 DETECTOR_PARTS = "data", "phantoms"
 STEPS = "unet", "stage1", "stage2", "lookup", "compile"  # what benchmarks/steps.py can measure
 SPLIT_CSV = Path(__file__).resolve().parents[1] / "preprocessing" / "splits" / "mini-mias.csv"
+LEAST_PAIRS = 12  # of images, which d' of five channels needs
 MEAN_OF = 8  # samples whose mean has a row of its own
 LEAST_CROP = 16  # pixels a side: SSIM's window has 11
 DOSES = {"50prct": 0.5, "75prct": 0.75, "100prct": 1.0}  # of the automatic exposure
@@ -34,6 +43,14 @@ def correlation(text: str) -> float:
     if value > 0.7:
         raise argparse.ArgumentTypeError(f"must be from 0 to 0.7, not {text!r}")
     return value
+
+
+def pair_count(text: str) -> int:
+    """An argparse type: a number of pairs that have a d', or 0 for none."""
+    count = non_negative_int(text)
+    if 0 < count < LEAST_PAIRS:
+        raise argparse.ArgumentTypeError(f"must be 0 or, for d', at least {LEAST_PAIRS}, not {count}")
+    return count
 
 
 def quality_arguments(description: str) -> argparse.Namespace:
@@ -87,9 +104,9 @@ def detector_arguments(description: str) -> argparse.Namespace:
     add("--doses", nargs="+", choices=DOSES, default=["50prct", "100prct"], help="(default: 50prct 100prct)")
     add("--regions", type=positive_int, help="only the first so many regions")
     add("--samples", type=non_negative_int, default=8, help="by DPM-Solver++; 0: none (default: 8)")
-    add("--to-dose", nargs="*", type=positive_int, default=[2], help="blends of the mean with its input (default: 2)")
+    add("--to-dose", nargs="*", type=dose_factor, default=[2], help="blends of the mean with its input (default: 2)")
     add("--steps", type=positive_int, help="network evaluations of a sample (default: the checkpoint's)")
-    add("--phantoms", type=non_negative_int, default=400, help="pairs of phantoms (default: 400)")
+    add("--phantoms", type=pair_count, default=400, help="pairs of phantoms; 0: none (default: 400)")
     device_arguments(parser)
     args = parser.parse_args()
     if args.data is None:

@@ -43,6 +43,9 @@ def number(said: str, holds: Callable[[float], bool], *words: str) -> Callable[[
     return read
 
 
+dose_factor = number("a number above 1, up to 100", lambda factor: 1 < factor <= 100)
+
+
 def path_argument(text: str) -> Path:
     """An argparse type: a path. An empty one, as of a shell variable that is not set, would mean the current folder."""
     if not text:

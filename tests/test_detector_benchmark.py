@@ -168,6 +168,8 @@ def test_phantoms_have_the_noise_and_the_signal(bench):
             "--out out --data nowhere",
             "iwbi2026.npz: cannot be read; set DETECTOR_DIR or --data to the folder of the data",
         ),
+        ("--out out --phantoms 11", "argument --phantoms: must be 0 or, for d', at least 12, not 11"),
+        ("--out out --to-dose 2 1", "argument --to-dose: must be a number above 1, up to 100, not '1'"),
         ("--out out --data DATA --doses 75prct", "iwbi2026.npz: has no dose 75prct; choose others by --doses"),
     ],
 )
