@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
         help="blend the restoration with the input, to the noise of so many times its dose (default: as little as there can be)",
     )  # fmt: skip
     add("--resize", action="store_true", help="work on the training grid, not at the image's own pixels")
-    tile_help = "side of tiles in pixels (default: seven training crops, or the training grid)"
+    tile_help = "side of tiles in pixels, raised to a multiple of the model's (default: seven training crops, or the training grid)"
     add("--tile", type=positive_int, default=0, help=tile_help)
     add("--seed", type=non_negative_int, default=0, help="seed of everything random (default: 0)")
     add("--compare", action="store_true", help="write a side-by-side PNG beside each restored image")
@@ -149,6 +149,10 @@ def main() -> None:
         args.vqvae_path, args.load_path, device, samples=args.samples or int(args.sample), sampler=args.sampler,
         steps=args.steps, seed=args.seed, amp=sampling_dtype(device, args.amp, args.no_amp),
     )  # fmt: skip
+    if 0 < args.tile < restorer.least_tile:
+        raise UserError(
+            f"--tile {args.tile}: this model takes tiles of at least {restorer.least_tile} pixels a side; pass more"
+        )
     batch, made = BatchRestorer(restorer, calibration, detector, args), make_folder(args.out)
     done: list[Listed] = []
     failures: list[str] = []

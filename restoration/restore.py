@@ -100,7 +100,7 @@ class TiledRestorer:
         """Products of layers (C, H, W): of all of one, then of all of the next."""
         multiple = self.restorer.scale
         wanted = (self.tile, self.tile) if self.tile else self.restorer.tile
-        tile = tuple(max(2, math.ceil(side / multiple)) * multiple for side in wanted)
+        tile = tuple(max(self.restorer.least_tile, math.ceil(side / multiple) * multiple) for side in wanted)
         if self.restorer.stabilized:
             layers = whiten(layers, self.domain.noise)
         products = restore_in_tiles(layers[None], function, tile, multiple, progress=self.progress)[0]

@@ -140,6 +140,11 @@ class Restorer:
         return math.lcm(self.first_stage.vqvae.scale, self.first_stage.vqvae.scaling_rates[0] * self.model.model.stride)
 
     @property
+    def least_tile(self) -> int:
+        """Least side of a tile in pixels."""
+        return 2 * self.scale
+
+    @property
     def stabilized(self) -> bool:
         """Whether the model works in units of the noise, and so restores images of any noise it is told."""
         return self.first_stage.vqvae.stabilize

@@ -52,6 +52,7 @@ class Stub:
     function: object
     tile: tuple = (96, 64)
     scale: int = 16
+    least_tile: int = 32
     noise: NoiseModel = field(default_factory=lambda: NoiseModel.from_level(0.2))
     device: torch.device = CPU
     seen: list = field(default_factory=list)

@@ -454,11 +454,11 @@ def test_noise_that_is_not_seen_has_no_samples_and_no_maps(restored, restore):
 
 def test_tiles_of_any_side(restored):
     png("in/a.png", noisy(151, 97), bits=16)
-    tables = {side: restored(f"in --out {side} --noise-level trained --tile {side}") for side in (1, 50, 256, 9999)}
+    tables = {side: restored(f"in --out {side} --noise-level trained --tile {side}") for side in (16, 50, 256, 9999)}
     images = {side: read_image(Path(str(side)) / "a.png") for side in tables}
     np.testing.assert_array_equal(images[256], images[9999])  # one tile
     inside = breast_mask(torch.from_numpy(images[256])[None])[0].numpy()
-    for side in (1, 50):
+    for side in (16, 50):
         apart = np.abs(images[side] - images[256])[inside]
         assert 0 < apart.mean() < 0.05
 
@@ -697,6 +697,7 @@ in --out out --degrade=-1 | argument --degrade: must be 0 or a number
 in --out out --degrade auto | argument --degrade: must be 0 or a number
 in --out out --degrade 1e300 | argument --degrade: must be 0 or a number
 in --out out --tile 0 | argument --tile: must be a whole number of at least 1
+in --out out --tile 15 | --tile 15: this model takes tiles of at least 16 pixels a side; pass more
 in --out out --tile wide | argument --tile: must be
 in --out out --steps 0 | argument --steps: must be
 in --out out --steps -3 | argument --steps
