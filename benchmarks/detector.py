@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from flags import DETECTOR_FILE, DETECTOR_PARTS, DOSES, detector_arguments
 
 if __name__ == "__main__":
-    detector_arguments(__doc__.splitlines()[0])  # torch comes after the flags
+    ARGUMENTS = detector_arguments(__doc__.splitlines()[0])  # torch comes after the flags
 
 import numpy as np
 import pandas as pd
@@ -267,8 +268,7 @@ PARTS = dict(zip(DETECTOR_PARTS, (run_data, run_phantoms), strict=True))
 # --- the script ------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    args = detector_arguments(__doc__.splitlines()[0])
+def main(args: argparse.Namespace) -> None:
     for name in args.doses:
         Dose.read(args.data, name, args.regions)  # is it there? say so at once
     restorer = Restorer.load(args.vqvae_path, args.load_path, get_device(args.cpu, args.cuda))
@@ -280,4 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(functools.partial(main, ARGUMENTS))

@@ -6,6 +6,7 @@ The sources are a CBIS-DDSM tree: full-size 16-bit DICOM made of phantoms (or of
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 import time
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from flags import loading_arguments
 
 if __name__ == "__main__":
-    loading_arguments(__doc__.splitlines()[0])  # torch comes after the flags
+    ARGUMENTS = loading_arguments(__doc__.splitlines()[0])  # torch comes after the flags
 
 import numpy as np
 import pandas as pd
@@ -105,8 +106,7 @@ def measure(records: list[Record], folder: Path) -> None:
     print(format_table(("", "baseline", "seconds", "baseline, s", "times faster"), cells))
 
 
-def main() -> None:
-    args = loading_arguments(__doc__.splitlines()[0])
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # as in a data loader's worker
     with tempfile.TemporaryDirectory(prefix="loading-benchmark-") as name:
         root = args.data_root or Path(name) / "tree"
@@ -117,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(functools.partial(main, ARGUMENTS))

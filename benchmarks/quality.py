@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from flags import MEAN_OF, QUALITY_PARTS, quality_arguments
 
 if __name__ == "__main__":
-    quality_arguments(__doc__.splitlines()[0])  # torch comes after the flags
+    ARGUMENTS = quality_arguments(__doc__.splitlines()[0])  # torch comes after the flags
 
 import numpy as np
 import pandas as pd
@@ -317,8 +317,7 @@ def make_bench(args: argparse.Namespace) -> Bench:
     return Bench(args, restorer, records[: args.images])
 
 
-def main() -> None:
-    args = quality_arguments(__doc__.splitlines()[0])
+def main(args: argparse.Namespace) -> None:
     parts = earlier_parts(args.out / RECORD)
     bench = make_bench(args)
     print(f"{bench.restorer.name}; results go to {args.out}")
@@ -331,4 +330,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(functools.partial(main, ARGUMENTS))

@@ -7,6 +7,8 @@ values; `stage2`, what a training step spends outside the UNets; `lookup`, a cod
 
 from __future__ import annotations
 
+import argparse
+import functools
 import resource
 import statistics
 import sys
@@ -20,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from flags import STEPS, steps_arguments
 
 if __name__ == "__main__":
-    steps_arguments(__doc__.splitlines()[0])  # torch comes after the flags
+    ARGUMENTS = steps_arguments(__doc__.splitlines()[0])  # torch comes after the flags
 
 import torch
 import torch.nn.functional as F
@@ -231,9 +233,8 @@ def of_compile() -> Iterator[Comparison]:
 WHAT = dict(zip(STEPS, (of_unet, of_stage1, of_stage2, of_lookup, of_compile), strict=True))
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     global clock
-    args = steps_arguments(__doc__.splitlines()[0])
     torch.manual_seed(0)
     if args.busy:
         torch.set_num_threads(1)
@@ -248,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(functools.partial(main, ARGUMENTS))

@@ -4,14 +4,13 @@ import contextlib
 import importlib.util
 import io
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
-
-from running.scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = {
@@ -59,12 +58,11 @@ def load_script(script):
 
 def call(script, line):
     """Run a script in this process; an exception that the script does not turn into an exit status goes through."""
-    module = load_script(script)
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = mock.patch.object(sys, "argv", [f"{script}.py", *arguments(script, line)])
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), argv:
         try:
-            run_script(module.main)
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
         except SystemExit as stop:
             code = stop.code
     return Result(code, out.getvalue(), err.getvalue())

@@ -2,8 +2,10 @@
 
 import math
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -173,10 +175,12 @@ def test_phantoms_have_the_noise_and_the_signal(bench):
         ("--out out --data DATA --doses 75prct", "iwbi2026.npz: has no dose 75prct; choose others by --doses"),
     ],
 )
-def test_bad_flags_are_one_line_and_status_2(data, line, said, monkeypatch):
+def test_bad_flags_are_read_once_and_are_one_line_and_status_2(bench, data, line, said, monkeypatch):
     monkeypatch.setenv("DETECTOR_DIR", "")  # as good as not set
+    flags, read = sys.modules["flags"], mock.Mock(side_effect=bench.detector_arguments)
+    monkeypatch.setattr(flags, "detector_arguments", read)
     result = scripts.call("benchmarks/detector", line.replace("DATA", str(data)))
-    assert result.code == 2 and said in result.err and "Traceback" not in result.err
+    assert result.code == 2 and said in result.err and "Traceback" not in result.err and read.call_count == 1
 
 
 def test_the_command_writes_every_method_beside_the_input(bench, data, monkeypatch):
