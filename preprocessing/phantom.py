@@ -11,19 +11,12 @@ Sources: Burgess et al., "Human observer detection experiments with mammograms a
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.random import Generator, default_rng
-from PIL import Image, ImageOps
 from scipy import fft, ndimage
 from scipy.special import erf, expit
-
-from helper import UserError
-from running.command_line import Parser, non_negative_int, positive_int
-from running.scripts import run_script
-from running.writing import atomic_path
 
 FILM_HEIGHT_MM = 205.0
 MIN_SIDE = 32
@@ -417,40 +410,3 @@ def generate_phantom(seed: int, index: int, image_shape: tuple[int, int, int] = 
         found = [[replace(item, column=width - 1 - item.column) for item in items] for items in found]
     tensors = torch.from_numpy(image[None]), torch.from_numpy(mask[None])
     return Phantom(*tensors, *map(tuple, found), anatomy.view, anatomy.side, density)
-
-
-def draw_sheet(tiles: list[np.ndarray], columns: int = 8) -> np.ndarray:
-    """Contact sheet, uint8, of equally large (H, W) images in [0, 1], filled row by row; ValueError without images."""
-    if not tiles:
-        raise ValueError("a contact sheet needs at least one image")
-    padded = np.array([*tiles, *[np.zeros_like(tiles[0])] * (-len(tiles) % columns)], np.float64)
-    rows = padded.reshape(-1, columns, *tiles[0].shape).swapaxes(1, 2)
-    return (255.0 * rows.reshape(-1, columns * tiles[0].shape[1])).round().astype(np.uint8)
-
-
-def main() -> None:
-    """Write a contact sheet of phantoms, and below it as many real mammograms if --real names a folder of them."""
-    parser = Parser(description="Draw a contact sheet of digital breast phantoms.")
-    parser.add_argument("--sheet", type=Path, required=True, help="PNG file to write")
-    parser.add_argument("--seed", type=non_negative_int, default=0)
-    parser.add_argument("--count", type=positive_int, default=24)
-    parser.add_argument("--real", type=Path, help="folder of real mammograms (PGM or PNG) to draw below the phantoms")
-    args = parser.parse_args()
-    sheet = draw_sheet([generate_phantom(args.seed, index).image[0].numpy() for index in range(args.count)])
-    if args.real:
-        paths = sorted(args.real.glob("*.[pP][gGnN][mMgG]"))
-        if not paths:
-            raise UserError(f"--real {args.real}: no PGM or PNG files there")
-        tiles = []
-        for path in paths[:: max(1, len(paths) // args.count)][: args.count]:
-            film = Image.open(path).convert("L")
-            film = film.crop(film.point(lambda value: 255 * (value > 24)).getbbox())  # without its dark surround
-            tiles.append(np.asarray(ImageOps.pad(film, (192, 256), Image.Resampling.BOX)) / 255.0)
-        sheet = np.concatenate([sheet, np.full((8, sheet.shape[1]), 255, np.uint8), draw_sheet(tiles)])
-    with atomic_path(args.sheet) as temporary:
-        Image.fromarray(sheet).save(temporary, format="PNG")
-    print(f"sheet written to {args.sheet}")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -7,7 +7,8 @@ from PIL import Image
 from scipy import ndimage
 
 from preprocessing import phantom as phantom_module
-from preprocessing.phantom import FILM_HEIGHT_MM, draw_sheet, generate_phantom, main, power_law_field
+from preprocessing.phantom import FILM_HEIGHT_MM, generate_phantom, power_law_field
+from preprocessing.sheet import draw_sheet, main
 
 COUNT = 40
 
@@ -206,8 +207,8 @@ def test_real_mammograms_stand_below_the_phantoms(tmp_path, monkeypatch):
     film[20:276, 40:232] = 200
     for name in ("a.png", "b.PGM"):
         Image.fromarray(film).save(tmp_path / name)
-    arguments = ["--sheet", str(tmp_path / "out" / "sheet.png"), "--count", "2", "--seed", "3", "--real", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["phantom", *arguments])
+    arguments = ["--out", str(tmp_path / "out" / "sheet.png"), "--count", "2", "--seed", "3", "--real", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["sheet", *arguments])
     main()
     sheet = np.asarray(Image.open(tmp_path / "out" / "sheet.png"))
     assert sheet.shape == (256 + 8 + 256, 8 * 192)

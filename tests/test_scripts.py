@@ -361,10 +361,10 @@ def test_an_evaluation_that_meets_trained_patients_says_so(work, folder_of_pngs)
     assert 1 <= len(seen) <= 3
 
 
-@pytest.mark.parametrize("flags", ["--count 0", "--seed -1", "--sheet {tmp}/file/x.png", "--real {tmp}/none"])
+@pytest.mark.parametrize("flags", ["--count 0", "--seed -1", "--out {tmp}/file/x.png", "--real {tmp}/none"])
 def test_the_phantom_sheet_refuses_bad_input_in_one_line(flags, tmp_path):
     (tmp_path / "file").touch()
-    command = [sys.executable, "-m", "preprocessing.phantom", "--sheet", str(tmp_path / "s.png"), "--count", "1"]
+    command = [sys.executable, "preprocessing/sheet.py", "--out", str(tmp_path / "s.png"), "--count", "1"]
     done = subprocess.run(
         command + shlex.split(flags.format(tmp=tmp_path)),
         cwd=ROOT,
@@ -378,7 +378,7 @@ def test_the_phantom_sheet_refuses_bad_input_in_one_line(flags, tmp_path):
 
 def test_a_wrong_flag_is_answered_before_torch_is_imported():
     """Flags need the standard library and hps.py alone: all else takes seconds to import."""
-    scripts = [*(path.name for path in ROOT.glob("main-*.py")), "preprocessing/calibrate.py"]
+    scripts = [*(path.name for path in ROOT.glob("main-*.py")), "preprocessing/calibrate.py", "preprocessing/sheet.py"]
     scripts += [f"benchmarks/{name}.py" for name in ("detector", "gpu", "loading", "plan", "quality", "steps")]
     code = """
 import runpy, sys
@@ -392,4 +392,4 @@ print(*sorted({name.split(".")[0] for name in sys.modules}))
 """
     done = subprocess.run([sys.executable, "-c", code, *scripts], cwd=ROOT, capture_output=True, text=True, check=True)
     heavy = {"torch", "numpy", "scipy", "pandas", "PIL", "pydicom", "matplotlib", "tensorboard", "torchmetrics", "tqdm"}
-    assert done.stderr.count("error: ") == len(scripts) == 12 and not heavy & set(done.stdout.split())
+    assert done.stderr.count("error: ") == len(scripts) == 13 and not heavy & set(done.stdout.split())
