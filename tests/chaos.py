@@ -29,9 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+import torchmetrics.functional.image  # noqa: F401  scripts import it late, which every life would pay for
 from PIL import Image
 from tqdm import tqdm
 
+import restoration.evaluate  # noqa: F401  as above
 import trainer
 from files import cache
 from helper import UserError
@@ -230,7 +232,7 @@ class Chaos:
         self.reference: dict[str, dict[str, object]] = {}
 
     def run(self) -> Summary:
-        """The undisturbed works, and then rounds until all kills are spent."""
+        """The undisturbed works, and then rounds until all kills are spent, the first of them to its end."""
         write_images(self.root / "images")
         folder = self.root / "undisturbed"
         folder.mkdir()
@@ -248,7 +250,8 @@ class Chaos:
             folder.mkdir()
             shutil.rmtree(self.root / "cache", ignore_errors=True)
             for work in works():
-                if not self.finish(work, folder):
+                spent = number > 1 and self.summary.kills.total() >= self.kills
+                if not (spent or self.finish(work, folder)):
                     break
             else:
                 shutil.rmtree(folder)  # what differs is kept

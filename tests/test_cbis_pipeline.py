@@ -26,15 +26,18 @@ def root(request, tmp_path_factory):
     return root
 
 
-def test_two_steps_of_both_stages_an_evaluation_and_a_restoration(root, tmp_path, own_folder):
+def test_two_steps_of_both_stages_an_evaluation_and_a_restoration(root, tmp_path, own_folder, monkeypatch):
+    # BM3D would take half of the time, and nothing here is about it
+    monkeypatch.setattr("restoration.evaluate.bm3d_is_there", lambda: False)
     data = f"--task cbis-ddsm --data-root {root} --strict --no-tqdm --num-workers 0"
     one_step = "--epochs 2 --batch-size 64"  # an epoch
+    small = "--hps channel_mult=1,2 --hps attention_levels=1 --hps num_res_blocks=1 --hps mean_res_blocks=1"
     out = succeed("main-vqvae", f"{data} {one_step} --out one").out
     assert " 1 step an epoch" in out and "left out" in out and "missing" not in out
     assert pd.read_csv("one/log.csv")["step"].max() == 2
     table = succeed("main-vqvae", f"{data} --load-path one --evaluate").out
     assert "clean, continuous" in table and "low dose" in table
-    out = succeed("main-diffusion", f"{data} --vqvae-path one {one_step} --out two").out
+    out = succeed("main-diffusion", f"{data} --vqvae-path one {one_step} {small} --out two").out
     assert out.count("left out") == 1 and "all" in out  # the disk is searched once; the images are prepared already
     assert pd.read_csv("two/log.csv")["step"].max() == 2
     table = succeed("main-diffusion", f"{data} --vqvae-path one --load-path two --evaluate").out
