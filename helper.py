@@ -102,7 +102,7 @@ def tracked(items: Iterable[T], what: str, unit: str, progress: bool, total: int
     total, silence = len(items) if total is None else total, Silence()
     for done, item in enumerate(items):
         if silence.is_long():
-            print(f"{what}: {done} of {total} {unit}s")
+            print(f"{what}: {done} of {counted(total, unit)}")
         yield item
 
 

@@ -406,7 +406,7 @@ def _diffusion_clashes(hps: HParams) -> Iterator[tuple[bool, str, str]]:
     yield not hps.linear_start <= hps.linear_end < 1, "linear_end", "must lie between linear_start and 1"
     levels = range(len(hps.channel_mult))
     absent = any(level not in levels for level in hps.attention_levels)
-    yield absent, "attention_levels", f"channel_mult has {len(levels)} levels"
+    yield absent, "attention_levels", f"the levels of channel_mult are 0 to {len(levels) - 1}"
     words = f"must be twice out_channels={hps.out_channels} (concat)"
     yield hps.in_channels != 2 * hps.out_channels, "in_channels", words
     words = "leaves nothing unknown to sample; train at a level above 0, or with --hps precondition=none"

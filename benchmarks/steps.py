@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import LatentDiffusion, LitEma, make_diffusion
-from helper import format_table, seeded_generator
+from helper import counted, format_table, seeded_generator
 from hps import HPS_DIFFUSION, HPS_VQVAE, HParams
 from loading.batches import Batch
 from loading.mammograms import PhantomDataset
@@ -243,8 +243,8 @@ def main(args: argparse.Namespace) -> None:
     print(format_table(["", "baseline", "seconds", "baseline, s", "ratio (least, most)"], rows))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     print(
-        f"{args.rounds} rounds; {'processor' if args.busy else 'wall-clock'} time, threads: {torch.get_num_threads()}, single "
-        f"precision, torch {torch.__version__}; peak memory of the process {memory:.2f} GB"
+        f"{counted(args.rounds, 'round')}; {'processor' if args.busy else 'wall-clock'} time, threads: {torch.get_num_threads()}, "
+        f"single precision, torch {torch.__version__}; peak memory of the process {memory:.2f} GB"
     )
 
 

@@ -161,7 +161,7 @@ ROWS = r"""
 2 | main-diffusion | --vqvae-path {vqvae} --hps num_head_channels=48 | num_head_channels
 2 | main-diffusion | --vqvae-path {vqvae} --hps model_channels=40 | --hps model_channels=40: must be a multiple of 32
 2 | main-diffusion | --vqvae-path {vqvae} --hps in_channels=16 | --hps in_channels=16: must be twice out_channels=16
-2 | main-diffusion | --vqvae-path {vqvae} --hps attention_levels=2 | --hps attention_levels=\[2\]: channel_mult has 2 levels
+2 | main-diffusion | --vqvae-path {vqvae} --hps attention_levels=2 | --hps attention_levels=\[2\]: the levels of channel_mult are
 2 | main-diffusion | --vqvae-path {vqvae} --hps ddim_steps=1001 | --hps ddim_steps=1001: more than timesteps=1000
 2 | main-diffusion | --vqvae-path {vqvae} --hps fast_steps=1001 | --hps fast_steps=1001: more than timesteps=1000
 2 | main-diffusion | --vqvae-path {vqvae} --hps noise_level=0 | --hps noise_level=0.0: leaves nothing unknown to sample
