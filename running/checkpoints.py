@@ -8,13 +8,15 @@ import hashlib
 import os
 import sys
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from helper import UserError
 from hps import ARCHITECTURE_DIFFUSION, ARCHITECTURE_VQVAE, HPS_DIFFUSION, HPS_VQVAE, TASKS, HParams, check
@@ -88,6 +90,54 @@ def _write(checkpoint: Checkpoint, path: Path) -> None:
         except RuntimeError as error:  # torch hides what the system said when a write fails
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else OSError(str(error).split("\n")[0]) from None
+
+
+class CheckpointWriter:
+    """Writes checkpoints one after the other, at once or `behind` the training, in a thread.
+
+    What is written behind it is copied to the host first: it is the state at the call. Its errors are raised by the next call.
+    """
+
+    def __init__(self, *, behind: bool):
+        self.thread = ThreadPoolExecutor(1) if behind else None
+        self.pending: Future[None] | None = None
+
+    def write(self, paths: Sequence[Path], checkpoint: Checkpoint) -> None:
+        """Write a checkpoint under each of these names, in their order; waits for the one before."""
+        self.close()
+        if self.thread is None:
+            _save_as(paths, checkpoint)
+        else:
+            self.pending = self.thread.submit(_save_as, paths, _on_host(checkpoint))
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _save_as(paths: Sequence[Path], checkpoint: Checkpoint) -> None:
+    written = None
+    for path in paths:
+        save_checkpoint(path, checkpoint, written)
+        written = path
+
+
+def _on_host(checkpoint: Checkpoint) -> Checkpoint:
+    """A copy that a training does not change; tensors that share their memory still do."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        key = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if key not in copies:
+            copies[key] = tensor.to("cpu", non_blocking=True, copy=True)  # of a GPU's into pinned memory
+        return copies[key]
+
+    model, training = tree_map_only(Tensor, copy, (dict(checkpoint.model), checkpoint.training))
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return replace(checkpoint, model=model, training=training)
 
 
 def _keep_as(path: Path, name: Path) -> None:

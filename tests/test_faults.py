@@ -1,5 +1,6 @@
 """What a run survives: kills, signals, damaged checkpoints, full disks and losses that are not finite."""
 
+import errno
 import functools
 import math
 import mmap
@@ -17,7 +18,7 @@ from chaos import Chaos, Work, difference, ended, live
 from helper import UserError
 from loading.batches import KeyedSampler
 from memory import Slope, measure
-from running import stopping
+from running import checkpoints, stopping
 from running.checkpoints import checkpoints_in, load_checkpoint
 from scripts import call, succeed, written
 from test_trainer import Silent, stage_1, stage_2
@@ -184,6 +185,50 @@ def test_what_is_saved_in_a_validation_is_not_the_averages(tmp_path, monkeypatch
     for name, value in weights.items():
         assert torch.equal(checkpoint.model[name], value)
     assert any(not torch.equal(averages[f"averaged.module.{name}"], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("make", [stage_1, stage_2])
+def test_what_is_written_behind_the_training_is_the_state_at_the_call(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.loop.Logger", lambda *where: Silent())
+    write = checkpoints._write
+
+    def late(*args):
+        time.sleep(0.2)  # the training goes on in the meantime
+        write(*args)
+
+    for folder, behind in ((tmp_path / "at-once", False), (tmp_path / "behind", True)):
+        folder.mkdir()
+        stage = make(max_epochs=3, checkpoint_frequency=1)
+        stage.folder, stage.writer = folder, checkpoints.CheckpointWriter(behind=behind)
+        monkeypatch.setattr(checkpoints, "_write", late if behind else write)
+        stage.fit()
+    names = sorted(path.name for path in folder.glob("*.pt"))
+    assert {"last.pt", "previous.pt", "best.pt", "epoch-0001.pt", "epoch-0003.pt"} <= {*names}
+    for name in names:
+        one, other = (load_checkpoint(tmp_path / each / name, stage.kind) for each in ("at-once", "behind"))
+        assert not difference(vars(one), vars(other))
+    # what is frozen is its own average, and is in the file once
+    sizes = [(tmp_path / each / "last.pt").stat().st_size for each in ("at-once", "behind")]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+
+
+def test_an_error_behind_the_training_ends_it_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.loop.Logger", lambda *where: Silent())
+    write, calls = checkpoints._write, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 3:  # the first is written before the first step, the second after the first epoch
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*args)
+
+    monkeypatch.setattr(checkpoints, "_write", fail)
+    stage = stage_1(max_epochs=5)
+    stage.folder, stage.writer = tmp_path, checkpoints.CheckpointWriter(behind=True)
+    with pytest.raises(UserError, match="No space left on device"):
+        stage.fit()
+    assert len(calls) == 3 and load_checkpoint(tmp_path / "last.pt", "vqvae").epoch == 1
+    assert not list(tmp_path.glob("*.part")) and stage.epoch == 3  # at the next call
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

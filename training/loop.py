@@ -24,7 +24,7 @@ from hps import HParams
 from loading.batches import Batch, LatentBatch, make_loader
 from logger import Logger
 from running import distributed, stopping
-from running.checkpoints import LAST, PREVIOUS, Checkpoint, load_weights, save_checkpoint
+from running.checkpoints import LAST, PREVIOUS, Checkpoint, CheckpointWriter, load_weights
 
 MOST_SKIPPED = 20  # steps in a row whose loss is no number, after which a training ends
 
@@ -114,6 +114,8 @@ class Trainer:
         self.remarked: set[str] = set()  # those whose remarks are printed
         self.skipped: Counter[str] = Counter()  # training samples of images that could not be read, by what was wrong
         self.logger: Logger | None = None
+        # on a CPU a thread would take time and memory from the training
+        self.writer = CheckpointWriter(behind=device.type == "cuda")
 
     # --- what a stage says ---
 
@@ -197,12 +199,14 @@ class Trainer:
                 self.setup()
             self.begin()
             self.parallelize()
+            self.writer.close()  # what cannot be written is known before the work
         except stopping.Stopped as stop:
+            self.writer.close()
             again = f"; go on with --load-path {self.folder}" if self.folder else ""
             raise stopping.Stopped(stop.number, f" before step {self.step + 1}{again}") from None
         if self.epoch >= self.hps.max_epochs:
             print(f"already trained for {counted(self.epoch, 'epoch')}; raise --epochs to go on")
-        with contextlib.closing(self.logger), stopping.noted() as self.signals:
+        with contextlib.closing(self.logger), contextlib.closing(self.writer), stopping.noted() as self.signals:
             try:
                 while self.epoch < self.hps.max_epochs:
                     self.train_epoch()
@@ -320,6 +324,7 @@ class Trainer:
 
         One that was written right before them may be what went wrong: it is put aside.
         """
+        self.writer.close()
         last, before = self.folder / LAST, self.folder / PREVIOUS
         if self.saved_step < step - MOST_SKIPPED or not (last.exists() and before.exists()):
             return last
@@ -342,6 +347,7 @@ class Trainer:
         where = f" after step {self.step}"
         if self.folder is not None:
             self.save(LAST)
+            self.writer.close()
             where += f": checkpoint written to {self.folder / LAST}; go on with --load-path {self.folder}"
         # none goes before the main one has saved: torchrun ends all of them when the first has ended
         return stopping.Stopped(stop.number, distributed.gather(where)[0])
@@ -432,10 +438,7 @@ class Trainer:
 
     def save(self, *names: str) -> None:
         """Write the state as it stands to a checkpoint of the run folder, under each of the names."""
-        checkpoint, written = self.checkpoint(), None
-        for path in (self.folder / name for name in names):
-            save_checkpoint(path, checkpoint, written)
-            written = path
+        self.writer.write([self.folder / name for name in names], self.checkpoint())
         self.saved_at, self.saved_step = time.monotonic(), self.step
 
     def checkpoint(self) -> Checkpoint:
