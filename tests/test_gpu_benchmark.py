@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
+from helper import UserError
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from scripts import ROOT, load_script
 
@@ -269,3 +270,24 @@ def test_it_ends_with_one_line(line, words):
     )
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
     assert done.stdout == f"{not line}\n"
+
+
+def test_an_epoch_is_set_against_its_steps():
+    epochs = load_script("benchmarks/epochs")
+    marks = {"imported": 102.0, "steps": [110.0, 110.2, 110.4, 111.4], "epochs": [113.0, 114.0, 116.0, 117.2]}
+    expected = {"import": 2, "first": 10, "beyond": 8, "step": 0.2, "epoch": 1.2, "ratio": 1.5}
+    assert epochs.result_of(100.0, marks) == pytest.approx(expected)
+    assert "stage 2        2.00 s              10.00 s             8.00 s  200.0 ms  1.20 s" in epochs.table(
+        {"2": expected}
+    )
+
+
+def test_moments_are_those_of_a_training(tmp_path):
+    epochs = load_script("benchmarks/epochs")
+    flags = "--task phantom --hps phantom_counts=[4,1,1] --hps batch_size=2 --epochs 3 --no-tqdm --num-workers 0"
+    found = epochs.train("main-vqvae.py", [*flags.split(), "--out", str(tmp_path / "run")], tmp_path / "marks.json")
+    marks = json.loads((tmp_path / "marks.json").read_text(encoding="utf-8"))
+    assert len(marks["steps"]) == 8 and len(marks["epochs"]) == 3
+    assert 0 < found["import"] < found["first"] == found["import"] + found["beyond"]
+    with pytest.raises(UserError, match="main-vqvae.py ended with exit status 2: argument --epochs"):
+        epochs.train("main-vqvae.py", ["--epochs", "0"], tmp_path / "marks.json")

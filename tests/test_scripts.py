@@ -379,7 +379,9 @@ def test_the_phantom_sheet_refuses_bad_input_in_one_line(flags, tmp_path):
 def test_a_wrong_flag_is_answered_before_torch_is_imported():
     """Flags need the standard library and hps.py alone: all else takes seconds to import."""
     scripts = [*(path.name for path in ROOT.glob("main-*.py")), "preprocessing/calibrate.py", "preprocessing/sheet.py"]
-    scripts += [f"benchmarks/{name}.py" for name in ("detector", "gpu", "loading", "plan", "quality", "steps")]
+    scripts += [
+        f"benchmarks/{name}.py" for name in ("detector", "epochs", "gpu", "loading", "plan", "quality", "steps")
+    ]
     code = """
 import runpy, sys
 for script in sys.argv[1:]:
@@ -392,4 +394,4 @@ print(*sorted({name.split(".")[0] for name in sys.modules}))
 """
     done = subprocess.run([sys.executable, "-c", code, *scripts], cwd=ROOT, capture_output=True, text=True, check=True)
     heavy = {"torch", "numpy", "scipy", "pandas", "PIL", "pydicom", "matplotlib", "tensorboard", "torchmetrics", "tqdm"}
-    assert done.stderr.count("error: ") == len(scripts) == 13 and not heavy & set(done.stdout.split())
+    assert done.stderr.count("error: ") == len(scripts) == 14 and not heavy & set(done.stdout.split())
