@@ -79,7 +79,7 @@ class VQVAETrainer(Trainer):
         # one generator a step: dead codes are re-seeded from the whole batch
         draws = self.model.quantizers.draws(seeded_generator("revive", self.seed, self.step, keys[0].index))
         clean = self.images(batch)
-        output = precision.call(self.model, clean, weights[0])
+        output = precision.call(self.model, self.model.merged_weights(), clean, weights[0])
         draws = draws.to(self.device, non_blocking=True)
         usage = self.model.quantizers.learn(output.vectors, output.indices, weights[0], draws)
         own = weights.sum(1)

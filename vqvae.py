@@ -40,7 +40,10 @@ def _centre_tap(matrix: Tensor, kernel_size: int = 3) -> nn.Conv2d:
 
 
 class ReZeroBlock(nn.Module):
-    """x + alpha * f(x) with alpha = 0 at first (Bachlechner et al., 2020, eq. 1); keeps the shape (N, C, H, W)."""
+    """x + alpha * f(x) with alpha = 0 at first (Bachlechner et al., 2020, eq. 1); keeps the shape (N, C, H, W).
+
+    alpha multiplies the weights of f's last convolution, which are few, not its pixels. None: they are multiplied already.
+    """
 
     def __init__(self, channels: int, res_channels: int):
         super().__init__()
@@ -49,8 +52,11 @@ class ReZeroBlock(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        # in place: no backward pass looks at what a convolution returned, nor at a product
-        return (self.alpha * self.conv2(F.relu(self.conv1(F.relu(x)), inplace=True))).add_(x)
+        weights = self.conv2.weight, self.conv2.bias
+        if self.alpha is not None:
+            weights = tuple(self.alpha * weight for weight in weights)
+        # in place: no backward pass looks at what a convolution returned
+        return F.conv2d(F.relu(self.conv1(F.relu(x)), inplace=True), *weights).add_(x)
 
 
 def _residual_stack(channels: int, res_channels: int, nb_res_layers: int) -> nn.Sequential:
@@ -80,18 +86,18 @@ class VectorQuantizer(nn.Module):
         """Index of the nearest entry (Euclidean) of each of (M, D) vectors; (M,) int64."""
         vectors = vectors.float()
         # argmin ||v - e||^2 = argmin ||e||^2 / 2 - v.e, in chunks: no M x K matrix is kept
-        norms, product = self.codebook.square().sum(1), dict(beta=0.5, alpha=-1)
-        if vectors.is_cuda:
-            chunks = (torch.addmm(norms, rows, self.codebook.t(), **product) for rows in vectors.split(LOOKUP_ROWS_GPU))
-            return torch.cat([distances.argmin(1) for distances in chunks])
+        norms, chunk = self.codebook.square().sum(1), LOOKUP_ROWS_GPU if vectors.is_cuda else LOOKUP_ROWS
         indices = torch.empty_like(vectors[:, 0], dtype=torch.int64)
-        # one chunk's memory serves all: fresh pages for each would cost as much as its product
-        distances = vectors.new_empty(min(LOOKUP_ROWS, len(vectors)), len(norms))
+        # one chunk's memory serves all: on a CPU, fresh pages for each would cost as much as its product
+        distances = vectors.new_empty(min(chunk, len(vectors)), len(norms))
         width = math.gcd(len(norms), LOOKUP_BLOCK)
-        for rows, nearest in zip(vectors.split(LOOKUP_ROWS), indices.split(LOOKUP_ROWS), strict=True):
-            torch.addmm(norms, rows, self.codebook.t(), **product, out=distances[: len(rows)])
+        for rows, nearest in zip(vectors.split(chunk), indices.split(chunk), strict=True):
+            own = torch.addmm(norms, rows, self.codebook.t(), beta=0.5, alpha=-1, out=distances[: len(rows)])
+            if vectors.is_cuda:
+                torch.argmin(own, 1, out=nearest)
+                continue
             # amin is vectorised on the CPU, argmin is not: first the block of the least, then its place in it
-            blocks = distances[: len(rows)].unflatten(1, (-1, width))
+            blocks = own.unflatten(1, (-1, width))
             block = blocks.amin(2).argmin(1)
             within = blocks[torch.arange(len(rows), device=block.device), block].argmin(1)
             torch.add(within, block, alpha=width, out=nearest)
@@ -134,12 +140,14 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor) -> Quantized:
         """Quantise (N, D, H, W) vectors, of the samples whose `weight` (N,) is 1; others, with 0, stay as they are."""
+        own = x.dtype  # what follows works in it: single precision would be cast on the way
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             indices = self.nearest(x.detach())  # (N, H, W)
-            rest = self.embed(indices) - x  # (N, D, H, W)
-            code = torch.addcmul(x, rest.detach(), weight[:, None, None, None])  # (N, D, H, W)
-            return Quantized(code, indices, rest.square().mean(dim=(1, 2, 3)))
+            nearest = self.embed(indices)  # (N, D, H, W)
+            code = torch.addcmul(x, nearest - x.detach(), weight[:, None, None, None])  # (N, D, H, W)
+            error = F.mse_loss(x, nearest, reduction="none").mean(dim=(1, 2, 3))
+            return Quantized(code.to(own), indices, error)
 
 
 class Codebooks(nn.ModuleList):
@@ -294,6 +302,21 @@ class VQVAE(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() == 4:  # Module.to would swap fake tensors, which other references forbid
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+    def merged_weights(self) -> dict[str, Tensor | None]:
+        """The parameters with every ReZero block's alpha merged into its last convolution; the alphas are None.
+
+        All are multiplied at once: a GPU waits longer for a launch than it takes to multiply these.
+        """
+        weights: dict[str, Tensor | None] = dict(self.named_parameters())
+        blocks = [name for name, module in self.named_modules() if isinstance(module, ReZeroBlock)]
+        if blocks:
+            alphas = torch.stack([weights.pop(f"{block}.alpha") for block in blocks])  # (B,)
+            for part in ("weight", "bias"):
+                names = [f"{block}.conv2.{part}" for block in blocks]
+                together = torch.stack([weights[name] for name in names])  # (B, C) or (B, C, R, 1, 1)
+                weights |= zip(names, together * alphas.view(-1, *[1] * (together.dim() - 1)), strict=True)
+        return weights | dict.fromkeys([f"{block}.alpha" for block in blocks])
 
     def to_domain(self, images: Tensor, noise: NoiseModel | None) -> Tensor:
         """Images (N, C, H, W) in [0, 1] as the model sees them: with `stabilize`, in units of their noise, whitened.

@@ -26,14 +26,11 @@ class _Cast(torch.autograd.Function):
         return None, *_Cast.forward(ctx, torch.float32, *gradients)
 
 
-def call(module: nn.Module, *args: Any) -> Any:
-    """`module(*args)` as it is without autocast and, under it, with all weights cast at once.
-
-    Scalars stay in float32, in which operators use them also beside tensors in half precision.
-    """
-    weights = {name: parameter for name, parameter in module.named_parameters() if parameter.dim()}
-    device = next(iter(weights.values())).device.type
-    if not torch.is_autocast_enabled(device):
-        return module(*args)
-    cast = _Cast.apply(torch.get_autocast_dtype(device), *weights.values())
-    return functional_call(module, dict(zip(weights, cast, strict=True)), args)
+def call(module: nn.Module, weights: dict[str, Tensor | None], *args: Any) -> Any:
+    """`module(*args)` with other weights, in single precision, by name; under autocast all of them are cast at once."""
+    tensors = {name: weight for name, weight in weights.items() if weight is not None}
+    device = next(iter(tensors.values())).device.type
+    if torch.is_autocast_enabled(device):
+        cast = _Cast.apply(torch.get_autocast_dtype(device), *tensors.values())
+        weights = weights | dict(zip(tensors, cast, strict=True))
+    return functional_call(module, weights, args, tie_weights=False)

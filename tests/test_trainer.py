@@ -429,13 +429,13 @@ def test_loss_in_bfloat16_is_that_of_single_precision_within_a_few_percent(make)
 
 
 @pytest.mark.parametrize("enabled", [False, True])
-def test_weights_cast_at_once_give_the_gradients_of_autocast_to_the_bit(enabled):
+def test_weights_merged_and_cast_at_once_give_the_gradients_of_autocast(enabled):
     model, images = make_vqvae(), torch.rand(2, 1, 32, 32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     gradients = []
-    for call in (model, functools.partial(precision.call, model)):
+    for call in (model, lambda *args: precision.call(model, model.merged_weights(), *args)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             output = call(images, torch.tensor([True, False]))
         loss = output.reconstruction.float().square().mean() + output.commitment_loss
