@@ -27,6 +27,7 @@ from diffusion import LatentDiffusion, make_diffusion
 from hps import HPS_VQVAE, HParams
 from loading.batches import Batch, Meta, SampleKey
 from loading.mammograms import PhantomDataset
+from models import precision
 from models.samplers import DDIMSampler
 from restoration.restorer import sampling_of
 from trainer import DiffusionTrainer, VQVAETrainer
@@ -247,6 +248,9 @@ class Setting:
             model.variable.deviations.fill_(1)  # what is not measured is not sampled
         trainer = DiffusionTrainer(self.task, self.hps, model, *common, amp=amp, first_stage=VQVAE2Wrapper(vqvae))
         enter(trainer, 0 if self.stage == "mean" else trainer.mean_epochs)
+        if not self.trains and amp is not None:
+            for unet in model.unets:
+                precision.keep_in(unet, amp)
         return trainer
 
     def samples(self, device: torch.device) -> Batch:
@@ -284,8 +288,8 @@ def train_step(trainer: Trainer, batch: Batch, passes: int = 1) -> None:
 def sample(trainer: DiffusionTrainer, batch: Batch, evaluations: int, meter: Meter) -> Tensor:
     """Restore a batch as `restoration.Restorer` does: encode, evaluate the posterior mean, sample around it, decode.
 
-    Evaluations of the diffusion after the first, for which autocast copies the weights, are alike: one runs, with DDIM's step,
-    and is counted for all. Half precision is that of `trainer.amp`: bfloat16 moves and multiplies as fast as float16.
+    Evaluations of the diffusion are alike: one runs, with DDIM's step, and is counted for all. Half precision is that of
+    `trainer.amp`: bfloat16 moves and multiplies as fast as float16.
     """
     model, first_stage = trainer.model.eval(), trainer.first_stage
     cond = model.normalize(first_stage.encode(batch.degraded, batch.noise))
@@ -295,8 +299,8 @@ def sample(trainer: DiffusionTrainer, batch: Batch, evaluations: int, meter: Met
         if evaluations:
             z, t = torch.randn_like(latents), torch.zeros(len(latents), dtype=torch.long, device=latents.device)
             abar = model.alphas_cumprod[0]
-            for meter.repeat in (1, evaluations - 1):
-                z = DDIMSampler.step(z, model.predict(z, t, view), abar, abar, 0.0, None)
+            meter.repeat = evaluations
+            z = DDIMSampler.step(z, model.predict(z, t, view), abar, abar, 0.0, None)
             meter.repeat = 1
             latents = model.variable.restored(z, view)
     return first_stage.decode(model.denormalize(latents), shape=batch.clean.shape[-2:], noise=batch.noise)

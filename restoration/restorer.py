@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusion import LatentDiffusion, LatentEncoder, make_diffusion, sample_latents
 from helper import UserError
 from hps import HParams
+from models import precision
 from models.samplers import NoiseField, Sampling, dpm_timesteps
 from preprocessing.noise import UNIT_NOISE, NoiseModel
 from restoration.denoiser import Restoration
@@ -58,6 +59,9 @@ class Restorer:
 
     def __post_init__(self):
         self.model.eval()
+        if self.amp is not None:
+            for unet in self.model.unets:
+                precision.keep_in(unet, self.amp)
 
     @classmethod
     def load(
@@ -94,8 +98,10 @@ class Restorer:
                 dpm_timesteps(model.alphas_cumprod, sampling.steps)
             except ValueError as error:
                 raise UserError(f"--steps {sampling.steps}: {error}") from None
-        first_stage = VQVAE2Wrapper(vqvae).to(device)
-        return cls(first_stage, model.to(device), checkpoint.hps, samples, sampling, seed, name, amp)
+        restorer = cls(VQVAE2Wrapper(vqvae), model, checkpoint.hps, samples, sampling, seed, name, amp)
+        for module in (restorer.first_stage, model):
+            module.to(device)
+        return restorer
 
     def drawing(self, samples: int, sampler: str, steps: int | None = None) -> Restorer:
         """The restorer that draws so many posterior samples by a `sampler`, in its own number of steps or in `steps`."""

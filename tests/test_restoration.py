@@ -1,5 +1,6 @@
 """Tiles, noise by position, matching of the noise and the share of a correction: restoring images of any size."""
 
+import copy
 import math
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -369,6 +370,21 @@ def test_samples_differ_and_depend_on_seed_and_name_alone(trained, sampling):
     for other in (replace(trained, seed=7, samples=1, sampling=sampling).restore(noisy, "x"),
                   replace(trained, samples=1, sampling=sampling).restore(noisy, "y")):  # fmt: skip
         assert (other - one).square().mean().sqrt() > 0.5 * spread
+
+
+@pytest.mark.parametrize("samples", [0, 1])
+def test_weights_kept_in_half_precision_restore_as_those_that_autocast_casts(trained, samples):
+    image, _ = phantom_image(0, (64, 48))
+    noisy = torch.from_numpy(low_dose(image, 0.2))[None, None]
+    single = replace(trained, samples=samples, sampling=Sampling("ddim", 3))
+    cast, kept = replace(single), replace(single, model=copy.deepcopy(trained.model), amp=torch.bfloat16)
+    cast.amp = torch.bfloat16  # after the weights were kept as they are
+    assert torch.equal(kept.restore(noisy, "x"), cast.restore(noisy, "x"))
+    assert not torch.equal(cast.restore(noisy, "x"), single.restore(noisy, "x"))
+    for own, other in zip(kept.model.unets, trained.model.unets, strict=True):
+        halved = sum(p.numel() for p in own.parameters() if p.dtype == torch.bfloat16)
+        assert halved > 0.98 * sum(p.numel() for p in own.parameters())
+        assert all(p.dtype == torch.float32 for p in other.parameters())
 
 
 def test_the_products_of_an_image_are_samples_and_their_mean(trained):
