@@ -108,7 +108,8 @@ class Meter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.prim.device.default:
             return out
-        inputs, outputs = ([t for t in tree_leaves(v) if isinstance(t, Tensor)] for v in ((args, kwargs), out))
+        read = args, {name: value for name, value in (kwargs or {}).items() if name != "out"}
+        inputs, outputs = ([t for t in tree_leaves(v) if isinstance(t, Tensor)] for v in (read, out))
         packet = func._overloadpacket
         makes = any(t.untyped_storage()._cdata not in self._storages for t in outputs)
         self.label(outputs, "activations", keep=True)
@@ -157,9 +158,10 @@ def fake_tensors(mode: FakeTensorMode, device: str = "cpu") -> Iterator[None]:
             patch(F, "scaled_dot_product_attention", lambda q, k, v: attention(q, k, v)[0]),
             patch(torch._C, "_conv_determine_backend_memory_format", lambda *args: torch.channels_last),
         ]
-    else:  # CUDA's way where the models part by device, and the one function that its autocast runs in float32, the CPU's not
+    else:  # CUDA's way where models and torch part by device, and the one function that its autocast runs in float32
         patches += [
             patch(FakeTensor, "is_cuda", True, create=True),
+            patch(nn.utils, "clip_grad_norm_", functools.partial(nn.utils.clip_grad_norm_, foreach=True)),
             patch(F, "interpolate", _in_float32(F.interpolate)),
         ]
     with contextlib.ExitStack() as stack:
