@@ -16,6 +16,8 @@ from torch import Tensor
 ROWS, CHANNELS = 32, 64  # of a tile: 64 channels in half precision fill a line of a GPU's cache
 PROGRAMS = 2048  # that share an operation: several for each of a card's processors
 SPLITS = 16  # of a column's sums that are added up at once
+# Of the small kernels: one that is made for no number of them serves all layers, and is compiled once.
+NUMBERS = ["splits", "pixels", "channels", "size"]
 SCALE, CENTER, OFFSET, INVERSE, OWN = (
     tl.constexpr(row) for row in range(5)
 )  # rows of the coefficients, see `statistics`
@@ -86,18 +88,18 @@ def _added(sums, splits, channel, channels, inside, WIDTH: tl.constexpr, TYPE: t
     return tl.sum(total, 0), tl.sum(product, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _statistics(
-    sums, shift, gamma, beta, coefficients, splits, pixels, channels, eps,
-    TYPE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+    sums, shift, gamma, beta, coefficients, splits, pixels, channels, size, eps,
+    TYPE: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     group, sample = tl.program_id(0), tl.program_id(1)
-    inside = tl.arange(0, WIDTH) < SIZE
-    channel, zeros = group * SIZE + tl.arange(0, WIDTH), tl.zeros((WIDTH,), TYPE)
+    inside = tl.arange(0, WIDTH) < size
+    channel, zeros = group * size + tl.arange(0, WIDTH), tl.zeros((WIDTH,), TYPE)
     sums += 2 * sample * splits * channels
     total, square = _added(sums, splits, channel, channels, inside, WIDTH, TYPE, SPLITS)
-    mean = tl.sum(total, 0) / (pixels * SIZE)
-    variance = tl.maximum(tl.sum(square, 0) / (pixels * SIZE) - mean * mean, 0)
+    mean = tl.sum(total, 0) / (pixels * size)
+    variance = tl.maximum(tl.sum(square, 0) / (pixels * size) - mean * mean, 0)
     inverse = 1 / tl.sqrt(variance + eps)
     center = mean + zeros
     if shift is not None:
@@ -110,22 +112,22 @@ def _statistics(
     tl.store(place + OWN * channels, total - pixels * mean, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _slopes(
-    sums, coefficients, gamma, slopes, splits, pixels, channels,
-    TYPE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+    sums, coefficients, gamma, slopes, splits, pixels, channels, size,
+    TYPE: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     group, sample = tl.program_id(0), tl.program_id(1)
-    inside = tl.arange(0, WIDTH) < SIZE
-    channel = group * SIZE + tl.arange(0, WIDTH)
+    inside = tl.arange(0, WIDTH) < size
+    channel = group * size + tl.arange(0, WIDTH)
     sums += 2 * sample * splits * channels
     total, product = _added(sums, splits, channel, channels, inside, WIDTH, TYPE, SPLITS)
     weight = _row(gamma, 0, channel, channels, inside, TYPE)
     scale = _row(coefficients, 5 * sample + SCALE, channel, channels, inside, TYPE)
     inverse = _row(coefficients, 5 * sample + INVERSE, channel, channels, inside, TYPE)
     own = _row(coefficients, 5 * sample + OWN, channel, channels, inside, TYPE)
-    level = inverse * (tl.sum(total * weight, 0) / (pixels * SIZE))
-    slope = inverse * inverse * inverse * (tl.sum(product * weight, 0) / (pixels * SIZE))
+    level = inverse * (tl.sum(total * weight, 0) / (pixels * size))
+    slope = inverse * inverse * inverse * (tl.sum(product * weight, 0) / (pixels * size))
     place = slopes + 5 * sample * channels + channel
     tl.store(place, level, inside)
     tl.store(place + channels, slope, inside)
@@ -190,8 +192,8 @@ def _of_groups(
     sums, values = torch.empty(count, splits, 2, channels, **wide), torch.empty(count, 5, channels, **wide)
     size = channels // groups
     _sum[grid](*summed, sums, *shape, **how, SILU=silu)
-    how = dict(TYPE=_type(x), SIZE=size, WIDTH=triton.next_power_of_2(size), SPLITS=SPLITS)
-    kernel[groups, count](sums, *inputs, values, splits, pixels, channels, *more, **how)
+    how = dict(TYPE=_type(x), WIDTH=max(CHANNELS, triton.next_power_of_2(size)), SPLITS=SPLITS)
+    kernel[groups, count](sums, *inputs, values, splits, pixels, channels, size, *more, **how)
     return values
 
 

@@ -205,9 +205,7 @@ def test_time_is_the_longer_of_arithmetic_and_traffic_and_the_launch_and_hours_a
     assert row["arithmetic_share"] + row["launch_share"] < 1 and row["launch_share"] > 0
 
 
-@pytest.mark.parametrize(
-    "operators, roofline, measured", [(1231, 7.84, 43.3), (940, 12.49, 40.5), (1308, 31.03, 67.4)]
-)
+@pytest.mark.parametrize("operators, roofline, measured", [(1231, 7.84, 43.3), (940, 12.49, 40.5), (1308, 31.03, 67.4)])
 def test_launches_explain_the_stage_1_steps_of_an_h100(operators, roofline, measured):
     """Batch 4, without AMP, batch 16: the rows that LAUNCH is fitted to, traced and measured at commit 3583a4d, in ms."""
     card = plan.CARDS["h100"].reached(0.5, 0.8, 0.1, LAUNCH)
