@@ -100,8 +100,9 @@ class VQVAETrainer(Trainer):
             z = self.model.encode(self.images(batch))
             for name, values in psnr.items():
                 output = self.model.decode(z, name == "quantized", batch.clean.shape[-2:])
-                image = self.model.from_domain(output.reconstruction, batch.noise).clamp(0, 1)
-                values.append(min(float(metrics.psnr(image, batch.clean)), LARGEST_PSNR))
+                images = self.model.from_domain(output.reconstruction, batch.noise).clamp(0, 1)
+                own = [metrics.psnr(image, clean) for image, clean in zip(images, batch.clean, strict=True)]
+                values += torch.stack(own).clamp(max=LARGEST_PSNR).tolist()
         joined = {name: distributed.join(values) for name, values in psnr.items()}
         means = {f"psnr_{name}": sum(values) / len(values) for name, values in joined.items()}
         return {"score": -sum(means.values()) / len(means), **means}
@@ -239,15 +240,16 @@ class DiffusionTrainer(Trainer):
                 clean, degraded = self.encode(batch)
                 if self.trains_mean:
                     mean, _ = self.model.variable.mean(degraded, batch.level)
-                    own = (degraded - clean).square().mean().clamp(min=1e-12)
-                    figures.append(float((mean - clean).square().mean() / own))
+                    errors, own = ((z - clean).square().mean((1, 2, 3)) for z in (mean, degraded))
+                    figures += (errors / own.clamp(min=1e-12)).tolist()
                     continue
                 view = self.model.view(degraded, batch.level)
                 for i in range(VALIDATION_TIMESTEPS):
-                    t = torch.tensor([(2 * i + 1) * self.hps.timesteps // (2 * VALIDATION_TIMESTEPS)])
-                    generator = seeded_generator("validation", i, batch.meta[0].path, device=self.device)
-                    noise = randn_by_sample([generator], clean.shape[1:], self.device)
-                    figures.append(float(self.model.p_losses(clean, view, t.to(self.device), noise).l_simple))
+                    t = (2 * i + 1) * self.hps.timesteps // (2 * VALIDATION_TIMESTEPS)
+                    t = torch.full((len(batch),), t, device=self.device)
+                    generators = [seeded_generator("validation", i, m.path, device=self.device) for m in batch.meta]
+                    noise = randn_by_sample(generators, clean.shape[1:], self.device)
+                    figures += [float(self.model.p_losses(clean, view, t, noise).l_simple)] * len(batch)
         joined = distributed.join(figures)
         score = float(torch.tensor(joined).mean())
         return {"score": score, "mean_error" if self.trains_mean else "l_simple": score}

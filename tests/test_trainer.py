@@ -182,6 +182,28 @@ def test_validation_comes_as_often_as_asked_for_and_at_the_end():
     assert trainer.best == min(row["score"] for row in trainer.logger["validation"])
 
 
+@pytest.mark.parametrize("epoch", [None, 0, 1])
+def test_images_that_are_validated_together_count_as_one_by_one(epoch):
+    """Of stage 1, and of stage 2 in both phases; the last batch is a smaller one."""
+    scores = []
+    for batch_size, batches in ((1, 3), (2, 2)):
+        torch.manual_seed(0)
+        if epoch is None:
+            trainer = stage_1(crop_size=0, batch_size=batch_size, codebook_batches=8 // batch_size)
+        else:
+            trainer = stage_2(crop_size=0, batch_size=batch_size)
+        trainer.setup()
+        trainer.epoch = epoch or 0
+        trainer.begin()
+        trainer.model.eval()
+        with torch.no_grad():  # a network that does nothing yet would have no say
+            for parameter in (trainer.model if epoch is None else trainer.ema).parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        assert len(trainer.validation_loader) == batches
+        scores.append(trainer.validate())
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
 def test_an_image_without_error_counts_as_120_db(monkeypatch):
     trainer = stage_1()
     batch = next(trainer.validation_batches())

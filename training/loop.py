@@ -97,8 +97,14 @@ class Trainer:
         self.loader = make_loader(
             train_set, self.mini_batch, seed=seed, shuffle=True, workers=hps.nb_workers, **loading
         )
+        # as many whole images at once as a training batch has pixels; at their own sizes they make no batch
+        pixels = hps.crop_size**2 or math.prod(hps.image_shape[1:])
+        own = self.mini_batch // distributed.size() * pixels // math.prod(hps.image_shape[1:])
         self.validation_loader = make_loader(
-            validation_set, distributed.size(), workers=min(1, hps.nb_workers), **loading
+            validation_set,
+            distributed.size() * (1 if hps.native else max(1, own)),
+            workers=min(1, hps.nb_workers),
+            **loading,
         )
         self.optimizer = self.make_optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
@@ -176,7 +182,7 @@ class Trainer:
         return make_loader(self.loader.dataset, size, seed=self.seed, shuffle=True, workers=workers, limit=limit)
 
     def validation_batches(self) -> Iterator[Batch | LatentBatch]:
-        """This process's share of the validation set, one image at a time, on the device."""
+        """This process's share of the validation set, on the device."""
         for batch in self.validation_loader:
             self.stop_if_asked()
             if all(batch.counts):
