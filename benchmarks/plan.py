@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from flags import CBIS_TRAINING_IMAGES, plan_arguments
 
 if __name__ == "__main__":
-    plan_arguments(__doc__.splitlines()[0])  # torch comes after the flags
+    ARGUMENTS = plan_arguments(__doc__.splitlines()[0])  # torch comes after the flags
 
 from plan_trace import Operator, Setting, Trace, Tracer, Work, flops, trace_forward, traffic
 from tqdm import tqdm
@@ -209,6 +209,8 @@ def resolve_tables(args: argparse.Namespace) -> tuple[HParams, HParams]:
             tables.append(apply_overrides(table.updated(**sizes), own)[0])
         except ValueError as error:
             raise UserError(str(error)) from None
+        if args.batch_size not in (None, size := tables[-1].batch_size):
+            raise UserError(f"--batch-size and --hps batch_size={size} differ; leave one of them out")
     vqvae, diffusion = tables
     if vqvae.hidden_channels != diffusion.out_channels:
         raise UserError(
@@ -232,8 +234,7 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     return settings
 
 
-def main() -> None:
-    args = plan_arguments(__doc__.splitlines()[0])
+def main(args: argparse.Namespace) -> None:
     shares = {name: getattr(args, name) for name in ("efficiency", "bandwidth_efficiency", "reserve", "launch")}
     cards = [CARDS[name] for name in args.cards]
     results: dict[str, Any] = {}
@@ -262,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(functools.partial(main, ARGUMENTS))

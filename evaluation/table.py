@@ -58,7 +58,7 @@ class Evaluation:
         for method, row in self.summary().items():
             cells = [f"{row[m]:.{digits}f} ({row[f'{m}_low_dose']:.{digits}f})" for m, digits in DIGITS.items()]
             gain = row["psnr_breast_gain"]
-            rows.append([method, *cells, "-" if np.isnan(gain) else f"{gain:+.2f}"])
+            rows.append([method, *cells, "-" if np.isnan(gain) else f"{round(gain, 2) + 0.0:+.2f}"])  # -0 + 0 is 0
         table = format_table(["", *(f"{name} (input)" for name in names), "gain in breast, dB"], rows)
         return f"{table}\n{SSIM_NOTE}"
 

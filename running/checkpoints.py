@@ -303,7 +303,8 @@ def warn_of_shared_patients(patients: list[str], task: str, *checkpoints: Checkp
     shared = sorted(seen & set(patients))
     if shared:
         print(
-            f"warning: {len(shared)} of {len(patients)} test patients were trained on, such as {shared[0]}: "
+            f"warning: {len(shared)} of {len(patients)} test patients {'was' if len(shared) == 1 else 'were'} trained on, "
+            f"such as {shared[0]}: "
             "the figures say nothing about new patients",
             file=sys.stderr,
         )

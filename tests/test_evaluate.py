@@ -235,6 +235,15 @@ def test_the_signature_compares_means_with_samples():
     assert signature_text(evaluation, {}, {}) == ""
 
 
+def test_a_gain_of_nothing_has_no_sign():
+    values = {"low dose": 36.0, "a": 35.999, "b": 36.004, "c": 35.99}
+    rows = [
+        {"path": "a", "patient": "a", "method": name} | dict.fromkeys(METRICS, value) for name, value in values.items()
+    ]
+    gains = [line.split()[-1] for line in Evaluation(pd.DataFrame(rows), {}).table().splitlines()[2:6]]
+    assert gains == ["+0.00", "+0.00", "+0.00", "-0.01"]
+
+
 # --- models that have not all products -------------------------------------------------------------------------------
 
 

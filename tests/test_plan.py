@@ -1,5 +1,6 @@
 """`benchmarks/plan.py` against closed forms."""
 
+import argparse
 import math
 import sys
 from collections import Counter
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from helper import UserError
 from hps import HPS_DIFFUSION, HPS_VQVAE
 from models.unet import UNet
 from scripts import ROOT
@@ -26,6 +28,24 @@ def small(stage, **changes):
     table = (HPS_VQVAE if stage == "1" else HPS_DIFFUSION)["phantom"]
     setting = Setting(stage, "phantom", table, HPS_VQVAE["phantom"])
     return setting.changed(image_shape=[1, 64, 64], crop_size=0, **changes)
+
+
+def test_what_is_written_to_is_not_read():
+    with FakeTensorMode():
+        a, b, c = torch.rand(3, 5, 7)
+        with Meter() as out_of_place:
+            torch.add(a, b, out=c)
+        with Meter() as in_place:
+            a.add_(b)
+    assert traffic(out_of_place.work) == traffic(in_place.work) == 3 * 4 * 5 * 7
+
+
+def test_a_batch_size_that_is_given_twice_is_refused_unless_it_is_the_same():
+    args = argparse.Namespace(task="phantom", batch_size=4, hps=["batch_size=4"])
+    assert [table.batch_size for table in plan.resolve_tables(args)] == [4, 4]
+    args.hps = ["batch_size=8"]
+    with pytest.raises(UserError, match="--batch-size and --hps batch_size=8 differ"):
+        plan.resolve_tables(args)
 
 
 def test_flops_and_bytes_of_a_convolution_a_linear_layer_and_attention():
