@@ -86,18 +86,19 @@ class VectorQuantizer(nn.Module):
         """Index of the nearest entry (Euclidean) of each of (M, D) vectors; (M,) int64."""
         vectors = vectors.float()
         # argmin ||v - e||^2 = argmin ||e||^2 / 2 - v.e, in chunks: no M x K matrix is kept
-        norms, chunk = self.codebook.square().sum(1), LOOKUP_ROWS_GPU if vectors.is_cuda else LOOKUP_ROWS
+        norms, product = self.codebook.square().sum(1), dict(beta=0.5, alpha=-1)
+        if vectors.is_cuda:
+            chunks = (torch.addmm(norms, rows, self.codebook.t(), **product) for rows in vectors.split(LOOKUP_ROWS_GPU))
+            found = [distances.argmin(1) for distances in chunks]
+            return torch.cat(found) if len(found) > 1 else found[0]
         indices = torch.empty_like(vectors[:, 0], dtype=torch.int64)
-        # one chunk's memory serves all: on a CPU, fresh pages for each would cost as much as its product
-        distances = vectors.new_empty(min(chunk, len(vectors)), len(norms))
+        # one chunk's memory serves all: fresh pages for each would cost as much as its product
+        distances = vectors.new_empty(min(LOOKUP_ROWS, len(vectors)), len(norms))
         width = math.gcd(len(norms), LOOKUP_BLOCK)
-        for rows, nearest in zip(vectors.split(chunk), indices.split(chunk), strict=True):
-            own = torch.addmm(norms, rows, self.codebook.t(), beta=0.5, alpha=-1, out=distances[: len(rows)])
-            if vectors.is_cuda:
-                torch.argmin(own, 1, out=nearest)
-                continue
+        for rows, nearest in zip(vectors.split(LOOKUP_ROWS), indices.split(LOOKUP_ROWS), strict=True):
+            torch.addmm(norms, rows, self.codebook.t(), **product, out=distances[: len(rows)])
             # amin is vectorised on the CPU, argmin is not: first the block of the least, then its place in it
-            blocks = own.unflatten(1, (-1, width))
+            blocks = distances[: len(rows)].unflatten(1, (-1, width))
             block = blocks.amin(2).argmin(1)
             within = blocks[torch.arange(len(rows), device=block.device), block].argmin(1)
             torch.add(within, block, alpha=width, out=nearest)

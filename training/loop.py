@@ -270,7 +270,8 @@ class Trainer:
         Each process sees its share of a batch, and weighs it by its share of the step's samples. Returns each log's weighted
         sum and weight (2,) over this process's samples.
         """
-        torch.manual_seed(seed_of("step", self.seed, self.step, distributed.rank()))  # dropout is not keyed by sample
+        if self.hps.get("dropout"):  # which is not keyed by sample
+            torch.manual_seed(seed_of("step", self.seed, self.step, distributed.rank()))
         passes = math.ceil(samples / self.mini_batch)
         logs: float | Tensor = 0.0
         taken = TakenStep(self.step + 1, [], [])
