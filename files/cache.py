@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from files.prepared import Record, prepare_record
 from helper import ImageError, UserError, counted, explained, one_line, seeded_generator, tracked
 from preprocessing.grid import MAX_GREY_VALUE, Grid, Prepared
 from running.distributed import worker_count
-from running.stopping import left_to_the_main_process
+from running.loader import Loader
 from running.writing import atomic_path, remove_parts
 
 CACHE_FORMAT = 2  # raised when the layout of an entry or the result of `prepare_record` changes
@@ -59,15 +59,15 @@ class PreparedCache:
         self._make_room(missing, len(records))
         # processes that build at the same time begin at different images, and so share the work
         random.Random(os.getpid()).shuffle(missing)
-        loader = DataLoader(
+        loader = Loader(
             missing,
             batch_size=None,
             collate_fn=functools.partial(self._make_if_missing, strict=strict),
             generator=seeded_generator("workers"),  # otherwise it draws a seed from the global generator
             num_workers=worker_count(min(workers, len(missing))),
-            worker_init_fn=left_to_the_main_process,
         )
-        self.failures |= {path: why for path, why in tracked(loader, "preparing", "image", progress) if why}
+        with contextlib.closing(loader):
+            self.failures |= {path: why for path, why in tracked(loader, "preparing", "image", progress) if why}
 
     def _make_if_missing(self, record: Record, strict: bool) -> tuple[Path, str]:
         """Make an entry unless another process has; returns its source and, if not `strict`, why that cannot be read."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from helper import seeded_generator
 from preprocessing.degrade import simulate_low_dose
@@ -17,7 +17,7 @@ from preprocessing.grid import intensities
 from preprocessing.noise import NoiseModel
 from running import distributed
 from running.distributed import worker_count
-from running.stopping import left_to_the_main_process
+from running.loader import Loader
 
 
 @dataclass(frozen=True)
@@ -201,15 +201,15 @@ class KeyedSampler(Sampler[SampleKey]):
 def make_loader(
     dataset: Dataset, batch_size: int, *, seed: int = 0, shuffle: bool = False, workers: int = 0, pin: bool = False,
     limit: int | None = None, shared: bool = False,
-) -> DataLoader:  # fmt: skip
-    """A DataLoader over a data set of single samples; its sampler is a `KeyedSampler`.
+) -> Loader:  # fmt: skip
+    """A loader of a data set of single samples; its sampler is a `KeyedSampler`.
 
     With `limit` it is for one pass over the first so many samples; else its workers live on from epoch to epoch. `shared`
     batches, of a size that is a multiple of the number of processes, are dealt out to the processes of the run.
     """
     workers = worker_count(workers)
     rank, processes = (distributed.rank(), distributed.size()) if shared else (0, 1)
-    return DataLoader(
+    return Loader(
         dataset,
         batch_size=batch_size // processes,
         generator=seeded_generator("workers", seed),  # else every pass draws a seed from the global generator
@@ -218,5 +218,4 @@ def make_loader(
         collate_fn=Batch.collate,
         pin_memory=pin,
         persistent_workers=workers > 0 and limit is None,
-        worker_init_fn=left_to_the_main_process,
     )

@@ -1,7 +1,9 @@
 """The training loop in process: accumulation, learning rates, precision, and trainings that learn something."""
 
+import contextlib
 import functools
 import math
+import multiprocessing
 import shutil
 
 import pytest
@@ -594,6 +596,21 @@ def test_stage_2_validates_and_draws_pictures_in_the_precision_of_its_steps():
     trainer.validate()
     trainer.picture()
     assert seen == [torch.bfloat16] * (len(trainer.validation_loader) + 1)
+
+
+@pytest.mark.parametrize("where", ["nowhere", "setup", "validate", "train_step"])
+def test_the_workers_of_its_loaders_end_with_a_training_wherever_it_fails(where, monkeypatch):
+    trainer, method = stage_1(8, max_epochs=2, nb_workers=1), getattr(VQVAETrainer, where, None)
+
+    def fails(self, *args):
+        method(self, *args)
+        raise UserError("done")
+
+    if where != "nowhere":
+        monkeypatch.setattr(VQVAETrainer, where, fails)
+    with contextlib.nullcontext() if where == "nowhere" else pytest.raises(UserError, match="done"):
+        trainer.fit()
+    assert multiprocessing.active_children() == []
 
 
 def test_the_loader_begins_the_next_epoch_before_the_validation_of_this_one(monkeypatch):

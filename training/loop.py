@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,14 +172,16 @@ class Trainer:
 
     # --- the loop ---
 
-    def first_batches(self, count: int) -> Iterable[Batch | LatentBatch]:
+    def first_batches(self, count: int) -> Iterator[Batch | LatentBatch]:
         """The first `count` batches of the first epoch, to initialise from.
 
         Every process takes all of them, in parts of the size that it trains on.
         """
         limit, size = count * self.mini_batch, self.mini_batch // distributed.size()
         workers = self.hps.nb_workers
-        return make_loader(self.loader.dataset, size, seed=self.seed, shuffle=True, workers=workers, limit=limit)
+        loader = make_loader(self.loader.dataset, size, seed=self.seed, shuffle=True, workers=workers, limit=limit)
+        with contextlib.closing(loader):
+            yield from loader
 
     def validation_batches(self) -> Iterator[Batch | LatentBatch]:
         """This process's share of the validation set, on the device."""
@@ -212,7 +214,10 @@ class Trainer:
             raise stopping.Stopped(stop.number, f" before step {self.step + 1}{again}") from None
         if self.epoch >= self.hps.max_epochs:
             print(f"already trained for {counted(self.epoch, 'epoch')}; raise --epochs to go on")
-        with contextlib.closing(self.logger), contextlib.closing(self.writer), stopping.noted() as self.signals:
+        with contextlib.ExitStack() as stack:
+            for own in (self.logger, self.writer, self.loader, self.validation_loader):
+                stack.enter_context(contextlib.closing(own))
+            self.signals = stack.enter_context(stopping.noted())
             try:
                 while self.epoch < self.hps.max_epochs:
                     self.train_epoch()
