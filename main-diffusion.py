@@ -6,7 +6,7 @@ import argparse
 
 from helper import UserError, get_device, seed_everything
 from hps import ARCHITECTURE_DIFFUSION, HPS_DIFFUSION, TASKS
-from running.command_line import base_parser, path_argument
+from running.command_line import base_parser, path_argument, refuse_missing
 from running.scripts import finish_batch, refuse_torchrun, run_script
 
 
@@ -45,6 +45,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_arguments()
     check_flags(args)
+    refuse_missing(args.vqvae_path, args.load_path if args.evaluate or args.load_path != args.out else None)
     # torch and all that stands on it come after the flags: a wrong one is answered at once
     from datasets import load_training_sets
     from diffusion import make_diffusion

@@ -9,7 +9,7 @@ import argparse
 
 from helper import UserError
 from hps import apply_overrides
-from running.command_line import Parser, path_argument
+from running.command_line import Parser, path_argument, refuse_missing
 from running.scripts import run_script
 
 SAMPLER = ("ddim_steps", "ddim_eta", "ddim_spacing", "fast_steps")  # entries that no weight depends on
@@ -34,6 +34,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    refuse_missing(args.vqvae_path, args.load_path)
     # torch and all that stands on it come after the flags: a wrong one is answered at once
     from diffusion import make_diffusion
     from restoration.restorer import check_first_stage, load_averages

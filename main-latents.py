@@ -7,7 +7,7 @@ from pathlib import Path
 
 from helper import UserError, get_device
 from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS
-from running.command_line import base_parser, path_argument, positive_int
+from running.command_line import base_parser, path_argument, positive_int, refuse_missing
 from running.scripts import finish_batch, run_script
 
 
@@ -24,6 +24,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    refuse_missing(args.checkpoint)
     # torch and all that stands on it come after the flags: a wrong one is answered at once
     import numpy as np
 

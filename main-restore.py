@@ -16,6 +16,7 @@ from running.command_line import (
     path_argument,
     positive_int,
     precision_arguments,
+    refuse_missing,
 )
 from running.scripts import finish_batch, run_script
 
@@ -128,6 +129,7 @@ def checked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpar
 
 def main() -> None:
     args = parse_arguments()
+    refuse_missing(args.vqvae_path, args.load_path)
     print(RESEARCH_USE)
     # torch and all that stands on it come after the flags: a wrong one is answered at once
     from preprocessing.detector import Detector

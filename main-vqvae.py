@@ -6,8 +6,9 @@ import argparse
 
 from helper import UserError, get_device, seed_everything
 from hps import ARCHITECTURE_VQVAE, HPS_VQVAE, TASKS
-from running.command_line import base_parser, path_argument
+from running.command_line import base_parser, path_argument, refuse_missing
 from running.scripts import refuse_torchrun, run_script
+from running.settings import resolve_settings
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,10 +28,13 @@ def main() -> None:
         refuse_torchrun("--evaluate")
         if args.load_path is None:
             raise UserError("--evaluate needs --load-path, the checkpoint to evaluate")
+    if args.evaluate or args.load_path != args.out:
+        refuse_missing(args.load_path)
+    if args.load_path is None:
+        resolve_settings(args, HPS_VQVAE)
     # torch and all that stands on it come after the flags: a wrong one is answered at once
     from datasets import load_datasets
     from running.checkpoints import checkpoint_to_resume, load_weights
-    from running.settings import resolve_settings
     from trainer import VQVAETrainer, run_training
     from vqvae import VQVAE
 

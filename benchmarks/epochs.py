@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helper import UserError, explained, format_table
+from hps import HPS_DIFFUSION, HPS_VQVAE, apply_overrides
 from running.command_line import Parser, non_negative_int, path_argument, positive_int
 from running.scripts import run_script
 from running.writing import write_json
@@ -143,6 +144,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    for table in (HPS_VQVAE, HPS_DIFFUSION):
+        try:
+            apply_overrides(table[args.task], args.hps)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     if args.out:
         with explained(f"--out {args.out}: cannot be written"):
             args.out.mkdir(parents=True, exist_ok=True)

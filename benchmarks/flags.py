@@ -35,6 +35,7 @@ LAUNCH = 29
 DETECTOR_FILE = "iwbi2026.npz"
 positive = number("a number above 0", lambda value: 0 < value < math.inf)
 share = number("a number above 0 and up to 1", lambda value: 0 < value <= 1)
+rest = number("a number from 0 to below 1", lambda value: 0 <= value < 1)
 
 
 def correlation(text: str) -> float:
@@ -148,7 +149,7 @@ def plan_arguments(description: str) -> argparse.Namespace:
     add("--images", type=positive_int, help=f"training images (default: {CBIS_TRAINING_IMAGES:,} or the task's)")
     add("--efficiency", type=share, default=0.5, help="share of a card's rates reached (default: 0.5)")
     add("--bandwidth-efficiency", type=share, default=0.8, help="share of its bandwidth (default: 0.8)")
-    add("--reserve", type=share, default=0.1, help="share of its memory not for tensors (default: 0.1)")
+    add("--reserve", type=rest, default=0.1, help="share of its memory not for tensors (default: 0.1)")
     launch = f"microseconds that the launch of an operator adds (default: {LAUNCH})"
     add("--launch", type=non_negative_int, default=LAUNCH, help=launch)
     add("--out", type=path_argument, help="folder of plan.json (default: none is written)")

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from helper import UserError
 from hps import ARCHITECTURE_DIFFUSION, ARCHITECTURE_VQVAE, HPS_DIFFUSION, HPS_VQVAE, TASKS, HParams, check
 from running import distributed
+from running.command_line import no_checkpoint
 from running.writing import atomic_path
 
 # Settings that came after the first checkpoints, at the values that those were trained with.
@@ -204,7 +205,7 @@ def checkpoint_to_resume(args: argparse.Namespace, kind: str) -> Checkpoint | No
 
 def _load_checkpoint(path: Path, kind: str, lazily: bool) -> Checkpoint:
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; name a .pt file or the folder of a run")
+        raise no_checkpoint(path)
     try:
         with zipfile.ZipFile(path) as archive:
             # torch compresses nothing: what is compressed may grow past all memory; and it does not look at the checksums

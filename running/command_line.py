@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from helper import UserError
 from running import distributed
 from running.scripts import fail
 
@@ -51,6 +52,18 @@ def path_argument(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return Path(text)
+
+
+def no_checkpoint(path: Path) -> UserError:
+    """What is wrong with a path to a checkpoint where there is none."""
+    return UserError(f"{path}: no such checkpoint; name a .pt file or the folder of a run")
+
+
+def refuse_missing(*paths: Path | None) -> None:
+    """Raise UserError for the first path to a checkpoint where there is nothing: before torch is imported, to read it."""
+    for path in paths:
+        if path is not None and not path.exists():
+            raise no_checkpoint(path)
 
 
 def _whole_number(text: str, least: int) -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from helper import UserError
 from hps import HParams, apply_overrides
-from running.checkpoints import Checkpoint
+
+if TYPE_CHECKING:
+    from running.checkpoints import Checkpoint
 
 # Entries that say which images there are and which split they are in: stage 2 takes them from its first stage's checkpoint,
 # so that no image tested on was trained on by either.

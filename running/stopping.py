@@ -40,19 +40,29 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(number, old)
 
 
-def obeyed() -> contextlib.AbstractContextManager[None]:
+_obeyed: list[int] = []  # signals that raised `Stopped`, which an import of C code may have swallowed
+
+
+@contextlib.contextmanager
+def obeyed() -> Iterator[None]:
     """A block in which a signal raises `Stopped`, so that half-written files are removed."""
 
     def obey(number: int, frame: FrameType | None) -> None:
+        _obeyed.append(number)
         raise Stopped(number)
 
-    return _handled(obey)
+    _obeyed.clear()
+    with _handled(obey):
+        yield
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[list[int]]:
-    """A block in which a signal is added to the yielded list; a second signal ends the process at once."""
-    received: list[int] = []
+    """A block in which a signal is added to the yielded list; a second signal ends the process at once.
+
+    The list begins with signals that were to be obeyed before it, and were not.
+    """
+    received = [*_obeyed]
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
@@ -73,12 +83,15 @@ def left_to_the_main_process(worker: int) -> None:
     sys.excepthook = _ignore_lost_connections
     main = multiprocessing.parent_process()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if main is None or not hasattr(signal, "sigwaitinfo"):
+    if main is None or not hasattr(signal, "sigtimedwait"):
         return
 
     def wait_for_main() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid:
-            pass
+        # not at the end of Python: what still waits to be sent to a main process that was killed would block it
+        while os.getppid() == main.pid:
+            received = signal.sigtimedwait({signal.SIGTERM}, 1)  # seconds
+            if received is not None and received.si_pid == main.pid:
+                break
         os._exit(0)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

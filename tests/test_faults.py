@@ -1,5 +1,6 @@
 """What a run survives: kills, signals, damaged checkpoints, full disks and losses that are not finite."""
 
+import contextlib
 import errno
 import functools
 import math
@@ -8,7 +9,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from loading.batches import KeyedSampler
 from memory import Slope, measure
 from running import checkpoints, stopping
 from running.checkpoints import checkpoints_in, load_checkpoint
-from scripts import call, succeed, written
+from scripts import ROOT, call, succeed, written
 from test_trainer import Silent, stage_1, stage_2
 from training import loop
 
@@ -85,7 +88,59 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path,
     )
 
 
+# --- workers that are left behind ------------------------------------------------------------------------------------
+
+LOADING = """
+import multiprocessing, time
+from torch.utils.data import Dataset
+from running.loader import Loader
+
+class Data(Dataset):
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        return bytes(2**20)  # fills the pipe to the main process
+
+batches = iter(Loader(Data(), batch_size=None, num_workers=2, prefetch_factor=8))
+next(batches)
+time.sleep(2)
+print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+time.sleep(60)
+"""
+
+
+def is_running(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to look at processes in")
+def test_the_loaders_workers_end_with_a_main_process_that_is_killed():
+    command = [sys.executable, "-c", LOADING]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as main:
+        pids = [int(pid) for pid in main.stdout.readline().split()]
+        assert len(pids) == 2 and all(map(is_running, pids))
+        main.kill()
+    end = time.monotonic() + 10
+    while any(map(is_running, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(is_running, pids))
+
+
 # --- stopped by a signal ---------------------------------------------------------------------------------------------
+
+
+def test_a_signal_that_an_import_swallowed_stops_the_training():
+    """C code that is being imported turns every exception into an ImportError, which its caller may expect."""
+    with stopping.obeyed():
+        with contextlib.suppress(stopping.Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with stopping.noted() as signals:
+            assert signals == [signal.SIGTERM]
+    with stopping.obeyed(), stopping.noted() as signals:
+        assert signals == []
 
 
 def started(folder, line, workers=0, patch=lambda: None):

@@ -19,7 +19,7 @@ from scripts import ROOT
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root, whose loading is not that benchmark
 
 import plan
-from flags import LAUNCH
+from flags import LAUNCH, plan_arguments
 from plan_trace import Meter, Operator, Setting, Tracer, flops, trace_forward, traffic
 
 
@@ -46,6 +46,14 @@ def test_a_batch_size_that_is_given_twice_is_refused_unless_it_is_the_same():
     args.hps = ["batch_size=8"]
     with pytest.raises(UserError, match="--batch-size and --hps batch_size=8 differ"):
         plan.resolve_tables(args)
+
+
+@pytest.mark.parametrize("flag, value", [("--reserve", "1"), ("--efficiency", "0"), ("--launch", "-1")])
+def test_a_card_of_which_nothing_is_left_is_refused(flag, value, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plan.py", flag, value])
+    with pytest.raises(SystemExit) as stop:
+        plan_arguments("")
+    assert stop.value.code == 2 and flag in capsys.readouterr().err
 
 
 def test_flops_and_bytes_of_a_convolution_a_linear_layer_and_attention():

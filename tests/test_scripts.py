@@ -377,21 +377,31 @@ def test_the_phantom_sheet_refuses_bad_input_in_one_line(flags, tmp_path):
 
 
 def test_a_wrong_flag_is_answered_before_torch_is_imported():
-    """Flags need the standard library and hps.py alone: all else takes seconds to import."""
+    """Flags need the standard library and hps.py alone: all else takes seconds to import. So do settings of a new stage 1, and
+    checkpoints that are not there."""
     scripts = [*(path.name for path in ROOT.glob("main-*.py")), "preprocessing/calibrate.py", "preprocessing/sheet.py"]
     scripts += [
         f"benchmarks/{name}.py" for name in ("detector", "epochs", "gpu", "loading", "plan", "quality", "steps")
     ]
+    calls = [f"{script} --no-such-flag" for script in scripts]
+    calls += ["main-vqvae.py --hps nb_hidden=1", "main-vqvae.py --epochs 2 --hps max_epochs=3"]
+    models = "--vqvae-path none.pt --load-path none.pt"
+    calls += ["main-vqvae.py --load-path none.pt", "main-latents.py none.pt", "main-diffusion.py --vqvae-path none.pt"]
+    calls += [f"main-export.py {models} --out x", f"main-restore.py a.png --out x {models}"]
     code = """
 import runpy, sys
-for script in sys.argv[1:]:
-    sys.argv = [script, "--no-such-flag"]
+for call in sys.argv[1:]:
+    script, *_ = sys.argv = call.split()
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as stop:
-        assert stop.code == 2, script
+        assert stop.code == 2, call
 print(*sorted({name.split(".")[0] for name in sys.modules}))
 """
-    done = subprocess.run([sys.executable, "-c", code, *scripts], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, *calls], cwd=ROOT, capture_output=True, text=True, check=True)
     heavy = {"torch", "numpy", "scipy", "pandas", "PIL", "pydicom", "matplotlib", "tensorboard", "torchmetrics", "tqdm"}
-    assert done.stderr.count("error: ") == len(scripts) == 14 and not heavy & set(done.stdout.split())
+    assert (
+        len(scripts) == 14
+        and done.stderr.count("\n") == done.stderr.count("error: ") == len(calls)
+        and not heavy & set(done.stdout.split())
+    )

@@ -325,6 +325,17 @@ def test_the_residual_of_the_data_has_unit_variance():
     assert variances[active].tolist() == pytest.approx([1] * int(active.sum()), rel=1e-2) and active.sum() > 2
 
 
+def test_what_is_measured_before_a_training_does_not_depend_on_its_passes():
+    whole, parts = (stage_2(mini_batch_size=size, statistics_batches=2) for size in (0, 1))
+    others = [stage_1(mini_batch_size=size, codebook_batches=2) for size in (0, 1)]
+    for trainer in (whole, parts, *others):
+        trainer.setup()
+    for (name, a), (_, b) in zip(whole.model.named_buffers(), parts.model.named_buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    first, second = ([book.codebook for book in trainer.model.quantizers] for trainer in others)
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("mean_epochs", [0, 4])
 def test_a_phase_may_be_left_out(mean_epochs):
     trainer = stage_2(learning_rate=1e-3, warmup_steps=0, mean_epochs=mean_epochs, max_epochs=2)

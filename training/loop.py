@@ -177,7 +177,7 @@ class Trainer:
 
         Every process takes all of them, in parts of the size that it trains on.
         """
-        limit, size = count * self.mini_batch, self.mini_batch // distributed.size()
+        limit, size = count * self.hps.batch_size, self.mini_batch // distributed.size()
         workers = self.hps.nb_workers
         loader = make_loader(self.loader.dataset, size, seed=self.seed, shuffle=True, workers=workers, limit=limit)
         with contextlib.closing(loader):
