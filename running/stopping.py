@@ -51,9 +51,11 @@ def obeyed() -> Iterator[None]:
         _obeyed.append(number)
         raise Stopped(number)
 
-    _obeyed.clear()
-    with _handled(obey):
-        yield
+    try:
+        with _handled(obey):
+            yield
+    finally:
+        _obeyed.clear()
 
 
 @contextlib.contextmanager
