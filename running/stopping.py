@@ -83,14 +83,14 @@ def left_to_the_main_process(worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _ignore_lost_connections
-    main = multiprocessing.parent_process()
+    main, parent = multiprocessing.parent_process(), os.getppid()  # not the same if a server forks workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if main is None or not hasattr(signal, "sigtimedwait"):
         return
 
     def wait_for_main() -> None:
         # not at the end of Python: what still waits to be sent to a main process that was killed would block it
-        while os.getppid() == main.pid:
+        while os.getppid() == parent:
             received = signal.sigtimedwait({signal.SIGTERM}, 1)  # seconds
             if received is not None and received.si_pid == main.pid:
                 break
