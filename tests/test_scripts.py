@@ -385,6 +385,7 @@ def test_a_wrong_flag_is_answered_before_torch_is_imported():
     ]
     calls = [f"{script} --no-such-flag" for script in scripts]
     calls += ["main-vqvae.py --hps nb_hidden=1", "main-vqvae.py --epochs 2 --hps max_epochs=3"]
+    calls += ["benchmarks/epochs.py --hps nb_hidden=1"]
     models = "--vqvae-path none.pt --load-path none.pt"
     calls += ["main-vqvae.py --load-path none.pt", "main-latents.py none.pt", "main-diffusion.py --vqvae-path none.pt"]
     calls += [f"main-export.py {models} --out x", f"main-restore.py a.png --out x {models}"]
