@@ -31,7 +31,7 @@ def main() -> None:
     if args.evaluate or args.load_path != args.out:
         refuse_missing(args.load_path)
     if args.load_path is None:
-        resolve_settings(args, HPS_VQVAE)
+        resolve_settings(args, HPS_VQVAE)  # what is wrong with them is told at once
     # torch and all that stands on it come after the flags: a wrong one is answered at once
     from datasets import load_datasets
     from running.checkpoints import checkpoint_to_resume, load_weights

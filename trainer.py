@@ -245,8 +245,8 @@ class DiffusionTrainer(Trainer):
                     continue
                 view = self.model.view(degraded, batch.level)
                 for i in range(VALIDATION_TIMESTEPS):
-                    t = (2 * i + 1) * self.hps.timesteps // (2 * VALIDATION_TIMESTEPS)
-                    t = torch.full((len(batch),), t, device=self.device)
+                    timestep = (2 * i + 1) * self.hps.timesteps // (2 * VALIDATION_TIMESTEPS)
+                    t = torch.full((len(batch),), timestep, device=self.device)
                     generators = [seeded_generator("validation", i, m.path, device=self.device) for m in batch.meta]
                     noise = randn_by_sample(generators, clean.shape[1:], self.device)
                     figures += [float(self.model.p_losses(clean, view, t, noise).l_simple)] * len(batch)

@@ -312,7 +312,7 @@ class VQVAE(nn.Module):
         weights: dict[str, Tensor | None] = dict(self.named_parameters())
         blocks = [name for name, module in self.named_modules() if isinstance(module, ReZeroBlock)]
         if blocks:
-            alphas = torch.stack([weights.pop(f"{block}.alpha") for block in blocks])  # (B,)
+            alphas = torch.stack([weights[f"{block}.alpha"] for block in blocks])  # (B,)
             for part in ("weight", "bias"):
                 names = [f"{block}.conv2.{part}" for block in blocks]
                 together = torch.stack([weights[name] for name in names])  # (B, C) or (B, C, R, 1, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -97,23 +96,20 @@ def run_evaluation(
         hold(folder / ".lock", folder)
         remove_parts(folder, *(path for path in folder.iterdir() if path.is_dir()))
     shown = spread(len(dataset), PICTURES)
-    rows = []
-    with contextlib.closing(make_loader(dataset, 1, workers=hps.nb_workers)) as loader:
-        for i, batch in enumerate(tracked(loader, "evaluate", "image", not args.no_tqdm)):
-            on_device = batch.to(device)
-            images = {INPUT: batch.degraded}
-            images |= {name: method(on_device).float().clamp(0, 1).cpu() for name, method in methods.items()}
-            mask = torch.ones_like(batch.clean, dtype=torch.bool) if batch.mask is None else batch.mask
-            figures = {name: image_metrics(image[0], batch.clean[0], mask[0]) for name, image in images.items()}
-            path, patient = batch.meta[0].path, batch.meta[0].patient
-            rows += [
-                {"path": path, "patient": patient, "method": m, **dataclasses.asdict(f)} for m, f in figures.items()
-            ]
-            if folder is not None and i in shown:
-                columns = {name: images[name][0] for name in (INPUT, *pictured)}
-                labels = {name: f"{figures[name].psnr_breast:.1f} dB in the breast" for name in columns}
-                picture = comparison(batch.clean[0], columns, mask[0], labels)
-                save_picture(picture, folder / picture_name(path, args.save_jpg))
+    loader, rows = make_loader(dataset, 1, workers=hps.nb_workers), []
+    for i, batch in enumerate(tracked(loader.once(), "evaluate", "image", not args.no_tqdm, len(loader))):
+        on_device = batch.to(device)
+        images = {INPUT: batch.degraded}
+        images |= {name: method(on_device).float().clamp(0, 1).cpu() for name, method in methods.items()}
+        mask = torch.ones_like(batch.clean, dtype=torch.bool) if batch.mask is None else batch.mask
+        figures = {name: image_metrics(image[0], batch.clean[0], mask[0]) for name, image in images.items()}
+        path, patient = batch.meta[0].path, batch.meta[0].patient
+        rows += [{"path": path, "patient": patient, "method": m, **dataclasses.asdict(f)} for m, f in figures.items()]
+        if folder is not None and i in shown:
+            columns = {name: images[name][0] for name in (INPUT, *pictured)}
+            labels = {name: f"{figures[name].psnr_breast:.1f} dB in the breast" for name in columns}
+            picture = comparison(batch.clean[0], columns, mask[0], labels)
+            save_picture(picture, folder / picture_name(path, args.save_jpg))
     provenance = {"task": args.task, "checkpoint": str(args.load_path), "seed": args.seed, "noise": dataset.noise}
     provenance["test_patients_trained_on"] = shared
     result = Evaluation(pd.DataFrame(rows), provenance | note())

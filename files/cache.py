@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -66,8 +65,8 @@ class PreparedCache:
             generator=seeded_generator("workers"),  # otherwise it draws a seed from the global generator
             num_workers=worker_count(min(workers, len(missing))),
         )
-        with contextlib.closing(loader):
-            self.failures |= {path: why for path, why in tracked(loader, "preparing", "image", progress) if why}
+        made = tracked(loader.once(), "preparing", "image", progress, len(missing))
+        self.failures |= {path: why for path, why in made if why}
 
     def _make_if_missing(self, record: Record, strict: bool) -> tuple[Path, str]:
         """Make an entry unless another process has; returns its source and, if not `strict`, why that cannot be read."""

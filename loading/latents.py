@@ -260,24 +260,21 @@ def write_split(
     arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+") for name in layout}
     entries: list[tuple[int, dict]] = []
     loader = make_loader(_Realisations(images, realisations), distributed.size(), workers=workers, shared=True)
-    with contextlib.closing(loader):
-        pairs = zip(loader.sampler, loader, strict=True)
-        for key, batch in tracked(pairs, images.split, "pair", progress, len(loader)):
-            if not key.counts:
-                continue
-            index, realisation = divmod(key.index, realisations)
-            batch = batch.to(device)
-            if realisation == 0:
-                entries.append((index, {"path": batch.meta[0].path, "patient": batch.meta[0].patient}))
-                clean = first_stage.encode(batch.clean, batch.noise)
-                found = {f"codes_{level}": codes for level, codes in enumerate(first_stage.codes(clean))}
-                found |= {"clean": clean, "mask": _breast_latents(batch.mask, first_stage.vqvae)}
-                for name in found.keys() & arrays.keys():
-                    arrays[name][index] = found[name][0].cpu().numpy()
-            if "degraded" in arrays:
-                arrays["degraded"][index, realisation] = (
-                    first_stage.encode(batch.degraded, batch.noise)[0].cpu().numpy()
-                )
+    pairs = zip(loader.sampler, loader.once(), strict=True)
+    for key, batch in tracked(pairs, images.split, "pair", progress, len(loader)):
+        if not key.counts:
+            continue
+        index, realisation = divmod(key.index, realisations)
+        batch = batch.to(device)
+        if realisation == 0:
+            entries.append((index, {"path": batch.meta[0].path, "patient": batch.meta[0].patient}))
+            clean = first_stage.encode(batch.clean, batch.noise)
+            found = {f"codes_{level}": codes for level, codes in enumerate(first_stage.codes(clean))}
+            found |= {"clean": clean, "mask": _breast_latents(batch.mask, first_stage.vqvae)}
+            for name in found.keys() & arrays.keys():
+                arrays[name][index] = found[name][0].cpu().numpy()
+        if "degraded" in arrays:
+            arrays["degraded"][index, realisation] = first_stage.encode(batch.degraded, batch.noise)[0].cpu().numpy()
     for written in arrays.values():
         written.flush()
     entries = sorted(distributed.join(entries), key=lambda entry: entry[0])

@@ -99,7 +99,7 @@ class Restorer:
             except ValueError as error:
                 raise UserError(f"--steps {sampling.steps}: {error}") from None
         restorer = cls(VQVAE2Wrapper(vqvae), model, checkpoint.hps, samples, sampling, seed, name, amp)
-        for module in (restorer.first_stage, model):
+        for module in (restorer.first_stage, model):  # once half precision has halved the UNets
             module.to(device)
         return restorer
 

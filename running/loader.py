@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from running.stopping import left_to_the_main_process
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers leave signals to the main process, and end when it is closed.
+    """A DataLoader whose workers leave signals to the main process, and end when it is closed or after a pass of `once`.
 
     If the garbage collector is left to find them, it waits 5 seconds for each loader: their queues are closed by then.
     """
@@ -24,6 +25,11 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         self.running = super().__iter__()
         return self.running
+
+    def once(self) -> Iterator[Any]:
+        """One pass: the workers end after it, and after an error in it."""
+        with contextlib.closing(self):
+            yield from self
 
     def close(self) -> None:
         """End the workers; the next pass starts others."""

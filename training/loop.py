@@ -98,13 +98,10 @@ class Trainer:
             train_set, self.mini_batch, seed=seed, shuffle=True, workers=hps.nb_workers, **loading
         )
         # as many whole images at once as a training batch has pixels; at their own sizes they make no batch
-        pixels = hps.crop_size**2 or math.prod(hps.image_shape[1:])
-        own = self.mini_batch // distributed.size() * pixels // math.prod(hps.image_shape[1:])
+        image = math.prod(hps.image_shape[1:])
+        own = 1 if hps.native else max(1, self.mini_batch // distributed.size() * (hps.crop_size**2 or image) // image)
         self.validation_loader = make_loader(
-            validation_set,
-            distributed.size() * (1 if hps.native else max(1, own)),
-            workers=min(1, hps.nb_workers),
-            **loading,
+            validation_set, distributed.size() * own, workers=min(1, hps.nb_workers), **loading
         )
         self.optimizer = self.make_optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
@@ -179,9 +176,7 @@ class Trainer:
         """
         limit, size = count * self.hps.batch_size, self.mini_batch // distributed.size()
         workers = self.hps.nb_workers
-        loader = make_loader(self.loader.dataset, size, seed=self.seed, shuffle=True, workers=workers, limit=limit)
-        with contextlib.closing(loader):
-            yield from loader
+        return make_loader(self.loader.dataset, size, seed=self.seed, shuffle=True, workers=workers, limit=limit).once()
 
     def validation_batches(self) -> Iterator[Batch | LatentBatch]:
         """This process's share of the validation set, on the device."""
